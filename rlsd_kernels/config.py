@@ -1,0 +1,69 @@
+"""Options of the RLSD loss, checked once when they are set.
+
+Source: arXiv 2604.03128, sections on the token weight and the clipped surrogate; the defaults are
+those of the paper's experiments.
+"""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+DELTA_SOURCES = ("current", "old_log_probs")
+
+
+def check_number(name, value, low=-math.inf, high=math.inf, *, low_open=False):
+    """Raise ValueError in one sentence unless value is a finite number in [low, high]."""
+    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if ok and low <= value <= high and not (low_open and value == low):
+        return
+    bounds = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
+    raise ValueError(f"{name} must be a finite number in {bounds}, but got {value!r}.")
+
+
+@dataclass(frozen=True)
+class RLSDLossConfig:
+    """Scalars of the RLSD loss; hashable, and shared by every op and implementation.
+
+    rlsd_lambda: mix of the token weight into the advantage, in [0, 1]; 0 is GRPO.
+    rlsd_reweight_clip_range: eps_w in [0, 1]; the token weight stays in [1 - eps_w, 1 + eps_w].
+    rlsd_delta_source: the student log-prob inside delta, "current" or "old_log_probs".
+    rlsd_negative_only: re-weight only tokens whose advantage is negative.
+    epsilon, epsilon_high: PPO clip, ratio kept in [1 - epsilon, 1 + epsilon_high].
+    delta: dual clip, upper bound of the ratio where the advantage is negative; None turns it off.
+    beta: coefficient of the k3 KL to a reference policy.
+    entropy_coef: coefficient of an entropy bonus (nats); 0 turns it off.
+    temperature: divides the logits of both contexts.
+
+    Raises ValueError with one sentence on a value out of range.
+    """
+
+    rlsd_lambda: float = 0.5
+    rlsd_reweight_clip_range: float = 0.2
+    rlsd_delta_source: str = "current"
+    rlsd_negative_only: bool = False
+    epsilon: float = 0.2
+    epsilon_high: float = 0.28
+    delta: float | None = 3.0
+    beta: float = 0.0
+    entropy_coef: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        check_number("rlsd_lambda", self.rlsd_lambda, 0, 1)
+        check_number("rlsd_reweight_clip_range", self.rlsd_reweight_clip_range, 0, 1)
+        if self.rlsd_delta_source not in DELTA_SOURCES:
+            raise ValueError(
+                f"rlsd_delta_source must be one of {', '.join(DELTA_SOURCES)}, "
+                f"but got {self.rlsd_delta_source!r}."
+            )
+        if not isinstance(self.rlsd_negative_only, bool):
+            raise ValueError(
+                f"rlsd_negative_only must be True or False, but got {self.rlsd_negative_only!r}."
+            )
+        check_number("epsilon", self.epsilon, 0, 1)
+        check_number("epsilon_high", self.epsilon_high, 0)
+        if self.delta is not None:
+            check_number("delta (the dual clip, None turns it off)", self.delta, 1, low_open=True)
+        check_number("beta", self.beta, 0)
+        check_number("entropy_coef", self.entropy_coef, 0)
+        check_number("temperature", self.temperature, 0, low_open=True)

@@ -1,0 +1,497 @@
+"""The RLSD loss as PyTorch sees it: checks, choice of implementation, custom ops, autograd, module.
+
+    L = sum_t a_t (loss_t + beta kl_t - entropy_coef H_t),   formulas in ref.py
+
+`fused_linear_rlsd_loss` takes hidden states and the head, never holds N x V logits, and forms all
+gradients in the forward pass, so backward is one scaling. `rlsd_loss` takes log-probs.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ref, torch_impl
+from .config import RLSDLossConfig, check_number
+from .logprob import (
+    check_head,
+    check_ids,
+    check_tensor,
+    check_weight,
+    choose_impl,
+    empty_gradients,
+)
+from .metrics import token_stats
+
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
+
+
+class RLSDLossOutput(NamedTuple):
+    """loss: scalar. log_probs, teacher_log_probs, entropy: (...), detached, 0 on tokens that were
+    not computed (masked, or A = 0 without KL and entropy terms); teacher_log_probs is None when
+    lambda is 0, entropy unless asked for. stats: metrics and token counts, see `merge_stats`."""
+
+    loss: Tensor
+    log_probs: Tensor
+    teacher_log_probs: Tensor | None
+    entropy: Tensor | None
+    stats: dict[str, Tensor]
+
+
+@torch.library.custom_op("rlsd::fused_linear_rlsd_loss", mutates_args=())
+def _fused_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, completion_ids: Tensor,
+    advantages: Tensor, loss_weights: Tensor, teacher_hidden: Tensor | None,
+    teacher_log_probs: Tensor | None, teacher_weight: Tensor | None,
+    old_log_probs: Tensor | None, ref_log_probs: Tensor | None, reweight_mask: Tensor | None,
+    rlsd_lambda: float, eps_w: float, delta_source: str, negative_only: bool, epsilon: float,
+    epsilon_high: float, delta: float | None, beta: float, entropy_coef: float,
+    temperature: float, logit_scale: float, softcap: float | None, want_entropy: bool,
+    need_dx: bool, need_dw: bool, need_db: bool, max_workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_ids(completion_ids, weight.shape[0])
+    config = RLSDLossConfig(
+        rlsd_lambda, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta,
+        entropy_coef, temperature,
+    )
+    return torch_impl.linear_rlsd_loss(
+        hidden, weight, completion_ids, advantages, loss_weights, teacher_hidden=teacher_hidden,
+        teacher_log_probs=teacher_log_probs, teacher_weight=teacher_weight,
+        old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, reweight_mask=reweight_mask,
+        bias=bias, rlsd_lambda=rlsd_lambda, config=config, logit_scale=logit_scale,
+        softcap=softcap, want_entropy=want_entropy, need_dx=need_dx, need_dw=need_dw,
+        need_db=need_db, max_workspace_bytes=max_workspace_bytes,
+    )
+
+
+@_fused_op.register_fake
+def _(
+    hidden, weight, bias, completion_ids, advantages, loss_weights, teacher_hidden,
+    teacher_log_probs, teacher_weight, old_log_probs, ref_log_probs, reweight_mask, rlsd_lambda,
+    eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta, entropy_coef,
+    temperature, logit_scale, softcap, want_entropy, need_dx, need_dw, need_db, workspace,
+):
+    dtype, n = ref.compute_dtype(hidden.dtype), hidden.shape[0]
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(n if want_entropy or entropy_coef > 0 else 0, dtype=dtype),
+        *empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db),
+    )
+
+
+def _fused_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[4:])
+    ctx.num_inputs = len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _fused_backward(ctx, grad_loss, *unused):
+    need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+    if grad_loss is None:
+        return (None,) * ctx.num_inputs
+    dx, dw, db = ctx.saved_tensors
+    grads = (
+        dx * grad_loss.to(dx.dtype) if need_dx else None,
+        dw * grad_loss.to(dw.dtype) if need_dw else None,
+        db * grad_loss.to(db.dtype) if need_db else None,
+    )
+    return (*grads, *[None] * (ctx.num_inputs - 3))
+
+
+_fused_op.register_autograd(_fused_backward, setup_context=_fused_setup)
+
+
+@torch.library.custom_op("rlsd::rlsd_loss", mutates_args=())
+def _loss_op(
+    log_probs: Tensor, entropy: Tensor | None, advantages: Tensor, loss_weights: Tensor,
+    teacher_log_probs: Tensor | None, old_log_probs: Tensor | None,
+    ref_log_probs: Tensor | None, reweight_mask: Tensor | None, rlsd_lambda: float,
+    eps_w: float, delta_source: str, negative_only: bool, epsilon: float, epsilon_high: float,
+    delta: float | None, beta: float, entropy_coef: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    config = RLSDLossConfig(
+        rlsd_lambda, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta,
+        entropy_coef,
+    )
+    return torch_impl.rlsd_loss(
+        log_probs, advantages, loss_weights, teacher_log_probs=teacher_log_probs,
+        old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, reweight_mask=reweight_mask,
+        entropy=entropy, rlsd_lambda=rlsd_lambda, config=config,
+    )
+
+
+@_loss_op.register_fake
+def _(log_probs, entropy, *args):
+    with_entropy = args[-1] > 0
+    return (
+        log_probs.new_empty(()), torch.empty_like(log_probs),
+        log_probs.new_empty(log_probs.shape if with_entropy else 0),
+    )
+
+
+def _loss_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.num_inputs = len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _loss_backward(ctx, grad_loss, *unused):
+    if grad_loss is None:
+        return (None,) * ctx.num_inputs
+    d_log_probs, d_entropy = ctx.saved_tensors
+    grad_entropy = d_entropy * grad_loss if ctx.needs_input_grad[1] and len(d_entropy) else None
+    return (d_log_probs * grad_loss, grad_entropy, *[None] * (ctx.num_inputs - 2))
+
+
+_loss_op.register_autograd(_loss_backward, setup_context=_loss_setup)
+
+
+def _effective_lambda(rlsd_lambda, config):
+    if rlsd_lambda is None:
+        return float(config.rlsd_lambda)
+    check_number("rlsd_lambda", rlsd_lambda, 0, 1)
+    return float(rlsd_lambda)
+
+
+class _Tokens(NamedTuple):
+    """Per-token inputs, checked, flattened to (N,) and in compute dtype."""
+
+    advantages: Tensor
+    loss_weights: Tensor
+    teacher_log_probs: Tensor | None
+    old_log_probs: Tensor | None
+    ref_log_probs: Tensor | None
+    reweight_mask: Tensor | None
+
+
+def _check_tokens(
+    shape, reference, advantages, loss_weights, teacher_log_probs, old_log_probs, ref_log_probs,
+    reweight_mask, config,
+):
+    """Checks on per-token inputs against `reference` = (name, tensor that fixes the device)."""
+    check_tensor("advantages", advantages, like=reference)
+    if len(shape) == 2 and advantages.shape == shape[:1]:
+        advantages = advantages.unsqueeze(-1).expand(shape)
+    check_tensor("advantages", advantages, shape=shape, why=" or (B,) for sequences")
+    if config.beta > 0 and ref_log_probs is None:
+        raise ValueError(
+            f"ref_log_probs is needed because beta is {config.beta:g}; pass the reference "
+            "policy's log-probs or set beta to 0."
+        )
+    if config.rlsd_delta_source == "old_log_probs" and old_log_probs is None:
+        raise ValueError(
+            "old_log_probs is needed because rlsd_delta_source is 'old_log_probs'; pass it or use "
+            "rlsd_delta_source='current'."
+        )
+    per_token = {
+        "loss_weights": loss_weights, "teacher_log_probs": teacher_log_probs,
+        "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs,
+    }
+    for name, value in per_token.items():
+        if value is not None:
+            check_tensor(name, value, shape=shape, like=reference)
+    if reweight_mask is not None:
+        check_tensor("reweight_mask", reweight_mask, shape=shape, like=reference, kind="bool")
+        reweight_mask = reweight_mask.reshape(-1)
+    dtype = ref.compute_dtype(reference[1].dtype)
+    if loss_weights is None:
+        per_token["loss_weights"] = reference[1].new_full(
+            shape, 1 / max(1, math.prod(shape)), dtype=dtype
+        )
+    flat = {
+        name: None if value is None else value.detach().reshape(-1).to(dtype)
+        for name, value in per_token.items()
+    }
+    return _Tokens(
+        advantages=advantages.detach().reshape(-1).to(dtype), reweight_mask=reweight_mask, **flat
+    )
+
+
+def _check_finite(tensors, tokens):
+    """check_inputs=True: every dense input, and per-token inputs wherever the loss reads them."""
+    live = tokens.loss_weights != 0
+    per_token = {
+        name: value[live]
+        for name, value in tokens._asdict().items()
+        if value is not None and value.is_floating_point()
+    }
+    for name, value in {**tensors, **per_token}.items():
+        if value is not None and not torch.isfinite(value).all():
+            raise ValueError(
+                f"{name} has non-finite values; find the row with torch.isfinite before the loss."
+            )
+
+
+def fused_linear_rlsd_loss(
+    hidden, weight, completion_ids, advantages, *, teacher_hidden=None, teacher_log_probs=None,
+    teacher_weight=None, old_log_probs=None, ref_log_probs=None, loss_weights=None,
+    reweight_mask=None, rlsd_lambda=None, bias=None, logit_scale=1.0,
+    final_logit_softcapping=None, return_entropy=False, tp_group=None,
+    config=RLSDLossConfig(), impl="auto", max_workspace_bytes=None, check_inputs=False,  # noqa: B008
+):
+    """RLSD loss from hidden states: both LM-head passes, token weights and PPO clip in one op.
+
+    Equals `rlsd_loss(log_softmax(hidden @ weight.T)[completion_ids], ...)` with the teacher's
+    log-probs from teacher_hidden, without ever holding the (N, V) logits.
+
+    Args:
+        hidden: (..., H) student's last hidden states; gets a gradient if it requires one.
+        weight: (V, H) LM head, hidden's dtype; no work is done for it unless it needs a gradient.
+        completion_ids: (...) int64 sampled tokens in [0, V).
+        advantages: (...), or (B,) when the leading shape is (B, T).
+        teacher_hidden: (..., H) hidden states of the same tokens in the privileged context; or
+        teacher_log_probs: (...) their log-probs in nats. One of the two unless lambda is 0.
+        teacher_weight: (V, H) the teacher's head; default: weight.
+        old_log_probs: (...) of the sampling policy; default: on-policy, ratio 1 with its gradient.
+        ref_log_probs: (...) of the reference policy; needed when config.beta > 0.
+        loss_weights: (...) aggregation weight a_t >= 0, 0 = masked; default: 1 / number of tokens.
+        reweight_mask: (...) bool, tokens that the teacher may re-weight; default: all.
+        rlsd_lambda: overrides config.rlsd_lambda, for schedules.
+        bias, logit_scale, final_logit_softcapping: z = softcap(logit_scale (h W^T + bias)).
+        return_entropy: also return the entropy (nats) of live tokens.
+        max_workspace_bytes: bound on the logit chunks held at once.
+        check_inputs: also reject non-finite inputs, and bad ids on CUDA (synchronises).
+
+    Returns: RLSDLossOutput. Nothing but `loss` carries a gradient; teacher inputs never get one.
+    Raises: TypeError or ValueError in one sentence on wrong types, shapes, dtypes, devices, ids,
+        or a missing teacher or reference.
+    Source: arXiv 2604.03128, equations 13 to 15 and algorithm 1.
+    """
+    workspace = check_head(
+        hidden, weight, completion_ids, bias, config.temperature, logit_scale,
+        final_logit_softcapping, max_workspace_bytes, tp_group,
+    )
+    lam = _effective_lambda(rlsd_lambda, config)
+    shape = completion_ids.shape
+    tokens = _check_tokens(
+        shape, ("hidden", hidden), advantages, loss_weights, teacher_log_probs, old_log_probs,
+        ref_log_probs, reweight_mask, config,
+    )
+    if teacher_hidden is not None and teacher_log_probs is not None:
+        raise ValueError("Pass teacher_hidden or teacher_log_probs, not both.")
+    if lam > 0 and teacher_hidden is None and teacher_log_probs is None:
+        raise ValueError(
+            f"teacher_hidden or teacher_log_probs is needed because lambda is {lam:g}; pass one, "
+            "or set rlsd_lambda to 0 for GRPO."
+        )
+    if teacher_hidden is not None:
+        check_tensor("teacher_hidden", teacher_hidden, like=("hidden", hidden))
+        if teacher_hidden.shape[:-1] != shape:
+            raise ValueError(
+                f"teacher_hidden must have leading shape {tuple(shape)} like completion_ids, but "
+                f"got {tuple(teacher_hidden.shape)}; score the very same response tokens."
+            )
+        t_weight = weight if teacher_weight is None else teacher_weight
+        check_tensor("teacher_weight", t_weight, like=("hidden", hidden))
+        check_weight("teacher_weight", t_weight, teacher_hidden)
+        if t_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"teacher_weight has {t_weight.shape[0]} rows but weight has {weight.shape[0]}; "
+                "student and teacher need one vocabulary."
+            )
+    if check_inputs:
+        check_ids(completion_ids, weight.shape[0], force=True)
+        _check_finite(
+            {"hidden": hidden, "weight": weight, "bias": bias, "teacher_hidden": teacher_hidden,
+             "teacher_weight": teacher_weight}, tokens,
+        )
+    if lam == 0:
+        teacher_hidden = teacher_weight = None
+        tokens = tokens._replace(teacher_log_probs=None)
+    rows, ids = hidden.reshape(-1, hidden.shape[-1]), completion_ids.reshape(-1)
+    t_rows = None
+    if teacher_hidden is not None:
+        t_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
+    t_weight = None if teacher_weight is None else teacher_weight.detach()
+    if choose_impl(impl) == "ref":
+        check_ids(ids, weight.shape[0])
+        loss, log_probs, teacher, entropy = ref.linear_rlsd_loss(
+            rows, weight, ids, teacher_hidden=t_rows, teacher_weight=t_weight, bias=bias,
+            rlsd_lambda=lam, config=config, logit_scale=logit_scale,
+            softcap=final_logit_softcapping, want_entropy=return_entropy, **tokens._asdict(),
+        )
+    else:
+        need = [
+            torch.is_grad_enabled() and x is not None and x.requires_grad
+            for x in (rows, weight, bias)
+        ]
+        loss, log_probs, teacher, entropy, *_ = _fused_op(
+            rows, weight, bias, ids, tokens.advantages, tokens.loss_weights, t_rows,
+            tokens.teacher_log_probs, t_weight, tokens.old_log_probs, tokens.ref_log_probs,
+            tokens.reweight_mask, lam, config.rlsd_reweight_clip_range, config.rlsd_delta_source,
+            config.rlsd_negative_only, config.epsilon, config.epsilon_high, config.delta,
+            config.beta, config.entropy_coef, config.temperature, float(logit_scale),
+            final_logit_softcapping, return_entropy, *need, workspace,
+        )
+    log_probs, teacher = log_probs.detach(), teacher.detach() if lam > 0 else None
+    entropy = entropy.detach() if return_entropy or config.entropy_coef > 0 else None
+    stats = token_stats(
+        log_probs, tokens.advantages, tokens.loss_weights, teacher_log_probs=teacher,
+        old_log_probs=tokens.old_log_probs, ref_log_probs=tokens.ref_log_probs,
+        reweight_mask=tokens.reweight_mask, entropy=entropy, rlsd_lambda=lam, config=config,
+    )
+    return RLSDLossOutput(
+        loss, log_probs.reshape(shape), None if teacher is None else teacher.reshape(shape),
+        entropy.reshape(shape) if return_entropy else None, stats,
+    )
+
+
+def rlsd_loss(
+    log_probs, advantages, *, teacher_log_probs, old_log_probs=None, ref_log_probs=None,
+    loss_weights=None, reweight_mask=None, entropy=None, rlsd_lambda=None,
+    config=RLSDLossConfig(), impl="auto",  # noqa: B008
+):
+    """RLSD loss for trainers that already have log-probs.
+
+    Equals `-(loss_weights * torch.minimum(rho * a_hat, rho.clamp(1 - eps, 1 + eps_high) * a_hat))
+    .sum()` with `a_hat = rlsd_advantages(...)`, plus dual clip, KL and entropy terms.
+
+    Args:
+        log_probs: (...) of the student in nats; gets a gradient.
+        advantages: (...), or (B,) when log_probs is (B, T).
+        teacher_log_probs: (...) in the privileged context; may be None only when lambda is 0.
+        old_log_probs, ref_log_probs, loss_weights, reweight_mask, rlsd_lambda: as in
+            fused_linear_rlsd_loss.
+        entropy: (...) in nats; needed, and gets a gradient, when config.entropy_coef > 0.
+
+    Returns: RLSDLossOutput. Raises: TypeError or ValueError in one sentence.
+    config.temperature is not used: log-probs are taken as they come.
+    Source: arXiv 2604.03128, equations 13 to 15 and algorithm 1.
+    """
+    check_tensor("log_probs", log_probs)
+    lam = _effective_lambda(rlsd_lambda, config)
+    shape = log_probs.shape
+    tokens = _check_tokens(
+        shape, ("log_probs", log_probs), advantages, loss_weights, teacher_log_probs,
+        old_log_probs, ref_log_probs, reweight_mask, config,
+    )
+    if lam > 0 and teacher_log_probs is None:
+        raise ValueError(
+            f"teacher_log_probs is needed because lambda is {lam:g}; pass it, or set rlsd_lambda "
+            "to 0 for GRPO."
+        )
+    if config.entropy_coef > 0 and entropy is None:
+        raise ValueError(
+            f"entropy is needed because entropy_coef is {config.entropy_coef:g}; pass it or set "
+            "entropy_coef to 0."
+        )
+    dtype = ref.compute_dtype(log_probs.dtype)
+    flat, flat_entropy = log_probs.reshape(-1).to(dtype), None
+    if entropy is not None:
+        check_tensor("entropy", entropy, shape=shape, like=("log_probs", log_probs))
+        flat_entropy = entropy.reshape(-1).to(dtype)
+    teacher = tokens.teacher_log_probs if lam > 0 else None
+    if choose_impl(impl) == "ref":
+        loss = ref.rlsd_loss(
+            flat, entropy=flat_entropy, rlsd_lambda=lam, config=config,
+            **tokens._replace(teacher_log_probs=teacher)._asdict(),
+        )
+    else:
+        loss, *_ = _loss_op(
+            flat, flat_entropy, tokens.advantages, tokens.loss_weights, teacher,
+            tokens.old_log_probs, tokens.ref_log_probs, tokens.reweight_mask, lam,
+            config.rlsd_reweight_clip_range, config.rlsd_delta_source, config.rlsd_negative_only,
+            config.epsilon, config.epsilon_high, config.delta, config.beta, config.entropy_coef,
+        )
+    detached = flat.detach()
+    stats = token_stats(
+        detached, tokens.advantages, tokens.loss_weights, teacher_log_probs=teacher,
+        old_log_probs=tokens.old_log_probs, ref_log_probs=tokens.ref_log_probs,
+        reweight_mask=tokens.reweight_mask,
+        entropy=None if flat_entropy is None else flat_entropy.detach(), rlsd_lambda=lam,
+        config=config,
+    )
+    return RLSDLossOutput(
+        loss, detached.reshape(shape), None if teacher is None else teacher.reshape(shape),
+        None if entropy is None else entropy.detach(), stats,
+    )
+
+
+def rlsd_advantages(
+    advantages, log_probs, teacher_log_probs, *, rlsd_lambda=0.5, rlsd_reweight_clip_range=0.2,
+    rlsd_negative_only=False, reweight_mask=None,
+):
+    """The re-weighted advantage A_hat of each token, detached.
+
+    Equals `A * ((1 - lam) + lam * (A.sign() * (teacher_log_probs - log_probs)).exp().clip(1 - e,
+    1 + e))`, clipped in log space so that nothing overflows, and exactly 0 where A is 0.
+
+    Args: advantages (...) or (B,) for log_probs (B, T); log_probs and teacher_log_probs (...) in
+        nats; rlsd_lambda and rlsd_reweight_clip_range in [0, 1]; reweight_mask (...) bool.
+    Returns: (...) in fp32 (fp64 if log_probs is fp64).
+    Raises: TypeError or ValueError in one sentence. Source: arXiv 2604.03128, equation 14.
+    """
+    config = RLSDLossConfig(
+        rlsd_lambda, rlsd_reweight_clip_range, rlsd_negative_only=rlsd_negative_only
+    )
+    check_tensor("log_probs", log_probs)
+    shape, dtype = log_probs.shape, ref.compute_dtype(log_probs.dtype)
+    if teacher_log_probs is None:
+        raise TypeError("teacher_log_probs must be a torch.Tensor, but got None.")
+    tokens = _check_tokens(
+        shape, ("log_probs", log_probs), advantages, None, teacher_log_probs, None, None,
+        reweight_mask, config,
+    )
+    return ref.rlsd_advantages(
+        tokens.advantages, log_probs.detach().reshape(-1).to(dtype), tokens.teacher_log_probs,
+        rlsd_lambda=rlsd_lambda, rlsd_reweight_clip_range=rlsd_reweight_clip_range,
+        rlsd_negative_only=rlsd_negative_only, reweight_mask=tokens.reweight_mask,
+    ).reshape(shape)
+
+
+def aggregation_weights(
+    mask, loss_type="dapo", *, num_items_in_batch=None, max_completion_length=None
+):
+    """a_t of each token, so that the loss is `(a_t * per_token_loss).sum()`.
+
+    Args:
+        mask: (B, T) bool or 0/1; computed on the whole batch and then sliced, it makes loss and
+            gradient independent of micro-batches.
+        loss_type: grpo (mean of per-sequence means), bnpo (mean over this batch's tokens), dapo
+            (sum / num_items_in_batch, default: this batch's tokens), dr_grpo
+            (sum / (B * max_completion_length)); TRL's definitions.
+    Returns: (B, T) fp32, 0 where masked. Raises: ValueError in one sentence.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be a tensor of shape (B, T), but got {got}.")
+    mask = mask.bool()
+    ones = mask.float()
+    if loss_type == "grpo":
+        return ones / ones.sum(1, keepdim=True).clamp(min=1) / max(1, mask.shape[0])
+    if loss_type == "bnpo":
+        return ones / ones.sum().clamp(min=1)
+    if loss_type == "dapo":
+        if num_items_in_batch is None:
+            return ones / ones.sum().clamp(min=1)
+        if not num_items_in_batch > 0:
+            raise ValueError(f"num_items_in_batch must be positive, but got {num_items_in_batch}.")
+        return ones / num_items_in_batch
+    if loss_type == "dr_grpo":
+        if max_completion_length is None or not max_completion_length > 0:
+            raise ValueError(
+                "loss_type='dr_grpo' needs max_completion_length > 0, but got "
+                f"{max_completion_length}."
+            )
+        return ones / (max(1, mask.shape[0]) * max_completion_length)
+    raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, but got {loss_type!r}.")
+
+
+class FusedLinearRLSDLoss(nn.Module):
+    """fused_linear_rlsd_loss as a module; keyword arguments fixed here apply to every call.
+
+    forward(hidden, weight, completion_ids, advantages, **per_call) -> RLSDLossOutput.
+    """
+
+    def __init__(self, config=RLSDLossConfig(), **fixed):  # noqa: B008
+        super().__init__()
+        self.config, self.fixed = config, fixed
+
+    def forward(self, hidden, weight, completion_ids, advantages, **per_call):
+        return fused_linear_rlsd_loss(
+            hidden, weight, completion_ids, advantages, config=self.config,
+            **{**self.fixed, **per_call},
+        )

@@ -1,0 +1,164 @@
+"""The specification: RLSD in plain PyTorch, naive, differentiable by autograd, any float dtype.
+
+    delta_t = sg(log P_T(y_t | x, r, y_<t) - log P_S(y_t | x, y_<t))
+    w_t     = clip(exp(sign(A) delta_t), 1 - eps_w, 1 + eps_w)
+    A_hat_t = sg(A ((1 - lambda) + lambda w_t))
+    loss_t  = -min(rho_t A_hat_t, clip(rho_t, 1 - epsilon, 1 + epsilon_high) A_hat_t)
+    L       = sum_t a_t (loss_t + beta kl_t - entropy_coef H_t)
+
+Materialises all N x V logits (about 10 NV float bytes with gradients): the yardstick for every
+other implementation, never the fast path. Half-precision inputs are computed in fp32, fp64 in fp64.
+"""
+
+import math
+
+import torch
+
+# exp(80) still fits fp32: bounds ratios so that no inf * 0 can appear in a backward pass.
+MAX_LOG_RATIO = 80.0
+
+
+def compute_dtype(dtype):
+    """The dtype in which inputs of `dtype` are computed: fp64 stays, everything else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def linear_log_probs(
+    hidden, weight, completion_ids, *, bias=None, temperature=1.0, logit_scale=1.0,
+    final_logit_softcapping=None,
+):
+    """log p(y) and entropy of rows (N, H) under the head (V, H); returns two (N,) tensors."""
+    dtype = compute_dtype(hidden.dtype)
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    logits = logit_scale * logits
+    if final_logit_softcapping is not None:
+        logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
+    log_p = torch.log_softmax(logits / temperature, dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1), entropy
+
+
+def reweighted_tokens(advantages, *, rlsd_negative_only=False, reweight_mask=None):
+    """Bool mask of the tokens whose advantage the teacher scales; all others keep plain A."""
+    chosen = advantages < 0 if rlsd_negative_only else advantages != 0
+    return chosen if reweight_mask is None else chosen & reweight_mask
+
+
+def token_weights(advantages, delta, *, rlsd_reweight_clip_range=0.2):
+    """w_t, clipped in log space before the exp so that no delta can overflow."""
+    eps_w = rlsd_reweight_clip_range
+    low = math.log1p(-eps_w) if eps_w < 1 else -math.inf
+    return torch.exp((torch.sign(advantages) * delta).clamp(low, math.log1p(eps_w)))
+
+
+def rlsd_advantages(
+    advantages, log_probs, teacher_log_probs, *, rlsd_lambda=0.5, rlsd_reweight_clip_range=0.2,
+    rlsd_negative_only=False, reweight_mask=None,
+):
+    """A_hat_t, detached; `where` selects, so an infinite delta cannot leak into A = 0 tokens."""
+    delta = (teacher_log_probs - log_probs).detach()
+    w = token_weights(advantages, delta, rlsd_reweight_clip_range=rlsd_reweight_clip_range)
+    chosen = reweighted_tokens(
+        advantages, rlsd_negative_only=rlsd_negative_only, reweight_mask=reweight_mask
+    )
+    scaled = advantages * ((1 - rlsd_lambda) + rlsd_lambda * w)
+    return torch.where(chosen, scaled, advantages).detach()
+
+
+def surrogate(log_probs, old_log_probs, a_hat, *, epsilon, epsilon_high, delta):
+    """loss_t: PPO's clipped surrogate with asymmetric clip and optional dual clip."""
+    log_ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    rho = torch.exp(log_ratio)
+    loss = -torch.minimum(rho * a_hat, rho.clamp(1 - epsilon, 1 + epsilon_high) * a_hat)
+    if delta is not None:
+        loss = torch.where(a_hat < 0, torch.minimum(loss, -a_hat * delta), loss)
+    return loss
+
+
+def k3_kl(log_probs, ref_log_probs):
+    """Schulman's k3 estimate of KL(P_S || P_ref): exp(d) - d - 1 with d = log P_ref - log P_S."""
+    d = (ref_log_probs - log_probs).clamp(max=MAX_LOG_RATIO)
+    return torch.exp(d) - d - 1
+
+
+def live_tokens(loss_weights, advantages, config):
+    """Bool mask of the tokens that can contribute; the rest are never computed."""
+    live = loss_weights != 0
+    if config.beta == 0 and config.entropy_coef == 0:
+        live = live & (advantages != 0)
+    return live
+
+
+def rlsd_loss(
+    log_probs, advantages, loss_weights, *, teacher_log_probs, old_log_probs, ref_log_probs,
+    reweight_mask, entropy, rlsd_lambda, config,
+):
+    """L from inputs (N,); returns a scalar that autograd differentiates."""
+    live = live_tokens(loss_weights, advantages, config)
+
+    def pick(per_token):
+        return None if per_token is None else per_token[live]
+
+    log_probs, advantages = log_probs[live], advantages[live]
+    old = log_probs.detach() if old_log_probs is None else old_log_probs[live]
+    a_hat = advantages
+    if teacher_log_probs is not None:
+        a_hat = rlsd_advantages(
+            advantages,
+            old if config.rlsd_delta_source == "old_log_probs" else log_probs,
+            teacher_log_probs[live],
+            rlsd_lambda=rlsd_lambda,
+            rlsd_reweight_clip_range=config.rlsd_reweight_clip_range,
+            rlsd_negative_only=config.rlsd_negative_only,
+            reweight_mask=pick(reweight_mask),
+        )
+    per_token = surrogate(
+        log_probs, old, a_hat,
+        epsilon=config.epsilon, epsilon_high=config.epsilon_high, delta=config.delta,
+    )
+    if config.beta > 0:
+        per_token = per_token + config.beta * k3_kl(log_probs, ref_log_probs[live])
+    if config.entropy_coef > 0:
+        per_token = per_token - config.entropy_coef * entropy[live]
+    return (loss_weights[live] * per_token).sum()
+
+
+def linear_rlsd_loss(
+    hidden, weight, completion_ids, advantages, loss_weights, *, teacher_hidden,
+    teacher_log_probs, teacher_weight, old_log_probs, ref_log_probs, reweight_mask, bias,
+    rlsd_lambda, config, logit_scale, softcap, want_entropy,
+):
+    """Both passes over the head, then L: loss, log_probs, teacher_log_probs, entropy.
+
+    Rows that are not live are dropped first and keep 0 in every output; so does the teacher where
+    no token is re-weighted. An id outside [0, V) gives NaN for its row.
+    """
+    safe = completion_ids.clamp(0, weight.shape[0] - 1)
+    head = {
+        "bias": bias, "temperature": config.temperature, "logit_scale": logit_scale,
+        "final_logit_softcapping": softcap,
+    }
+    live = live_tokens(loss_weights, advantages, config)
+    zeros = torch.zeros_like(advantages)
+    lp, ent = linear_log_probs(hidden[live], weight, safe[live], **head)
+    lp = lp.masked_fill((safe != completion_ids)[live], math.nan)
+    log_probs, entropy = zeros.masked_scatter(live, lp), zeros.masked_scatter(live, ent)
+    teacher = None
+    if rlsd_lambda > 0 and teacher_hidden is not None:
+        scored = live & reweighted_tokens(
+            advantages, rlsd_negative_only=config.rlsd_negative_only, reweight_mask=reweight_mask
+        )
+        with torch.no_grad():
+            t_weight = weight if teacher_weight is None else teacher_weight
+            t_lp, _ = linear_log_probs(teacher_hidden[scored], t_weight, safe[scored], **head)
+        teacher = zeros.masked_scatter(scored, t_lp)
+    elif rlsd_lambda > 0:
+        teacher = teacher_log_probs
+    loss = rlsd_loss(
+        log_probs, advantages, loss_weights, teacher_log_probs=teacher,
+        old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, reweight_mask=reweight_mask,
+        entropy=entropy, rlsd_lambda=rlsd_lambda, config=config,
+    )
+    return loss, log_probs, teacher, entropy
