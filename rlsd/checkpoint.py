@@ -1,0 +1,100 @@
+"""Checkpoints that either exist whole or not at all.
+
+A checkpoint is written to a hidden folder beside its place, flushed to disk and renamed: a crash,
+a kill or a full disk leaves the previous one as it was. checkpoint-N loads with from_pretrained;
+trainer_state.pt beside the weights holds optimizer, scheduler, RNG, teacher, reference and step.
+"""
+
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy
+import torch
+
+from .config import UserError
+
+PARTIAL = ".partial-"
+
+
+def rng_state():
+    """The state of every random generator that a run may use."""
+    name, keys, *rest = numpy.random.get_state()
+    return {
+        "python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state):
+    """Inverse of rng_state."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _flush(folder):
+    """fsync every file and folder, so that the rename never precedes the bytes."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def save(run_dir, step, model, tokenizer, state, *, limit=None, card=None):
+    """Write run_dir/checkpoint-<step>; returns its path, or raises UserError with nothing lost."""
+    run_dir = Path(run_dir)
+    final, partial = run_dir / f"checkpoint-{step}", run_dir / f"{PARTIAL}checkpoint-{step}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        torch.save({"step": step, "rng": rng_state(), **state}, partial / "trainer_state.pt")
+        _flush(partial)
+        os.rename(partial, final)
+        _flush(run_dir)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = latest(run_dir)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint exists yet"
+        raise UserError(
+            f"Could not save checkpoint-{step} in {run_dir} ({_reason(error)}); {kept}."
+        ) from error
+    for old in checkpoints(run_dir)[: -limit if limit else 0]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _reason(error):
+    return getattr(error, "strerror", None) or str(error).splitlines()[0] or type(error).__name__
+
+
+def checkpoints(run_dir):
+    """Whole checkpoints of a run, oldest first."""
+    found = [p for p in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r".*-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def latest(run_dir):
+    """The newest whole checkpoint of a run, or None."""
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def load_state(path):
+    """The contents of trainer_state.pt."""
+    try:
+        return torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"The checkpoint {path} cannot be read ({_reason(error)}).") from None

@@ -1,0 +1,211 @@
+"""Datasets as lists of rows: jsonl, parquet, hub ids and reasoning-gym tasks, one set of columns.
+
+Columns: `prompt` (text or chat messages) and `solution`; optional `privileged_context` (default:
+`solution`) and `teacher_prompt`. GSM8K's question/answer and verl's parquet are recognised. Every
+row knows where it came from, so that a complaint can name it.
+"""
+
+import json
+import os
+
+from .config import UserError
+from .prompts import encode_pair
+
+SOURCE = "_source"
+# Tasks of reasoning-gym 0.1.25 whose scorers do not give their own stored answers full marks.
+UNUSABLE_TASKS = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
+
+
+def load_rows(spec, *, size=1000, seed=0):
+    """The rows of a dataset, with uniform columns; size and seed matter to reasoning-gym only."""
+    if spec.startswith("reasoning-gym:"):
+        return _reasoning_gym(spec.removeprefix("reasoning-gym:"), size, seed)
+    if spec.endswith(".jsonl"):
+        raw = _read_jsonl(spec)
+    elif spec.endswith(".parquet"):
+        raw = _read_parquet(spec)
+    elif os.path.exists(spec) or spec.endswith((".json", ".csv", ".txt", ".yaml")):
+        raise UserError(f"The dataset {spec} is neither .jsonl nor .parquet; convert it to one.")
+    else:
+        raw = _read_hub(spec)
+    if not raw:
+        raise UserError(f"The dataset {spec} has no rows.")
+    return [_uniform(row, source) for source, row in raw]
+
+
+def _read_jsonl(path):
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                source = f"line {number} of {path}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(
+                        f"Row {source} is not valid JSON: {error.msg} at column {error.colno}."
+                    ) from None
+                if not isinstance(row, dict):
+                    raise UserError(f"Row {source} must be a JSON object with named columns.")
+                rows.append((source, row))
+    except OSError as error:
+        raise UserError(f"Cannot read the dataset {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"The dataset {path} is not UTF-8 text.") from None
+    return rows
+
+
+def _read_parquet(path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"Reading {path} needs pyarrow: pip install 'rlsd[data]'.") from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except OSError as error:
+        raise UserError(f"Cannot read the dataset {path}: {error}.") from None
+    except pyarrow.ArrowException as error:
+        raise UserError(f"The dataset {path} is not a readable parquet file: {error}.") from None
+    return [(f"{i} of {path}", row) for i, row in enumerate(table.to_pylist())]
+
+
+def _read_hub(spec):
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"There is no file {spec}, and reading it as a hub dataset needs the datasets "
+            "package: pip install 'rlsd[data]'."
+        ) from None
+    try:
+        name, _, config = spec.partition(":")
+        table = datasets.load_dataset(name, config or None, split="train")
+    except Exception as error:
+        raise UserError(
+            f"{spec} is neither a file nor a hub dataset that can be loaded here "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})."
+        ) from None
+    return [(f"{i} of {spec}", row) for i, row in enumerate(table)]
+
+
+def _uniform(row, source):
+    """Rename the columns of GSM8K and verl; a missing prompt or solution names the row."""
+    row = dict(row)
+    if "prompt" not in row and isinstance(row.get("question"), str) and "answer" in row:
+        answer = str(row["answer"])
+        row["prompt"], row["_as_chat"] = row.pop("question"), True
+        row["solution"] = answer.rpartition("####")[2].strip()
+        row.setdefault("privileged_context", answer)
+    reward_model, extra = row.get("reward_model"), row.get("extra_info")
+    if isinstance(reward_model, dict) and "ground_truth" in reward_model:
+        row.setdefault("solution", reward_model["ground_truth"])
+        if isinstance(extra, dict) and extra.get("answer"):
+            row.setdefault("privileged_context", extra["answer"])
+    for column in ("prompt", "solution"):
+        if row.get(column) in (None, "", []):
+            raise UserError(f"Row {source} has no {column}.")
+    prompt = row["prompt"]
+    if not isinstance(prompt, str) and not _is_chat(prompt):
+        raise UserError(
+            f"Row {source}: prompt must be a text or a list of messages with role and text "
+            f"content, but is {prompt!r:.80}."
+        )
+    row["solution"] = str(row["solution"])
+    if row.get("privileged_context") is None:
+        row["privileged_context"] = row["solution"]
+    if not isinstance(row["privileged_context"], str):
+        raise UserError(f"Row {source}: privileged_context must be a text.")
+    row[SOURCE] = source
+    return row
+
+
+def _is_chat(prompt):
+    return isinstance(prompt, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
+        for m in prompt
+    )
+
+
+def _reasoning_gym(tasks, size, seed):
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise UserError(
+            "reasoning-gym: datasets need the reasoning-gym package: pip install 'rlsd[data]'."
+        ) from None
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("reasoning-gym: needs a task name, as in reasoning-gym:chain_sum.")
+    rows = []
+    for k, name in enumerate(names):
+        if name in UNUSABLE_TASKS:
+            raise UserError(
+                f"The reasoning-gym task {name} does not give its own stored answers full marks, "
+                "so they cannot serve as privileged context; choose another task."
+            )
+        count = size // len(names) + (k < size % len(names))
+        try:
+            entries = reasoning_gym.create_dataset(name, size=max(1, count), seed=seed)
+        except ValueError as error:
+            raise UserError(f"reasoning-gym cannot make the task {name!r}: {error}.") from None
+        for i in range(count):
+            entry = entries[i]
+            rows.append((i, {
+                "prompt": entry["question"], "solution": entry["answer"], "task": name,
+                "privileged_context": entry["answer"], "entry": entry, "_as_chat": True,
+                SOURCE: f"{i} of reasoning-gym:{name}",
+            }))
+    # Tasks alternate, so that a held-out tail has all of them.
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
+def shuffle_hints(rows):
+    """Control: every row gets the next row's privileged context (a cycle: none keeps its own)."""
+    hints = [row["privileged_context"] for row in rows]
+    return [
+        {**row, "privileged_context": hint, "teacher_prompt": None}
+        for row, hint in zip(rows, [*hints[1:], hints[0]], strict=True)
+    ]
+
+
+def tokenize_rows(rows, tokenizer, config, *, need_hint):
+    """Add prompt_ids and teacher_prompt_ids; returns the kept rows and a sentence on dropped ones.
+
+    A row without privileged context is an error naming the row unless the config allows it.
+    """
+    kept, dropped = [], []
+    for row in rows:
+        source = row[SOURCE]
+        if row.get("_as_chat") and isinstance(row["prompt"], str) and tokenizer.chat_template:
+            row = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+        hint = row.get("teacher_prompt") or row["privileged_context"].strip()
+        if need_hint and not hint and not config.allow_missing_privileged_context:
+            raise UserError(
+                f"Row {source} has no privileged context, so it would silently train as plain "
+                "GRPO; fill privileged_context or set allow_missing_privileged_context."
+            )
+        try:
+            student, teacher = encode_pair(row, tokenizer, config.privileged_template)
+        except UserError as error:
+            raise UserError(f"Row {source} cannot be used: {error}.") from None
+        for name, ids, limit in (
+            ("prompt", student, config.max_prompt_length),
+            ("privileged prompt", teacher if need_hint else None, config.max_teacher_prompt_length),
+        ):
+            if ids is not None and limit is not None and len(ids) > limit:
+                dropped.append(f"row {source} with a {name} of {len(ids)} tokens, limit {limit}")
+                break
+        else:
+            kept.append({
+                **row, "prompt_ids": student,
+                "teacher_prompt_ids": teacher if need_hint and hint else None,
+            })
+    note = ""
+    if dropped:
+        note = f"Dropped {len(dropped)} of {len(rows)} rows as over-long; first: {dropped[0]}."
+    if not kept:
+        raise UserError(f"No row is left to use. {note}")
+    return kept, note

@@ -1,0 +1,126 @@
+"""What one micro-batch contributes to the loss, and the check of that against the specification.
+
+grpo and rlsd share one objective: GRPO is RLSD with lambda 0, and then no teacher is run.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from rlsd_kernels import fused_linear_rlsd_loss
+
+from .config import UserError
+from .rollout import completion_hidden
+
+# Largest deviation from fp64 that each input dtype may show: log-probs absolute, gradients
+# relative in the Frobenius norm (the precision contract).
+CONTRACT = {
+    torch.float64: (1e-9, 1e-9), torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (1e-4, 4e-3), torch.float16: (1e-4, 4e-3),
+}
+
+
+class Batch(NamedTuple):
+    """Live sequences of one rollout step. (B, T) tensors but for advantages (B,) and the lists."""
+
+    prompts: list  # token lists, student
+    teacher_prompts: list  # token lists or None where the teacher is not needed
+    completion_ids: torch.Tensor
+    mask: torch.Tensor
+    advantages: torch.Tensor
+    loss_weights: torch.Tensor
+    ref_log_probs: torch.Tensor | None = None
+    old_log_probs: torch.Tensor | None = None
+    teacher_log_probs: torch.Tensor | None = None
+
+    def select(self, rows):
+        """The sequences `rows` (index list), cut to their longest completion."""
+        width = int(self.mask[rows].sum(1).max())
+        out = {}
+        for name, value in self._asdict().items():
+            if isinstance(value, list):
+                out[name] = [value[i] for i in rows]
+            elif value is not None:
+                out[name] = value[rows] if value.dim() == 1 else value[rows, :width]
+        return Batch(**out)
+
+
+@torch.no_grad()
+def teacher_hidden(teacher, batch, pad_id):
+    """(B, T, H) hidden states in the privileged context; zeros where no token is re-weighted."""
+    need = [i for i, prompt in enumerate(batch.teacher_prompts) if prompt is not None]
+    weight = teacher.get_output_embeddings().weight
+    hidden = weight.new_zeros(*batch.completion_ids.shape, weight.shape[1])
+    if need:
+        training = teacher.training
+        teacher.eval()
+        hidden[need] = completion_hidden(
+            teacher, [batch.teacher_prompts[i] for i in need], batch.completion_ids[need],
+            batch.mask[need], pad_id,
+        )
+        teacher.train(training)
+    return hidden
+
+
+def loss_inputs(model, head, teacher, batch, pad_id, rlsd_lambda, config):
+    """Keyword arguments of the fused loss for one micro-batch, student forward included."""
+    inputs = {
+        "hidden": completion_hidden(
+            model, batch.prompts, batch.completion_ids, batch.mask, pad_id
+        ),
+        "weight": head.weight, "bias": head.bias, "logit_scale": head.logit_scale,
+        "final_logit_softcapping": head.final_logit_softcapping,
+        "completion_ids": batch.completion_ids, "advantages": batch.advantages,
+        "loss_weights": batch.loss_weights, "old_log_probs": batch.old_log_probs,
+        "ref_log_probs": batch.ref_log_probs, "rlsd_lambda": rlsd_lambda, "config": config,
+        "reweight_mask": torch.tensor(
+            [prompt is not None for prompt in batch.teacher_prompts], device=batch.mask.device
+        )[:, None].expand(batch.mask.shape),
+    }
+    if rlsd_lambda > 0 and batch.teacher_log_probs is not None:
+        inputs["teacher_log_probs"] = batch.teacher_log_probs
+    elif rlsd_lambda > 0:
+        inputs["teacher_hidden"] = teacher_hidden(teacher, batch, pad_id)
+        inputs["teacher_weight"] = teacher.get_output_embeddings().weight
+    return inputs
+
+
+def deviation_from_ref(inputs, impl):
+    """Errors of an implementation against impl="ref" in fp64: loss, log_probs, dh, dw, in a dict.
+
+    loss and log_probs are absolute, dh and dw relative in the Frobenius norm.
+    """
+    results = []
+    for name, dtype in ((impl, None), ("ref", torch.float64)):
+        cast = {
+            k: v.detach().to(dtype or v.dtype)
+            if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in inputs.items()
+        }
+        cast["hidden"] = cast["hidden"].clone().requires_grad_()
+        cast["weight"] = cast["weight"].clone().requires_grad_()
+        with torch.enable_grad():
+            out = fused_linear_rlsd_loss(impl=name, **cast)
+            dh, dw = torch.autograd.grad(out.loss, (cast["hidden"], cast["weight"]))
+        results.append((out.loss, out.log_probs, dh, dw))
+    (loss, log_probs, *grads), (ref_loss, ref_log_probs, *ref_grads) = results
+    errors = {
+        "loss": (loss - ref_loss).abs().item(),
+        "log_probs": (log_probs - ref_log_probs).abs().max().item() if log_probs.numel() else 0.0,
+    }
+    for name, got, want in zip(("dh", "dw"), grads, ref_grads, strict=True):
+        scale = want.norm().item()
+        errors[name] = (got.double() - want).norm().item() / (scale if scale > 0 else 1.0)
+    return errors
+
+
+def require_contract(errors, dtype, step):
+    """Stop the run where the fused loss left the precision contract."""
+    absolute, relative = CONTRACT[dtype]
+    for name, error in errors.items():
+        limit = relative if name in ("dh", "dw") else absolute
+        if not error <= limit:
+            raise UserError(
+                f"Step {step}: {name} of the fused loss deviates from the reference by "
+                f"{error:.3g}, more than the contract's {limit:g} for {dtype}."
+            )

@@ -1,0 +1,65 @@
+"""Student and privileged prompts: the same text but for one insertion, as token ids.
+
+The privileged prompt is the student's with `privileged_template` around the last user turn (or
+around a plain-text prompt), so nothing but the hint differs and the response starts at the same
+boundary. With an empty hint both are identical, and delta is 0 under equal weights.
+"""
+
+import re
+
+from .config import UserError
+
+
+def insert_hint(prompt, hint, template):
+    """The prompt (text or chat messages) with the hint inserted; unchanged when it is empty."""
+    if not hint:
+        return prompt
+    if isinstance(prompt, str):
+        values = {"prompt": prompt, "privileged_context": hint}
+        return re.sub(r"\{(prompt|privileged_context)\}", lambda m: values[m[1]], template)
+    last = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=None)
+    if last is None:
+        raise UserError("its chat has no user message that could carry the privileged context")
+    message = prompt[last]
+    content = insert_hint(message["content"], hint, template)
+    return [*prompt[:last], {**message, "content": content}, *prompt[last + 1 :]]
+
+
+def render(prompt, tokenizer):
+    """(text, assistant boundary): the prompt as the model sees it and how it must end."""
+    if isinstance(prompt, str):
+        return prompt, ""
+    if tokenizer.chat_template is None:
+        raise UserError("it is a chat, but the tokenizer has no chat template; use a plain text")
+    full = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    without = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=False)
+    return full, full[len(without) :] if full.startswith(without) else ""
+
+
+def encode(prompt, tokenizer):
+    """Token ids of a prompt; chat templates bring their own special tokens."""
+    text, _ = render(prompt, tokenizer)
+    return tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+
+
+def encode_pair(row, tokenizer, template):
+    """(student ids, privileged ids or None) of a row; its teacher_prompt column wins.
+
+    Raises UserError, a clause that the caller completes with the row's name.
+    """
+    prompt = row["prompt"]
+    privileged = row.get("teacher_prompt")
+    if privileged is None and row.get("privileged_context") is not None:
+        privileged = insert_hint(prompt, row["privileged_context"], template)
+    student_ids = encode(prompt, tokenizer)
+    if not student_ids:
+        raise UserError("its prompt has no token")
+    if privileged is None:
+        return student_ids, None
+    boundaries = [render(p, tokenizer)[1] for p in (prompt, privileged)]
+    if boundaries[0] != boundaries[1]:
+        raise UserError(
+            f"the assistant turn starts with {boundaries[0]!r} for the student but "
+            f"{boundaries[1]!r} for the privileged prompt, so the response would shift"
+        )
+    return student_ids, encode(privileged, tokenizer)
