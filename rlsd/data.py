@@ -209,3 +209,36 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint):
     if not kept:
         raise UserError(f"No row is left to use. {note}")
     return kept, note
+
+
+def load_data(config, tokenizer, log=print):
+    """(training rows, held-out rows), tokenised; no held-out question occurs in training."""
+    need_hint = config.objective == "rlsd" and config.rlsd_lambda > 0
+    rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.seed)
+    held_out = []
+    if config.eval_dataset:
+        held_out = load_rows(config.eval_dataset, size=config.eval_size, seed=config.seed + 1)
+        held_out = held_out[: config.eval_size]
+    elif config.eval_size:
+        if len(rows) <= config.eval_size:
+            raise UserError(
+                f"{config.train_dataset} has {len(rows)} rows, too few to hold out eval_size = "
+                f"{config.eval_size}; lower eval_size or name an eval_dataset."
+            )
+        rows, held_out = rows[: -config.eval_size], rows[-config.eval_size :]
+    seen = {str(row["prompt"]) for row in rows}
+    fresh = [row for row in held_out if str(row["prompt"]) not in seen]
+    if len(fresh) < len(held_out):
+        log(f"Left out {len(held_out) - len(fresh)} held-out questions that occur in training.")
+    if held_out and not fresh:
+        raise UserError("Every held-out question also occurs in training; name an eval_dataset.")
+    if config.shuffle_privileged_context:
+        rows = shuffle_hints(rows)
+    rows, note = tokenize_rows(rows, tokenizer, config, need_hint=need_hint)
+    if note:
+        log(note)
+    if fresh:
+        fresh, note = tokenize_rows(fresh, tokenizer, config, need_hint=False)
+        if note:
+            log(f"Held-out: {note}")
+    return rows, fresh

@@ -166,3 +166,13 @@ def evaluate(model, tokenizer, rows, config, reward_funcs, seed):
                 metrics[f"eval/leak_rate_{name}"] = leak_rate(out.texts, config.leak_markers)
     metrics["eval/completion_length"] = out.mask.sum(1).double().mean().item()
     return metrics
+
+
+def token_texts(tokenizer, ids):
+    """Text of each token, so that the pieces joined read like the completion."""
+    pieces, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        pieces.append(text[len(before) :])
+        before = text
+    return pieces

@@ -1,0 +1,16 @@
+"""RLSD trainer: reinforcement learning with verifiable rewards and a privileged self-teacher."""
+
+from rlsd_kernels import __version__
+
+from .advantages import group_advantages, rlsd_lambda_at
+from .config import TrainConfig, UserError, load_yaml, make_config
+
+__all__ = [
+    "TrainConfig",
+    "UserError",
+    "__version__",
+    "group_advantages",
+    "load_yaml",
+    "make_config",
+    "rlsd_lambda_at",
+]

@@ -1,0 +1,220 @@
+"""What a run shows and leaves behind: metrics.jsonl, TensorBoard, progress, samples, plots, card."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from .config import UserError
+
+METRICS = "metrics.jsonl"
+PROGRESS = (
+    ("reward", "reward", ".3f"), ("loss", "loss", "+.4f"), ("lambda", "rlsd/effective_lambda", ".2f"),
+    ("live", "rlsd/active_token_frac", ".0%"), ("length", "completions/mean_length", ".0f"),
+)
+PANELS = (
+    ("held-out pass@1, sampled", "eval/pass@1_sampled"), ("training reward", "reward"),
+    ("entropy (nats)", "entropy"), ("mean token weight, A > 0", "rlsd/weight_mean_pos"),
+    ("mean token weight, A < 0", "rlsd/weight_mean_neg"), ("leak rate", "leak_rate"),
+)
+
+
+def number(value):
+    """A plain float for JSON, None where it is not finite (a mean over no token)."""
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+class Reporter:
+    """Appends metrics to a run folder and shows progress; a context manager."""
+
+    def __init__(self, run_dir, config_dict, report_to, max_steps, start_step=0):
+        self.run_dir, self.max_steps, self.start_step = Path(run_dir), max_steps, start_step
+        self.began, self.shown = time.monotonic(), 0
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "config.yaml").write_text(
+            yaml.safe_dump(config_dict, sort_keys=False), encoding="utf-8"
+        )
+        kept = [r for r in read_metrics(run_dir) if r["step"] <= start_step] if start_step else []
+        self.file = open(self.run_dir / METRICS, "w", encoding="utf-8")  # noqa: SIM115
+        for record in kept:
+            self._write(record)
+        self.board = None
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(
+                self.run_dir / "tensorboard", purge_step=start_step + 1 if start_step else None
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if sys.stdout.isatty() and self.shown:
+            print()
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+    def _write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def log(self, step, metrics):
+        """Append one line of metrics for a step."""
+        record = {"step": step, **{name: number(v) for name, v in metrics.items()}}
+        self._write(record)
+        if self.board:
+            for name, value in record.items():
+                if value is not None and name != "step":
+                    self.board.add_scalar(name, value, step)
+        return record
+
+    def progress(self, step, metrics):
+        """One line: step, key metrics, seconds per step, time left; redrawn on a terminal."""
+        done = max(1, step - self.start_step)
+        seconds = (time.monotonic() - self.began) / done
+        left = round(seconds * (self.max_steps - step))
+        shown = [
+            f"{label} {metrics[name]:{form}}" for label, name, form in PROGRESS
+            if metrics.get(name) is not None
+        ]
+        evals = [f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items()
+                 if k.startswith("eval/pass@1")]
+        line = "  ".join([
+            f"step {step}/{self.max_steps}", *shown, *evals, f"{seconds:.2f} s/step",
+            f"ETA {left // 60}:{left % 60:02d}",
+        ])
+        if sys.stdout.isatty() and not evals:
+            print(f"\r\x1b[2K{line}", end="", flush=True)
+        else:
+            print(f"\r\x1b[2K{line}" if sys.stdout.isatty() else line, flush=True)
+        self.shown += 1
+
+
+def write_completions(run_dir, step, samples):
+    """completions/step-N.parquet: one row per completion of a rollout step."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            "log_completions_steps needs pyarrow: pip install 'rlsd[data]', or set it to 0."
+        ) from None
+    folder = Path(run_dir) / "completions"
+    folder.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(samples), folder / f"step-{step:06d}.parquet"
+    )
+
+
+def print_samples(samples, step, most=4):
+    """A table of completions whose tokens are coloured by A_hat / A: green above 1, red below."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"step {step}: samples, tokens coloured by weight (green > 1 > red)")
+    for name in ("prompt", "completion", "reward", "advantage"):
+        table.add_column(name, justify="right" if name in ("reward", "advantage") else "left")
+    ranked = sorted(samples, key=lambda s: -abs(s["advantage"]))
+    for sample in ranked[:most]:
+        text = Text()
+        for token, weight in zip(sample["tokens"], sample["token_weights"], strict=True):
+            strength = min(1.0, abs(weight - 1))
+            shade = int(70 + 185 * strength)
+            colour = f"rgb(0,{shade},0)" if weight > 1 else f"rgb({shade},0,0)"
+            text.append(token, style=f"bold {colour}" if strength > 1e-3 else "")
+        table.add_row(
+            Text(sample["prompt"][-60:]), text, f"{sample['reward']:.2f}",
+            f"{sample['advantage']:+.2f}",
+        )
+    Console().print(table)
+
+
+def read_metrics(run_dir):
+    """The records of a run's metrics.jsonl, oldest first."""
+    path = Path(run_dir) / METRICS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise UserError(f"{run_dir} is not a run folder: it has no {METRICS}.") from None
+    records = []
+    for number_, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number_ < len(lines):
+                raise UserError(f"Line {number_} of {path} is damaged.") from None
+    return records
+
+
+def series(records, name):
+    """Steps and values of one metric, where it was measured."""
+    points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def plot_runs(runs, path, title=None):
+    """Draw the curves of runs {label: run folder or records} into one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    data = {k: v if isinstance(v, list) else read_metrics(v) for k, v in runs.items()}
+    panels = [p for p in PANELS if any(series(r, p[1])[0] for r in data.values())]
+    if not panels:
+        raise UserError("There is nothing to plot yet: no step has been logged.")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, (label, name) in zip(axes.flat, panels, strict=False):
+        for k, (run, records) in enumerate(data.items()):
+            steps, values = series(records, name)
+            marker = "o" if name.startswith("eval/") else None
+            axis.plot(steps, values, label=run, color=f"C{k}", marker=marker, markersize=3, lw=1.4)
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("rollout step")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    if len(data) > 1:
+        axes.flat[0].legend(fontsize=8)
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return Path(path)
+
+
+def model_card(config, step, records):
+    """README.md of a checkpoint: what was trained, on what, how, and what was measured."""
+    measured = {}
+    for record in records:
+        measured.update({k: v for k, v in record.items() if k.startswith("eval/") and v is not None})
+    rows = "\n".join(f"| {k.removeprefix('eval/')} | {v:.4f} |" for k, v in sorted(measured.items()))
+    table = f"| held-out metric | value |\n|---|--:|\n{rows}" if rows else "No evaluation was run."
+    return f"""---
+library_name: transformers
+tags: [rlsd, rlvr, reinforcement-learning]
+---
+# {config.objective.upper()} checkpoint, step {step}
+
+Trained from `{config.model_name_or_path}` on `{config.train_dataset}` with rlsd
+(Self-Distilled RLVR, arXiv 2604.03128): {config.max_steps} rollout steps planned,
+{config.generation_batch_size} completions a step in groups of {config.num_generations},
+lambda {config.rlsd_lambda:g} decaying over {config.rlsd_lambda_decay_steps} steps,
+eps_w {config.rlsd_reweight_clip_range:g}, teacher `{config.teacher_model_kind}`,
+learning rate {config.learning_rate:g}, seed {config.seed}.
+
+{table}
+
+Load it with `AutoModelForCausalLM.from_pretrained(this_folder)`.
+"""

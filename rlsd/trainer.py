@@ -1,0 +1,405 @@
+"""The whole RLSD loop: sample groups, verify, score in the privileged context, one fused update.
+
+One rollout step: questions -> G completions each -> rewards -> group advantages -> dead sequences
+(A = 0) dropped -> student forward, teacher forward where lambda > 0 -> fused loss -> optimizer ->
+teacher sync. Parameters are fp32; micro-batching never changes loss or gradient.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from rlsd_kernels import (
+    aggregation_weights,
+    fused_linear_rlsd_loss,
+    linear_log_probs,
+    merge_stats,
+    rlsd_advantages,
+)
+
+from . import checkpoint
+from .advantages import group_advantages, rlsd_lambda_at
+from .config import TrainConfig, UserError
+from .data import load_data
+from .objectives import Batch, deviation_from_ref, loss_inputs, require_contract
+from .report import (
+    Reporter,
+    model_card,
+    plot_runs,
+    print_samples,
+    read_metrics,
+    write_completions,
+)
+from .rewards import load_reward_funcs
+from .rollout import (
+    completion_hidden,
+    evaluate,
+    head_of,
+    leak_rate,
+    roll_out,
+    token_texts,
+)
+from .teacher import Teacher, frozen_copy
+
+
+def load_model(path, device):
+    """(model in fp32, tokenizer) from a folder or hub id."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"Cannot load the model {path!r}: {reason}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"Cannot use device {device!r}: {str(error).splitlines()[0]}") from None
+
+
+class Trainer:
+    """Trains a causal LM by RLSD or GRPO.
+
+    config: TrainConfig. reward_funcs: callables that replace config.reward_funcs. resume_from: a
+    checkpoint folder. Raises UserError, in one sentence, on anything a user can fix.
+    """
+
+    def __init__(self, config: TrainConfig, *, reward_funcs=None, resume_from=None, log=print):
+        self.config, self.log = config, log
+        for name in ("model_name_or_path", "train_dataset"):
+            if not getattr(config, name):
+                raise UserError(f"{name} is not set; give it in the config or as --{name}.")
+        self.run_dir = Path(config.output_dir)
+        if resume_from is None and self.run_dir.exists() and any(self.run_dir.iterdir()):
+            raise UserError(
+                f"The run folder {self.run_dir} already exists; choose another --output_dir or "
+                f"continue it with --resume_from_checkpoint {self.run_dir}."
+            )
+        self.loss_config = config.loss_config()
+        self.reward_funcs = load_reward_funcs(reward_funcs or config.reward_funcs)
+        if config.report_to == "tensorboard":
+            try:
+                import tensorboard  # noqa: F401
+            except ImportError:
+                raise UserError(
+                    "report_to: tensorboard needs the tensorboard package: pip install "
+                    "'rlsd[log]', or set report_to to none."
+                ) from None
+        self.model, self.tokenizer = load_model(
+            str(resume_from or config.model_name_or_path), config.device
+        )
+        self.model.train()
+        self.pad_id = self.tokenizer.pad_token_id
+        self.head = head_of(self.model)
+        self.rows, self.held_out = load_data(config, self.tokenizer, log)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2),
+        )
+        self.scheduler = transformers.get_scheduler(
+            config.lr_scheduler_type, self.optimizer, num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps * config.num_iterations,
+        )
+        self.teacher = None
+        if self.loss_config.rlsd_lambda > 0:
+            self.teacher = Teacher(
+                self.model, config.teacher_model_kind, sync_steps=config.teacher_sync_steps,
+                ema_rate=config.teacher_ema_rate,
+            )
+        self.reference = frozen_copy(self.model) if config.beta > 0 else None
+        self.step = 0
+        if resume_from:
+            self._restore(resume_from)
+
+    def train(self):
+        """Run to config.max_steps; returns the records of metrics.jsonl."""
+        config = self.config
+        if self.step >= config.max_steps:
+            raise UserError(
+                f"{self.run_dir} is already at step {self.step}; raise max_steps to go on."
+            )
+        with Reporter(
+            self.run_dir, dataclasses.asdict(config), config.report_to, config.max_steps, self.step
+        ) as report:
+            if self.step == 0 and config.eval_steps:
+                report.log(0, self.evaluate())
+            while self.step < config.max_steps:
+                metrics, samples = self.train_step(self.step + 1)
+                self.step += 1
+                if self._due(config.eval_steps):
+                    metrics |= self.evaluate()
+                record = report.log(self.step, metrics)
+                if self._due(config.logging_steps):
+                    report.progress(self.step, record)
+                if samples:
+                    write_completions(self.run_dir, self.step, samples)
+                    print_samples(samples, self.step)
+                if self._due(config.save_steps) or self.step == config.max_steps:
+                    self.save()
+        plot_runs({config.objective: self.run_dir}, self.run_dir / "curves.png")
+        return read_metrics(self.run_dir)
+
+    def _due(self, every):
+        return every > 0 and (self.step % every == 0 or self.step == self.config.max_steps)
+
+    def evaluate(self):
+        """Held-out metrics; {} without held-out questions."""
+        if not self.held_out:
+            return {}
+        began = time.monotonic()
+        metrics = evaluate(
+            self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
+            self.config.seed,
+        )
+        return metrics | {"time/eval": time.monotonic() - began}
+
+    def rows_at(self, step):
+        """The questions of a rollout step: a fresh shuffle per epoch, a function of seed and step."""
+        count = self.config.generation_batch_size // self.config.num_generations
+        picked = []
+        for i in range((step - 1) * count, step * count):
+            epoch, k = divmod(i, len(self.rows))
+            picked.append(self.rows[self._order(epoch)[k]])
+        return picked
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _order(self, epoch):
+        seed = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.rows), generator=seed).tolist()
+
+    def train_step(self, step):
+        """One rollout and its optimizer steps; returns (metrics, samples or None)."""
+        config, began = self.config, time.monotonic()
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        rows = [row for row in self.rows_at(step) for _ in range(config.num_generations)]
+        rollout = roll_out(self.model, self.tokenizer, rows, config, self.reward_funcs)
+        advantages = group_advantages(
+            rollout.rewards, config.num_generations, config.scale_rewards
+        ).to(rollout.mask.device)
+        rolled = time.monotonic()
+
+        batch, live = self.make_batch(rollout, advantages, step)
+        metrics, outputs = self.update(batch, step)
+        if self.teacher:
+            self.teacher.after_step(step)
+
+        unmasked = self._mask(rollout).sum()
+        active = (self._mask(rollout) & (advantages != 0)[:, None]).sum()
+        groups = rollout.rewards.view(-1, config.num_generations)
+        metrics |= {
+            "reward": rollout.rewards.mean().item(),
+            "reward_std": groups.std(1).mean().item(),
+            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).double().mean().item(),
+            "completions/mean_length": rollout.mask.sum(1).double().mean().item(),
+            "completions/clipped_ratio": rollout.truncated.double().mean().item(),
+            "rlsd/active_token_frac": (active / unmasked.clamp(min=1)).item(),
+            "live_sequences": len(live),
+            "time/rollout": rolled - began,
+            "time/update": time.monotonic() - rolled,
+        }
+        for k, function in enumerate(self.reward_funcs):
+            values = rollout.rewards_per_func[:, k]
+            metrics[f"rewards/{function.__name__}/mean"] = values.nanmean().item()
+        if config.leak_markers:
+            metrics["leak_rate"] = leak_rate(rollout.texts, config.leak_markers)
+        samples = None
+        if config.log_completions_steps and step % config.log_completions_steps == 0:
+            samples = self._samples(rollout, advantages, batch, live, outputs)
+        return metrics, samples
+
+    def _mask(self, rollout):
+        if not self.config.mask_truncated_completions:
+            return rollout.mask
+        return rollout.mask & ~rollout.truncated[:, None]
+
+    def make_batch(self, rollout, advantages, step):
+        """The live sequences of a rollout as a Batch, and their indices.
+
+        Aggregation weights come from the whole rollout, so dropping and micro-batching are exact.
+        """
+        config, mask = self.config, self._mask(rollout)
+        weights = aggregation_weights(
+            mask, config.loss_type, max_completion_length=config.max_completion_length
+        )
+        alive = mask.any(1)
+        if config.beta == 0 and config.entropy_coef == 0:
+            alive = alive & (advantages != 0)
+        live = alive.nonzero().squeeze(1).tolist()
+        use_teacher = self._lambda(step) > 0
+        blamed_only = config.rlsd_negative_only
+        batch = Batch(
+            prompts=[rollout.rows[i]["prompt_ids"] for i in live],
+            teacher_prompts=[
+                rollout.rows[i]["teacher_prompt_ids"]
+                if use_teacher and (advantages[i] < 0 if blamed_only else advantages[i] != 0)
+                else None
+                for i in live
+            ],
+            completion_ids=rollout.completion_ids[live], mask=mask[live],
+            advantages=advantages[live], loss_weights=weights[live],
+        )
+        if self.reference is not None and live:
+            batch = batch._replace(ref_log_probs=self.score(self.reference, batch))
+        return batch, live
+
+    def _lambda(self, step):
+        config = self.config
+        return rlsd_lambda_at(
+            step, self.loss_config.rlsd_lambda, config.rlsd_lambda_warmup_steps,
+            config.rlsd_lambda_decay_steps,
+        )
+
+    @torch.no_grad()
+    def score(self, model, batch):
+        """(B, T) log-probs of the completions after the student's prompts, under any weights."""
+        log_probs = torch.zeros_like(batch.loss_weights)
+        for rows in self._micro_batches(batch):
+            part = batch.select(rows)
+            hidden = completion_hidden(
+                model, part.prompts, part.completion_ids, part.mask, self.pad_id
+            )
+            layer = model.get_output_embeddings()
+            log_probs[rows, : part.mask.shape[1]] = linear_log_probs(
+                hidden, layer.weight, part.completion_ids, bias=layer.bias,
+                temperature=self.config.temperature, logit_scale=self.head.logit_scale,
+                final_logit_softcapping=self.head.final_logit_softcapping, impl=self.config.impl,
+            )
+        return log_probs
+
+    def _micro_batches(self, batch):
+        count, size = len(batch.prompts), self.config.per_device_train_batch_size
+        return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+
+    def update(self, batch, step):
+        """num_iterations optimizer steps on a batch; returns (metrics, outputs of the first).
+
+        The first pass is on-policy (ratio 1), and its log-probs are the old ones of the rest. A
+        batch without a live sequence carries no signal and makes no optimizer step.
+        """
+        config, lam = self.config, self._lambda(step)
+        # Until old log-probs exist, delta's student is this very forward under either source.
+        loss_config = dataclasses.replace(self.loss_config, rlsd_delta_source="current")
+        metrics = {
+            "rlsd/effective_lambda": lam, "loss": 0.0, "grad_norm": 0.0,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+        }
+        outputs = (torch.zeros_like(batch.loss_weights), torch.zeros_like(batch.loss_weights))
+        stats = []
+        for iteration in range(config.num_iterations):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = 0.0
+            for k, rows in enumerate(self._micro_batches(batch)):
+                inputs = loss_inputs(
+                    self.model, self.head, self.teacher.model if self.teacher else None,
+                    batch.select(rows), self.pad_id, lam, loss_config,
+                )
+                if config.validate_every and step % config.validate_every == 0 and not k:
+                    errors = deviation_from_ref(inputs, config.impl)
+                    require_contract(errors, inputs["hidden"].dtype, step)
+                    metrics |= {f"validate/{name}": error for name, error in errors.items()}
+                out = fused_linear_rlsd_loss(impl=config.impl, return_entropy=True, **inputs)
+                out.loss.backward()
+                loss += out.loss.item()
+                stats.append(out.stats)
+                if iteration == 0:
+                    width = out.log_probs.shape[1]
+                    outputs[0][rows, :width] = out.log_probs
+                    if out.teacher_log_probs is not None:
+                        outputs[1][rows, :width] = out.teacher_log_probs
+            grad_norm = 0.0
+            if batch.prompts:
+                grad_norm = torch.nn.utils.clip_grad_norm_(
+                    self.model.parameters(), config.max_grad_norm
+                ).item()
+                self._require_finite(loss, grad_norm, step)
+                self.optimizer.step()
+            self.scheduler.step()
+            metrics["loss"] += loss / config.num_iterations
+            metrics["grad_norm"] += grad_norm / config.num_iterations
+            if iteration == 0 and config.num_iterations > 1:
+                loss_config = self.loss_config
+                batch = batch._replace(
+                    old_log_probs=outputs[0], teacher_log_probs=outputs[1] if lam > 0 else None
+                )
+        if stats:
+            merged = {k: v.item() for k, v in merge_stats(stats).items()}
+            metrics = {k: v for k, v in merged.items() if not k.startswith("tokens/")} | metrics
+        return metrics, outputs
+
+    def _require_finite(self, loss, grad_norm, step):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        last = checkpoint.latest(self.run_dir)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint exists yet"
+        raise UserError(
+            f"Step {step}: loss is {loss} and the gradient norm {grad_norm}, so training stopped "
+            f"before this update; lower learning_rate or look at the rewards; {kept}."
+        )
+
+    def _samples(self, rollout, advantages, batch, live, outputs):
+        """One dict per completion, with A_hat / A per token (1 where it is not re-weighted)."""
+        weights = torch.ones_like(rollout.mask, dtype=torch.float32)
+        lam = self._lambda(self.step + 1)
+        if live and lam > 0:
+            scored = torch.tensor(
+                [p is not None for p in batch.teacher_prompts], device=weights.device
+            )
+            a_hat = rlsd_advantages(
+                batch.advantages, *outputs, rlsd_lambda=lam,
+                rlsd_reweight_clip_range=self.config.rlsd_reweight_clip_range,
+            )
+            ratio = a_hat / batch.advantages[:, None]
+            weights[live] = torch.where(scored[:, None] & batch.mask, ratio, 1.0)
+        samples = []
+        for i, row in enumerate(rollout.rows):
+            keep = rollout.mask[i]
+            ids = rollout.completion_ids[i][keep].tolist()
+            samples.append({
+                "prompt": self.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
+                "completion": rollout.texts[i], "solution": row["solution"],
+                "reward": rollout.rewards[i].item(), "advantage": advantages[i].item(),
+                "tokens": token_texts(self.tokenizer, ids), "token_weights": weights[i][keep].tolist(),
+            })
+        return samples
+
+    def save(self):
+        """Write checkpoint-<step> of the run, whole or not at all."""
+        state = {
+            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "teacher": self.teacher.state_dict() if self.teacher else None,
+            "reference": self.reference.state_dict() if self.reference else None,
+            "teacher_model_kind": self.config.teacher_model_kind,
+        }
+        card = model_card(self.config, self.step, read_metrics(self.run_dir))
+        return checkpoint.save(
+            self.run_dir, self.step, self.model, self.tokenizer, state,
+            limit=self.config.save_total_limit, card=card,
+        )
+
+    def _restore(self, path):
+        """Optimizer, scheduler, teacher, reference, RNG and step from a checkpoint."""
+        state = checkpoint.load_state(path)
+        for part, owner in (("teacher", self.teacher), ("reference", self.reference)):
+            if owner is not None and state[part] is None:
+                raise UserError(f"The checkpoint {path} holds no {part}, which this run needs.")
+        if self.teacher and state["teacher_model_kind"] != self.teacher.kind:
+            raise UserError(
+                f"The checkpoint {path} holds a {state['teacher_model_kind']} teacher, but "
+                f"teacher_model_kind is {self.teacher.kind}."
+            )
+        if self.teacher:
+            self.teacher.load_state_dict(state["teacher"])
+        if self.reference:
+            self.reference.load_state_dict(state["reference"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        checkpoint.set_rng_state(state["rng"])
+        self.step = state["step"]
