@@ -9,6 +9,7 @@ which appears only in hinted demonstrations (a leak that can be counted).
 
 import json
 import random
+import statistics
 import time
 from pathlib import Path
 
@@ -16,10 +17,10 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from .config import TrainConfig, UserError, make_config
+from .config import UserError, make_config
 from .data import load_rows
 from .prompts import insert_hint
-from .report import number, plot_runs, read_metrics, series
+from .report import plot_runs, series
 from .rollout import left_pad
 from .trainer import Trainer
 
@@ -204,17 +205,18 @@ ARMS = {
     "RLSD, shuffled hints": {"objective": "rlsd", "shuffle_privileged_context": True},
 }
 CAVEATS = """What this shows, and what it does not:
-- The gain is in speed, on long chains whose errors propagate. Most task variants tried while this
-  demo was made showed little or none, and more rollouts with a higher learning rate erased it.
-- RLSD runs here in a strong setting (eps_w 1, lambda 1 -> 0 over 60 steps). The paper's own
-  (eps_w 0.2, lambda 0.5) is not a single-seed win; judging it needs several seeds and warm-ups.
-- The control shuffles the hints: it keeps the method and removes the information.
+- The gain is in speed, on long chains whose errors propagate. Most task variants tried while the
+  demo was designed showed little or none, and more rollouts with a higher rate erased it.
+- RLSD runs in a strong setting here (eps_w 1, lambda 1 -> 0 over 60 steps). The paper's own
+  (eps_w 0.2, lambda 0.5 -> 0 over 50) is not a single-seed win; judge it by many seeds.
+- The control shuffles the hints: it keeps the method and takes away the information.
 - The leak marker REF is planted in the warm-up. One on-policy epoch never uses the PPO clip.
-- One seed is one draw: try --seed 1, 2, 3 before you believe a difference."""
+- All seeds share one warm start, and other warm starts differ: try --seed 1, 2, 3."""
+SAMPLED, LEAK = "eval/pass@1_sampled", "eval/leak_rate_sampled"
 
 
 def demo_config(folder, seed, **options):
-    """The ordinary trainer's options for one arm of the demo."""
+    """The ordinary trainer's options for one run of the demo."""
     return make_config({
         "model_name_or_path": str(folder / "warm_start"),
         "train_dataset": str(folder / "train.jsonl"), "eval_dataset": str(folder / "eval.jsonl"),
@@ -223,82 +225,97 @@ def demo_config(folder, seed, **options):
         "rollout_batch_size": 512, "generation_batch_size": 64, "num_generations": 8,
         "per_device_train_batch_size": 64, "learning_rate": 5e-4, "adam_beta2": 0.98,
         "max_steps": 80, "rlsd_lambda": 1.0, "rlsd_reweight_clip_range": 1.0,
-        "rlsd_lambda_decay_steps": 60, "eval_steps": 5, "logging_steps": 20, "save_steps": 0,
-        "log_completions_steps": 20, "validate_every": 20, "seed": seed, **options,
+        "rlsd_lambda_decay_steps": 60, "eval_steps": 10, "logging_steps": 20, "save_steps": 0,
+        "log_completions_steps": 0, "validate_every": 20, "seed": seed, **options,
     })
 
 
-def steps_to(records, level):
-    """First evaluated step whose sampled pass@1 reaches a level, or None."""
-    steps, values = series(records, "eval/pass@1_sampled")
-    return next((s for s, v in zip(steps, values, strict=True) if v >= level), None)
+def write_problems(path, count, rng):
+    """A jsonl file of chain problems in the trainer's ordinary columns."""
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            prompt, worked = chain_problem(rng)
+            file.write(json.dumps({"prompt": prompt, "solution": worked}) + "\n")
 
 
-def run_demo(output_dir="runs/demo", seed=0, max_steps=80):
+def run_demo(output_dir="runs/demo", seed=0, num_seeds=3, max_steps=80, warm_up_steps=400):
     """Warm-start once, train every arm on the same problems, print the table, draw the curves."""
-    began = time.monotonic()
-    folder = Path(output_dir)
-    number_ = 1
+    began, folder, copies = time.monotonic(), Path(output_dir), 1
     while folder.exists():
-        number_ += 1
-        folder = Path(f"{output_dir}-{number_}")
+        copies += 1
+        folder = Path(f"{output_dir}-{copies}")
     folder.mkdir(parents=True)
-    print(f"RLSD demo: chain arithmetic mod 10, everything in {folder}, seed {seed}")
+    print(f"RLSD demo: chain arithmetic mod 10, seed {seed}; everything goes to {folder}\n")
     rng = random.Random(10_000 + seed)
-    for name, count in (("train", 2000), ("eval", 512)):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for _ in range(count):
-                prompt, worked = chain_problem(rng)
-                file.write(json.dumps({"prompt": prompt, "solution": worked}) + "\n")
+    write_problems(folder / "train.jsonl", 2000, rng)
+    write_problems(folder / "eval.jsonl", 512, rng)
 
     print("1. Warm start: a 0.1 M parameter Qwen3-architecture model from random weights")
     words = ["#", MARKER, "<q>", "<a>", "<h>", *map(str, range(10))]
     tokenizer = word_tokenizer([*words, *[f"{o}{b}" for o in OPERATIONS for b in range(10)]])
     model = tiny_model(len(tokenizer), seed=seed)
-    warm_up(model, tokenizer, chain_demonstrations(seed), 300, seed=seed)
+    warm_up(model, tokenizer, chain_demonstrations(seed), warm_up_steps, seed=seed)
     save_model(model, tokenizer, folder / "warm_start")
 
     results = {}
     for k, (name, options) in enumerate(ARMS.items(), 2):
-        print(f"{k}. {name}: {max_steps} rollout steps of 8 questions x 8 completions")
-        config = demo_config(
-            folder, seed, output_dir=str(folder / f"arm-{k - 1}"), max_steps=max_steps, **options
-        )
-        start = time.monotonic()
-        records = Trainer(config).train()
-        results[name] = (records, time.monotonic() - start)
+        results[name] = []
+        for s in range(seed, seed + num_seeds):
+            print(f"{k}. {name}, seed {s}: {max_steps} steps of 8 questions x 8 completions")
+            slug = name.lower().replace(",", "").replace(" ", "-")
+            show = max_steps // 2 if (name, s) == ("RLSD", seed) else 0
+            config = demo_config(
+                folder, s, output_dir=str(folder / f"{slug}-seed{s}"), max_steps=max_steps,
+                log_completions_steps=show, **options,
+            )
+            start = time.monotonic()
+            records = Trainer(config).train()
+            results[name].append((records, time.monotonic() - start))
     plot = plot_runs(
-        {name: records for name, (records, _) in results.items()}, folder / "curves.png",
-        title=f"Chain arithmetic mod 10, one warm start, seed {seed}",
+        {name: [records for records, _ in runs] for name, runs in results.items()},
+        folder / "curves.png", title=f"Chain arithmetic mod 10, warm start {seed}",
     )
-    print(demo_table(results))
-    print(CAVEATS)
-    print(f"Curves: {plot}\nTotal: {time.monotonic() - began:.0f} s")
+    table = demo_table(results, warm_start=seed)
+    (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n\n{CAVEATS}\n\nCurves: {plot}   Table: {folder / 'table.txt'}")
+    print(f"Total: {time.monotonic() - began:.0f} s")
     return results
 
 
-def demo_table(results):
-    """The closing table, as text: {arm: (records, seconds)}."""
-    grpo_final = series(results["GRPO"][0], "eval/pass@1_sampled")[1][-1]
+def demo_table(results, warm_start):
+    """The closing table, as text, from {arm: [(records, seconds) of each seed]}."""
+    curves = {
+        name: [series(records, SAMPLED)[1] for records, _ in runs]
+        for name, runs in results.items()
+    }
+    steps = series(results["GRPO"][0][0], SAMPLED)[0]
+    goal = statistics.fmean([c[-1] for c in curves["GRPO"]])
     lines = [
-        "",
-        f"{'arm':<22}{'before':>8}{'after':>8}{'greedy':>8}{'mean':>8}{'steps to':>10}"
-        f"{'leak':>8}{'peak':>8}{'time':>8}",
-        f"{'':<22}{'pass@1':>8}{'pass@1':>8}{'after':>8}{'curve':>8}{'GRPO end':>10}"
-        f"{'after':>8}{'leak':>8}{'s':>8}",
+        f"{'':<22}{'held-out pass@1, sampled':^38}{'steps to':>10}{'leak rate':>16}{'time':>7}",
+        f"{'arm':<22}{'before':>7}{'after':>16}{'curve mean':>15}{'GRPO end':>10}"
+        f"{'after':>9}{'peak':>7}{'s':>7}",
     ]
-    for name, (records, seconds) in results.items():
-        accuracy = series(records, "eval/pass@1_sampled")[1]
-        greedy = series(records, "eval/pass@1_greedy")[1]
-        leaks = series(records, "eval/leak_rate_sampled")[1]
-        reached = steps_to(records, grpo_final)
+    for name, runs in results.items():
+        average = [statistics.fmean(values) for values in zip(*curves[name], strict=True)]
+        reached = next((s for s, v in zip(steps, average, strict=True) if v >= goal), "never")
+        leaks = [series(records, LEAK)[1] for records, _ in runs]
         lines.append(
-            f"{name:<22}{accuracy[0]:>8.3f}{accuracy[-1]:>8.3f}{greedy[-1]:>8.3f}"
-            f"{sum(accuracy) / len(accuracy):>8.3f}"
-            f"{'never' if reached is None else reached:>10}{leaks[-1]:>8.3f}{max(leaks):>8.3f}"
-            f"{seconds:>8.1f}"
+            f"{name:<22}{average[0]:>7.3f}{spread([c[-1] for c in curves[name]]):>16}"
+            f"{spread([statistics.fmean(c) for c in curves[name]]):>15}{reached:>10}"
+            f"{statistics.fmean([x[-1] for x in leaks]):>9.3f}{max(map(max, leaks)):>7.3f}"
+            f"{statistics.fmean([seconds for _, seconds in runs]):>7.1f}"
         )
-    lines += ["", "pass@1 on 512 held-out questions, sampled unless greedy; leak: share of answers "
-              "that contain REF.", f"Steps to GRPO end: first evaluation at GRPO's final accuracy "
-              f"of {grpo_final:.3f}.", ""]
-    return "\n".join(lines)
+    gains = [statistics.fmean(r) - statistics.fmean(g) for r, g in zip(curves["RLSD"], curves["GRPO"], strict=True)]
+    return "\n".join([
+        *lines, "",
+        f"Mean +- sd over {len(gains)} seed(s) from warm start {warm_start}; 512 held-out questions.",
+        f"Steps to GRPO end: first evaluation whose mean reaches GRPO's final {goal:.3f}.",
+        f"Leak rate: share of unhinted answers with REF. RLSD - GRPO by curve mean, per seed: "
+        f"{', '.join(f'{g:+.3f}' for g in gains)}.",
+    ])
+
+
+def spread(values):
+    """mean +- sd, the sd only where there are several."""
+    sd = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{sd}"

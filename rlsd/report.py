@@ -160,14 +160,22 @@ def series(records, name):
 
 
 def plot_runs(runs, path, title=None):
-    """Draw the curves of runs {label: run folder or records} into one PNG."""
+    """Draw curves into one PNG; runs: {label: [run folder or records of each seed]}.
+
+    Several seeds of a label show as thin lines under their mean.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    data = {k: v if isinstance(v, list) else read_metrics(v) for k, v in runs.items()}
-    panels = [p for p in PANELS if any(series(r, p[1])[0] for r in data.values())]
+    data = {
+        label: [seed if isinstance(seed, list) else read_metrics(seed) for seed in seeds]
+        for label, seeds in runs.items()
+    }
+    panels = [
+        p for p in PANELS if any(series(r, p[1])[0] for seeds in data.values() for r in seeds)
+    ]
     if not panels:
         raise UserError("There is nothing to plot yet: no step has been logged.")
     columns = min(3, len(panels))
@@ -176,10 +184,19 @@ def plot_runs(runs, path, title=None):
         rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False, layout="constrained"
     )
     for axis, (label, name) in zip(axes.flat, panels, strict=False):
-        for k, (run, records) in enumerate(data.items()):
-            steps, values = series(records, name)
+        for k, (run, seeds) in enumerate(data.items()):
+            by_step = {}
+            for records in seeds:
+                points = series(records, name)
+                if len(seeds) > 1:
+                    axis.plot(*points, color=f"C{k}", alpha=0.25, lw=0.7)
+                for step, value in zip(*points, strict=True):
+                    by_step.setdefault(step, []).append(value)
+            means = [sum(by_step[s]) / len(by_step[s]) for s in sorted(by_step)]
             marker = "o" if name.startswith("eval/") else None
-            axis.plot(steps, values, label=run, color=f"C{k}", marker=marker, markersize=3, lw=1.4)
+            axis.plot(
+                sorted(by_step), means, label=run, color=f"C{k}", marker=marker, markersize=3, lw=1.6
+            )
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("rollout step")
         axis.grid(alpha=0.3)

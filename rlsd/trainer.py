@@ -144,7 +144,7 @@ class Trainer:
                     print_samples(samples, self.step)
                 if self._due(config.save_steps) or self.step == config.max_steps:
                     self.save()
-        plot_runs({config.objective: self.run_dir}, self.run_dir / "curves.png")
+        plot_runs({config.objective: [self.run_dir]}, self.run_dir / "curves.png")
         return read_metrics(self.run_dir)
 
     def _due(self, every):

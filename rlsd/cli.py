@@ -1,0 +1,262 @@
+"""The `rlsd` command: train, eval, plot, validate, doctor.
+
+A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exits with 130.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import logging
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from rlsd_kernels import __version__, available_impls
+
+from . import checkpoint
+from .config import TrainConfig, UserError, load_yaml, make_config
+
+USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
+
+  rlsd train [--seed N]                          the embedded demo
+  rlsd train --config x.yaml [--key value ...]   train; see `rlsd train --help` for every option
+  rlsd train --resume_from_checkpoint RUN        continue a run folder or a checkpoint in it
+  rlsd eval RUN [--key value ...]                held-out pass@1 of a run's newest checkpoint
+  rlsd plot RUN [RUN ...] [--output x.png]       draw the curves of runs
+  rlsd validate                                  every implementation against the reference
+  rlsd doctor                                    what is installed and which code will run
+"""
+
+
+def parse_options(arguments):
+    """{key: value} from --key value pairs; values are read as YAML; `--key` alone is an error."""
+    options, i = {}, 0
+    while i < len(arguments):
+        name = arguments[i]
+        if not name.startswith("--"):
+            raise UserError(f"Expected an option that starts with --, but got {name!r}.")
+        key, equals, value = name[2:].partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            if i + 1 >= len(arguments) or arguments[i + 1].startswith("--"):
+                raise UserError(f"--{key} needs a value.")
+            value, i = arguments[i + 1], i + 1
+        if key in options:
+            raise UserError(f"--{key} is given twice.")
+        try:
+            options[key] = yaml.safe_load(value) if value else value
+        except yaml.YAMLError:
+            options[key] = value
+        i += 1
+    return options
+
+
+def find_checkpoint(path):
+    """(run folder, checkpoint) from either of them; takes the newest of a run."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"There is no run folder or checkpoint {path}.")
+    if path.name.startswith("checkpoint-"):
+        return path.parent, path
+    found = checkpoint.latest(path)
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint, so there is nothing to continue or evaluate.")
+    return path, found
+
+
+def run_options(run_dir, options):
+    """The options that a run was started with, overridden."""
+    return {**load_yaml(Path(run_dir) / "config.yaml"), **options}
+
+
+def train(arguments):
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE.format(version=__version__))
+        print("Options of train with their defaults:")
+        for f in dataclasses.fields(TrainConfig):
+            value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            print(f"  --{f.name} {value!r}")
+        print("\nWhat each means: rlsd/config.py and the README.")
+        return 0
+    options = parse_options(arguments)
+    quiet_libraries()
+    if not set(options) - {"seed", "output_dir", "max_steps", "num_seeds"}:
+        from .demo import run_demo
+
+        check_demo_options(options)
+        run_demo(**options)
+        return 0
+    from .trainer import Trainer
+
+    resume, resume_from = options.pop("resume_from_checkpoint", None), None
+    if resume is not None:
+        run_dir, resume_from = find_checkpoint(resume)
+        options = run_options(run_dir, {**options, "output_dir": str(run_dir)})
+    path = options.pop("config", None)
+    config = make_config({**(load_yaml(path) if path else {}), **options})
+    if config.model_name_or_path == "scratch" and resume is None:
+        from .demo import scratch_model
+
+        require_new_folder(config.output_dir)
+        warm = scratch_model(config, Path(config.output_dir) / "warm_start")
+        config = dataclasses.replace(config, model_name_or_path=warm)
+        config = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / "rl"))
+    trainer = Trainer(config, resume_from=resume_from)
+    print(
+        f"{config.objective}: {len(trainer.rows)} training questions, {len(trainer.held_out)} held "
+        f"out, steps {trainer.step + 1} to {config.max_steps}, in {config.output_dir}"
+    )
+    trainer.train()
+    print(f"Done: {checkpoint.latest(config.output_dir)}, {Path(config.output_dir) / 'curves.png'}")
+    return 0
+
+
+def require_new_folder(path):
+    if Path(path).exists() and any(Path(path).iterdir()):
+        raise UserError(f"The run folder {path} already exists; choose another --output_dir.")
+
+
+def check_demo_options(options):
+    for name in ("seed", "max_steps", "num_seeds"):
+        low = 0 if name == "seed" else 1
+        value = options.get(name, low)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise UserError(f"--{name} must be a whole number of at least {low}, but got {value}.")
+    options["output_dir"] = str(options.get("output_dir", "runs/demo"))
+
+
+def evaluate(arguments):
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("rlsd eval needs a run folder or checkpoint: rlsd eval RUN.")
+    run_dir, path = find_checkpoint(arguments[0])
+    config = make_config(run_options(run_dir, parse_options(arguments[1:])))
+    quiet_libraries()
+    from .data import load_data
+    from .rewards import load_reward_funcs
+    from .rollout import evaluate as run
+    from .trainer import load_model
+
+    model, tokenizer = load_model(str(path), config.device)
+    _, held_out = load_data(config, tokenizer)
+    if not held_out:
+        raise UserError("There is nothing to evaluate: eval_size is 0 and eval_dataset is not set.")
+    metrics = run(
+        model, tokenizer, held_out, config, load_reward_funcs(config.reward_funcs), config.seed
+    )
+    print(f"{path} on {len(held_out)} held-out questions")
+    for name, value in metrics.items():
+        print(f"  {name.removeprefix('eval/'):<24}{value:.4f}")
+    return 0
+
+
+def plot(arguments):
+    from .report import plot_runs
+
+    runs = []
+    while arguments and not arguments[0].startswith("--"):
+        runs.append(arguments.pop(0).rstrip("/"))
+    options = parse_options(arguments)
+    output = options.pop("output", None)
+    if options or not runs:
+        raise UserError("Usage: rlsd plot RUN [RUN ...] [--output x.png].")
+    output = output or Path(runs[0]) / "curves.png"
+    print(plot_runs({run: [run] for run in runs}, output))
+    return 0
+
+
+def validate(arguments):
+    if arguments:
+        raise UserError(f"rlsd validate takes no arguments, but got {' '.join(arguments)}.")
+    from .validate import validate as run
+
+    return 1 if run() else 0
+
+
+def doctor(arguments):
+    if arguments:
+        raise UserError(f"rlsd doctor takes no arguments, but got {' '.join(arguments)}.")
+    print(f"rlsd {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print("\nPackages")
+    for name, use in (
+        ("torch", "everything"), ("numpy", "everything"), ("transformers", "train, eval"),
+        ("matplotlib", "curves"), ("rich", "sample tables"), ("pyarrow", "parquet, completions"),
+        ("reasoning-gym", "reasoning-gym: tasks"), ("datasets", "hub datasets"),
+        ("math-verify", "reward math_verify"), ("tensorboard", "report_to: tensorboard"),
+        ("triton", "not used by this version"),
+    ):
+        try:
+            state = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            state = "missing"
+        print(f"  {name:<16}{state:<16}{use}")
+    print("\nDevice")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            print(f"  cuda:{i}  {torch.cuda.get_device_name(i)}")
+    else:
+        print("  no CUDA device; runs on the CPU")
+    print(f"  {torch.get_num_threads()} CPU threads; nvcc: {shutil.which('nvcc') or 'not found'}")
+    print("\nImplementations of the fused loss")
+    status = available_impls()
+    for name, state in status.items():
+        print(f"  {name:<8}{state}")
+    auto = next(name for name, state in status.items() if state == "ok")
+    print(f"  impl='auto' runs {auto!r}, the fastest that is available here")
+    print("\nIntegrations\n  none in this version; import rlsd_kernels into your own trainer")
+    return 0
+
+
+def quiet_libraries():
+    """Keep the terminal for our own lines."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("rlsd_kernels").addHandler(logging.StreamHandler(sys.stdout))
+    logging.getLogger("rlsd_kernels").setLevel(logging.INFO)
+
+
+COMMANDS = {
+    "train": train, "eval": evaluate, "plot": plot, "validate": validate, "doctor": doctor,
+}
+
+
+def main(arguments=None):
+    """Entry point; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE.format(version=__version__))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"Unknown command {command!r}; there are {', '.join(COMMANDS)}.")
+        return COMMANDS[command](rest)
+    except UserError as error:
+        print(f"\nrlsd: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        if (error.name or "").split(".")[0] in ("rlsd", "rlsd_kernels"):
+            raise
+        print(
+            f"rlsd: {command} needs the package {error.name}: pip install 'rlsd[train]'.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nrlsd: interrupted; the checkpoints already written are intact, continue with "
+            "rlsd train --resume_from_checkpoint RUN.", file=sys.stderr,
+        )
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
