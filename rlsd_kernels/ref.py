@@ -29,7 +29,8 @@ def linear_log_probs(
 ):
     """log p(y) and entropy of rows (N, H) under the head (V, H); returns two (N,) tensors."""
     dtype = compute_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ weight.to(dtype).T
+    with torch.autocast(hidden.device.type, enabled=False):  # it would make 16-bit logits
+        logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
     logits = logit_scale * logits
@@ -153,7 +154,7 @@ def linear_rlsd_loss(
         with torch.no_grad():
             t_weight = weight if teacher_weight is None else teacher_weight
             t_lp, _ = linear_log_probs(teacher_hidden[scored], t_weight, safe[scored], **head)
-        teacher = zeros.masked_scatter(scored, t_lp)
+        teacher = zeros.masked_scatter(scored, t_lp.to(zeros.dtype))
     elif rlsd_lambda > 0:
         teacher = teacher_log_probs
     loss = rlsd_loss(
