@@ -3,7 +3,6 @@
 A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exits with 130.
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
 import logging
@@ -13,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 
 from rlsd_kernels import __version__, available_impls
 
@@ -34,6 +32,8 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
 
 def parse_options(arguments):
     """{key: value} from --key value pairs; values are read as YAML; `--key` alone is an error."""
+    import yaml
+
     options, i = {}, 0
     while i < len(arguments):
         name = arguments[i]

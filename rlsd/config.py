@@ -165,7 +165,7 @@ _AT_LEAST = {
 
 
 def _coerce(name, value, hint):
-    """The value in the option's type, or UserError; ints pass for floats, '1e-6' for YAML's sake."""
+    """The value in the option's type, or UserError; a text may be a float (YAML reads 1e-6 so)."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
             return None

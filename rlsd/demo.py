@@ -36,7 +36,8 @@ def apply(operation, a, b):
 
 def chain_problem(rng):
     """(prompt, worked solution) of a random chain; one token per operation with its operand."""
-    x, steps = rng.randrange(10), [(rng.choice(OPERATIONS), rng.randrange(10)) for _ in range(LENGTH)]
+    x = rng.randrange(10)
+    steps = [(rng.choice(OPERATIONS), rng.randrange(10)) for _ in range(LENGTH)]
     prompt = " ".join(["<q>", str(x), *[f"{o}{b}" for o, b in steps], "<a>"])
     values = []
     for operation, b in steps:
@@ -305,10 +306,14 @@ def demo_table(results, warm_start):
             f"{statistics.fmean([x[-1] for x in leaks]):>9.3f}{max(map(max, leaks)):>7.3f}"
             f"{statistics.fmean([seconds for _, seconds in runs]):>7.1f}"
         )
-    gains = [statistics.fmean(r) - statistics.fmean(g) for r, g in zip(curves["RLSD"], curves["GRPO"], strict=True)]
+    gains = [
+        statistics.fmean(rlsd) - statistics.fmean(grpo)
+        for rlsd, grpo in zip(curves["RLSD"], curves["GRPO"], strict=True)
+    ]
     return "\n".join([
         *lines, "",
-        f"Mean +- sd over {len(gains)} seed(s) from warm start {warm_start}; 512 held-out questions.",
+        f"Mean +- sd over {len(gains)} seed(s) from warm start {warm_start}, 512 held-out "
+        "questions.",
         f"Steps to GRPO end: first evaluation whose mean reaches GRPO's final {goal:.3f}.",
         f"Leak rate: share of unhinted answers with REF. RLSD - GRPO by curve mean, per seed: "
         f"{', '.join(f'{g:+.3f}' for g in gains)}.",

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: metrics.jsonl, TensorBoard, progress, samples, plots, card."""
+"""What a run shows and leaves: metrics.jsonl, TensorBoard, progress, samples, plots, card."""
 
 import json
 import math
@@ -12,7 +12,8 @@ from .config import UserError
 
 METRICS = "metrics.jsonl"
 PROGRESS = (
-    ("reward", "reward", ".3f"), ("loss", "loss", "+.4f"), ("lambda", "rlsd/effective_lambda", ".2f"),
+    ("reward", "reward", ".3f"), ("loss", "loss", "+.4f"),
+    ("lambda", "rlsd/effective_lambda", ".2f"),
     ("live", "rlsd/active_token_frac", ".0%"), ("length", "completions/mean_length", ".0f"),
 )
 PANELS = (
@@ -195,7 +196,8 @@ def plot_runs(runs, path, title=None):
             means = [sum(by_step[s]) / len(by_step[s]) for s in sorted(by_step)]
             marker = "o" if name.startswith("eval/") else None
             axis.plot(
-                sorted(by_step), means, label=run, color=f"C{k}", marker=marker, markersize=3, lw=1.6
+                sorted(by_step), means, label=run, color=f"C{k}", marker=marker, markersize=3,
+                lw=1.6,
             )
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("rollout step")
@@ -215,8 +217,11 @@ def model_card(config, step, records):
     """README.md of a checkpoint: what was trained, on what, how, and what was measured."""
     measured = {}
     for record in records:
-        measured.update({k: v for k, v in record.items() if k.startswith("eval/") and v is not None})
-    rows = "\n".join(f"| {k.removeprefix('eval/')} | {v:.4f} |" for k, v in sorted(measured.items()))
+        measured.update({
+            name.removeprefix("eval/"): value for name, value in record.items()
+            if name.startswith("eval/") and value is not None
+        })
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(measured.items()))
     table = f"| held-out metric | value |\n|---|--:|\n{rows}" if rows else "No evaluation was run."
     return f"""---
 library_name: transformers

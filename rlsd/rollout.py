@@ -160,7 +160,8 @@ def evaluate(model, tokenizer, rows, config, reward_funcs, seed):
         torch.manual_seed(seed)
         for name, greedy in (("greedy", True), ("sampled", False)):
             out = roll_out(model, tokenizer, rows, config, reward_funcs, greedy=greedy)
-            metrics[f"eval/pass@1_{name}"] = (out.rewards_per_func[:, 0] >= 1).double().mean().item()
+            full_marks = out.rewards_per_func[:, 0] >= 1
+            metrics[f"eval/pass@1_{name}"] = full_marks.double().mean().item()
             metrics[f"eval/reward_{name}"] = out.rewards.mean().item()
             if config.leak_markers:
                 metrics[f"eval/leak_rate_{name}"] = leak_rate(out.texts, config.leak_markers)

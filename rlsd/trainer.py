@@ -162,7 +162,7 @@ class Trainer:
         return metrics | {"time/eval": time.monotonic() - began}
 
     def rows_at(self, step):
-        """The questions of a rollout step: a fresh shuffle per epoch, a function of seed and step."""
+        """The questions of a rollout step: a function of seed and step, reshuffled per epoch."""
         count = self.config.generation_batch_size // self.config.num_generations
         picked = []
         for i in range((step - 1) * count, step * count):
@@ -366,7 +366,8 @@ class Trainer:
                 "prompt": self.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
                 "completion": rollout.texts[i], "solution": row["solution"],
                 "reward": rollout.rewards[i].item(), "advantage": advantages[i].item(),
-                "tokens": token_texts(self.tokenizer, ids), "token_weights": weights[i][keep].tolist(),
+                "tokens": token_texts(self.tokenizer, ids),
+                "token_weights": weights[i][keep].tolist(),
             })
         return samples
 

@@ -22,7 +22,7 @@ FEATURES = {
 
 
 def make_inputs(dtype, features, device="cpu", rows=97, hidden=64, vocab=1003, seed=0):
-    """Fused-loss arguments with both signs of A, dead groups, masked tokens and off-policy ratios."""
+    """Fused-loss arguments: both signs of A, dead groups, masked tokens, off-policy ratios."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

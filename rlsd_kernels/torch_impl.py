@@ -52,7 +52,9 @@ def token_loss(
         )
     positive = a_hat > 0
     blame_low = math.log1p(-config.epsilon) if config.epsilon < 1 else -MAX_LOG_RATIO
-    blame_high = MAX_LOG_RATIO if config.delta is None else min(math.log(config.delta), MAX_LOG_RATIO)
+    blame_high = MAX_LOG_RATIO
+    if config.delta is not None:
+        blame_high = min(math.log(config.delta), MAX_LOG_RATIO)
     low = torch.full_like(a_hat, blame_low).masked_fill_(positive, -MAX_LOG_RATIO)
     high = torch.full_like(a_hat, blame_high).masked_fill_(
         positive, math.log1p(config.epsilon_high)

@@ -1,0 +1,40 @@
+# make demo   train a tiny model by GRPO, RLSD and a control, and draw the curves
+# make test   the test-suite;  make test-slow  with the slow tests too
+# make lint   ruff;  make bench  the benchmark;  make clean  remove what these made
+# Each sets up its own virtual environment in .venv first. PYTHON=python3.12 make ... chooses one.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(READY)
+	$(BIN)/rlsd train
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench -q --benchmark-only
+
+$(READY): constraints.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "rlsd needs Python 3.10 to 3.13; choose one with PYTHON=..."; exit 1; }
+	@echo "==> creating $(VENV) and installing the pinned packages (a few minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation \
+		-e '.[train,rewards,data,log,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
