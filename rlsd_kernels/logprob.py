@@ -42,7 +42,7 @@ def choose_impl(impl):
             raise ValueError(f"impl={impl!r} cannot run: {status[impl]}")
         return impl
     chosen = next(name for name, state in status.items() if state == "ok")
-    if chosen not in _announced:
+    if chosen not in _announced and not torch.compiler.is_compiling():
         _announced.add(chosen)
         logger.info("impl='auto' runs %r, the fastest implementation available here.", chosen)
     return chosen
