@@ -73,31 +73,33 @@ def _(
     temperature, logit_scale, softcap, want_entropy, need_dx, need_dw, need_db, workspace,
 ):
     dtype, n = ref.compute_dtype(hidden.dtype), hidden.shape[0]
+    gradients = empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db)
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n if want_entropy or entropy_coef > 0 else 0, dtype=dtype),
-        *empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db),
+        *(x.to(torch_impl.stored_dtype(x.dtype)) for x in gradients),
     )
 
 
 def _fused_setup(ctx, inputs, output):
     ctx.save_for_backward(*output[4:])
     ctx.num_inputs = len(inputs)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.set_materialize_grads(False)
 
 
 def _fused_backward(ctx, grad_loss, *unused):
-    need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
     if grad_loss is None:
         return (None,) * ctx.num_inputs
-    dx, dw, db = ctx.saved_tensors
-    grads = (
-        dx * grad_loss.to(dx.dtype) if need_dx else None,
-        dw * grad_loss.to(dw.dtype) if need_dw else None,
-        db * grad_loss.to(db.dtype) if need_db else None,
-    )
+    upstream = grad_loss.reshape(1)  # not 0-dim: the product is fp32 and rounded once
+    grads = [
+        torch.mul(x, upstream, out=torch.empty_like(x, dtype=dtype)) if needed else None
+        for x, dtype, needed in zip(
+            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+        )
+    ]
     return (*grads, *[None] * (ctx.num_inputs - 3))
 
 

@@ -115,20 +115,27 @@ class Head:
 
 
 def chunk_log_probs(head, h, ids, *, keep_logits=False, want_entropy=False):
-    """One chunk: log p(y), entropy or None, probabilities p (M, V), and the logits if kept."""
+    """One chunk: log p(y), entropy or None, probabilities p (M, V), and the logits if kept.
+
+    Kept logits are shifted by their row maximum, which no caller can tell, except under softcap.
+    """
     z = head.logits(h)
     row = torch.arange(len(ids), device=ids.device)
     z_y = z[row, ids]
     z_max = z.amax(-1, keepdim=True)
-    e = z - z_max if keep_logits or want_entropy else z.sub_(z_max)
-    e.exp_()
+    if keep_logits and head.softcap is not None:
+        e, level = (z - z_max).exp_(), z_max
+    else:  # sum(p z) of shifted logits does not cancel against their level
+        z -= z_max
+        e, level = z.exp() if keep_logits or want_entropy else z.exp_(), 0
     total = e.sum(-1, keepdim=True)
     log_total = total.log()
     log_probs = z_y - z_max.squeeze(-1) - log_total.squeeze(-1)
     p = e.div_(total)
     entropy = None
     if want_entropy:
-        entropy = (z_max + log_total).squeeze(-1) - torch.linalg.vecdot(p, z)
+        with torch.autocast(z.device.type, enabled=False):  # it would round p and z to 16 bits
+            entropy = (level + log_total).squeeze(-1) - torch.linalg.vecdot(p, z)
     return log_probs, entropy, p, z if keep_logits else None
 
 
@@ -185,7 +192,7 @@ def linear_log_probs_bwd(
     """dh, dW, db of sum(grad_log_probs log p(y) + grad_entropy H), logits recomputed by chunk."""
     head = Head(weight, bias, temperature, logit_scale, softcap)
     n, vocab = hidden.shape[0], weight.shape[0]
-    grads = _Gradients(hidden, weight, head.dtype, need_dx, need_dw, need_db)
+    grads = _Gradients(hidden, weight, head.dtype, hidden.dtype, need_dx, need_dw, need_db)
     keep = softcap is not None or grad_entropy is not None
     for rows in _chunks(n, vocab, head.dtype, 2 if keep else 1, max_workspace_bytes):
         ids, h = completion_ids[rows].clamp(0, vocab - 1), hidden[rows].to(head.dtype)
@@ -195,14 +202,14 @@ def linear_log_probs_bwd(
         g = _bad_to_nan(grad_log_probs[rows].to(head.dtype), completion_ids[rows], vocab)
         g_ent = None if grad_entropy is None else grad_entropy[rows].to(head.dtype)
         grads.add(rows, head, h, logit_gradient(p, z, ids, lp, g, ent, g_ent), z)
-    return grads.cast(hidden, weight, bias)
+    return grads.cast(weight.dtype, head.dtype if bias is None else bias.dtype)
 
 
 class _Gradients:
     """dh by rows, dW and db accumulated in compute dtype and cast once at the end."""
 
-    def __init__(self, hidden, weight, dtype, need_dx, need_dw, need_db):
-        self.dx = torch.zeros_like(hidden) if need_dx else hidden.new_empty(0)
+    def __init__(self, hidden, weight, dtype, dx_dtype, need_dx, need_dw, need_db):
+        self.dx = torch.zeros_like(hidden if need_dx else hidden.new_empty(0), dtype=dx_dtype)
         self.dw = weight.new_zeros(weight.shape if need_dw else 0, dtype=dtype)
         self.db = weight.new_zeros(weight.shape[0] if need_db else 0, dtype=dtype)
         self.need_dx, self.need_dw, self.need_db = need_dx, need_dw, need_db
@@ -216,9 +223,14 @@ class _Gradients:
         if self.need_db:
             self.db += dz.sum(0)
 
-    def cast(self, hidden, weight, bias):
-        db = self.db if bias is None else self.db.to(bias.dtype)
-        return self.dx, self.dw.to(weight.dtype), db
+    def cast(self, dw_dtype, db_dtype):
+        return self.dx, self.dw.to(dw_dtype), self.db.to(db_dtype)
+
+
+def stored_dtype(dtype):
+    """Dtype of gradients formed before the upstream gradient is known: fp16 would flush those that
+    a loss scale is about to lift."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def linear_rlsd_loss(
@@ -229,14 +241,17 @@ def linear_rlsd_loss(
 ):
     """loss (), log_probs (N,), teacher_log_probs (N,), entropy (N,) or (0,), dh, dW, db.
 
-    Gradients are those of the loss itself (upstream gradient 1). Rows that are not live keep 0 in
-    every output, and so does the teacher where no token is re-weighted.
+    Gradients are those of the loss itself (upstream gradient 1), in stored_dtype. Rows that are
+    not live keep 0 in every output, and so does the teacher where no token is re-weighted.
     """
     head = Head(weight, bias, config.temperature, logit_scale, softcap)
     use_teacher = rlsd_lambda > 0
     n, vocab = hidden.shape[0], weight.shape[0]
     want_entropy = want_entropy or config.entropy_coef > 0
     index = live_rows(loss_weights, advantages, config.beta > 0 or config.entropy_coef > 0)
+    need_grad = need_dx or need_dw or need_db
+    keep = need_grad and (softcap is not None or config.entropy_coef > 0)
+    buffers = 2 if keep or want_entropy else 1
 
     log_probs = hidden.new_zeros(n, dtype=head.dtype)
     entropy = hidden.new_zeros(n if want_entropy else 0, dtype=head.dtype)
@@ -249,16 +264,17 @@ def linear_rlsd_loss(
             chosen = chosen & reweight_mask
         rows = index[chosen[index]]
         t_head = weight if teacher_weight is None else teacher_weight
-        teacher[rows], _ = linear_log_probs_fwd(
+        # Chunks as tall as the student's: equal hidden states then give equal bits.
+        t_lp, _ = linear_log_probs_fwd(
             teacher_hidden[rows], t_head, completion_ids[rows], bias, config.temperature,
-            logit_scale, softcap, False, max_workspace_bytes,
+            logit_scale, softcap, False, max_workspace_bytes // buffers,
         )
+        teacher[rows] = t_lp.to(head.dtype)
 
-    grads = _Gradients(hidden, weight, head.dtype, need_dx, need_dw, need_db)
-    need_grad = need_dx or need_dw or need_db
-    keep = need_grad and (softcap is not None or config.entropy_coef > 0)
+    dx_dtype, dw_dtype = stored_dtype(hidden.dtype), stored_dtype(weight.dtype)
+    db_dtype = head.dtype if bias is None else stored_dtype(bias.dtype)
+    grads = _Gradients(hidden, weight, head.dtype, dx_dtype, need_dx, need_dw, need_db)
     loss = hidden.new_zeros((), dtype=head.dtype)
-    buffers = 2 if keep or want_entropy else 1
     for rows in _chunks(len(index), vocab, head.dtype, buffers, max_workspace_bytes):
         rows = index[rows]
         h, ids = hidden[rows].to(head.dtype), completion_ids[rows].clamp(0, vocab - 1)
@@ -288,7 +304,7 @@ def linear_rlsd_loss(
             loss += (g_entropy * ent).sum()
         if need_grad:
             grads.add(rows, head, h, logit_gradient(p, z, ids, lp, g, ent, g_entropy), z)
-    return (loss, log_probs, teacher, entropy, *grads.cast(hidden, weight, bias))
+    return (loss, log_probs, teacher, entropy, *grads.cast(dw_dtype, db_dtype))
 
 
 def rlsd_loss(
