@@ -89,7 +89,8 @@ def assert_as_accurate(got, same_dtype, truth):
         if not name.startswith("d_"):
             scale = max(1.0, scale)
         own = torch.finfo(value.dtype)
-        noise = 4 * torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps * scale
+        eps = torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps
+        noise = (4 * eps + 32 * torch.finfo(torch.float64).eps) * scale
         noise += own.smallest_normal * own.eps  # the spacing of fp16 below 6e-5
         allowed = 2 * peer + noise
         assert error <= allowed, (
