@@ -5,6 +5,7 @@ Names follow TRL's GRPOConfig where it has one and ms-swift's for RLSD.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -119,8 +120,15 @@ class TrainConfig:
             )
         if not 0 < self.teacher_ema_rate <= 1:
             raise UserError(f"teacher_ema_rate must be in (0, 1], but got {self.teacher_ema_rate}.")
-        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
-            raise UserError("learning_rate and max_grad_norm must be positive.")
+        if not 0 < self.learning_rate < math.inf or self.max_grad_norm <= 0:
+            raise UserError(
+                "learning_rate and max_grad_norm must be positive, and learning_rate finite."
+            )
+        if not 0 <= self.adam_beta1 < 1 or not 0 <= self.adam_beta2 < 1:
+            raise UserError(
+                f"adam_beta1 and adam_beta2 must be in [0, 1), but got {self.adam_beta1} and "
+                f"{self.adam_beta2}."
+            )
         if not self.reward_funcs:
             raise UserError("reward_funcs must name at least one reward function.")
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
@@ -176,12 +184,13 @@ def _coerce(name, value, hint):
         return [_coerce(name, v, item) for v in items]
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            value = float(value)
+        except (ValueError, OverflowError):
             pass
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    nan = isinstance(value, float) and math.isnan(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not nan:
         return value
     raise UserError(f"{name} must be {_NAMES.get(hint, hint)}, but got {value!r}.")
 
