@@ -1,0 +1,213 @@
+import math
+
+import pytest
+
+from rlsd import TrainConfig, UserError, load_yaml, make_config
+from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE, LR_SCHEDULERS, TEACHER_MODEL_KINDS
+
+# option -> values that must be refused
+BAD = {
+    "objective": ["ppo", "", "RLSD", None],
+    "teacher_model_kind": ["frozen", "EMA"],
+    "scale_rewards": ["std", True],
+    "loss_type": ["sum", "dr-grpo"],
+    "lr_scheduler_type": ["step"],
+    "impl": ["gpu"],
+    "report_to": ["wandb"],
+    "num_generations": [1, 0, 2.0, "8", True, None],
+    "generation_batch_size": [12, 1, -8],
+    "max_steps": [0, 1.5, "ten", [1]],
+    "seed": [-1],
+    "eval_size": [-1],
+    "max_prompt_length": [0, "long"],
+    "max_teacher_prompt_length": [0],
+    "rollout_batch_size": [0],
+    "max_completion_length": [0],
+    "per_device_train_batch_size": [0],
+    "num_iterations": [0],
+    "teacher_sync_steps": [0],
+    "logging_steps": [0],
+    "save_total_limit": [0],
+    "rlsd_lambda_warmup_steps": [-1],
+    "rlsd_lambda_decay_steps": [-1],
+    "weight_decay": [-0.1, math.nan],
+    "teacher_ema_rate": [0.0, 1.01, math.nan],
+    "learning_rate": [0.0, -1e-6, "fast", True, None, math.nan, math.inf],
+    "max_grad_norm": [0, -1, math.nan],
+    "adam_beta1": [1.0, -0.1, math.nan],
+    "adam_beta2": [1.0, -0.1],
+    "reward_funcs": [[], [["exact_match"]], {"exact_match": 1}, [None]],
+    "reward_weights": [[1.0, 2.0], ["heavy"], [math.nan]],
+    "leak_markers": [[True]],
+    "output_dir": [None, True, ["runs"]],
+    "allow_missing_privileged_context": ["yes", 1, None],
+    "rlsd_negative_only": [0],
+    "rlsd_lambda": [1.5, -0.1, "half"],
+    "rlsd_reweight_clip_range": [1.5],
+    "rlsd_delta_source": ["teacher"],
+    "epsilon": [-0.1],
+    "delta": [1.0],
+    "beta": [-1],
+    "temperature": [0, math.nan],
+    "privileged_template": ["{prompt}", "{privileged_context}", "{prompt} {prompt} "
+                            "{privileged_context}", ""],
+}
+
+
+def case_id(value):
+    return value if isinstance(value, str) and value else repr(value)
+
+
+def one_sentence(error, *parts):
+    """The message, after checking that it is one sentence with each part."""
+    message = str(error.value)
+    assert message.endswith(".") and "\n" not in message and ". " not in message, message
+    for part in parts:
+        assert str(part) in message, message
+    return message
+
+
+@pytest.mark.parametrize(
+    "name, value", [(n, v) for n, vs in BAD.items() for v in vs], ids=case_id
+)
+def test_a_bad_value_is_one_sentence_naming_the_option(name, value):
+    with pytest.raises(UserError) as error:
+        TrainConfig(**{name: value})
+    one_sentence(error, name)
+
+
+@pytest.mark.parametrize("name, allowed", [
+    ("objective", ("rlsd", "grpo")), ("teacher_model_kind", TEACHER_MODEL_KINDS),
+    ("lr_scheduler_type", LR_SCHEDULERS), ("loss_type", ("grpo", "bnpo", "dapo", "dr_grpo")),
+])
+def test_choices_are_kept_and_listed_in_the_error(name, allowed):
+    for value in allowed:
+        assert getattr(TrainConfig(**{name: value}), name) == value
+    with pytest.raises(UserError) as error:
+        TrainConfig(**{name: "nonsense"})
+    one_sentence(error, *allowed, "'nonsense'")
+
+
+def test_defaults_are_the_papers_and_valid():
+    config = TrainConfig()
+    assert (config.num_generations, config.temperature, config.learning_rate) == (8, 1.0, 1e-6)
+    assert (config.teacher_model_kind, config.teacher_sync_steps) == ("snapshot", 10)
+    assert (config.rlsd_lambda_warmup_steps, config.rlsd_lambda_decay_steps) == (0, 50)
+    assert config.privileged_template == DEFAULT_PRIVILEGED_TEMPLATE
+    loss = config.loss_config()
+    assert (loss.rlsd_lambda, loss.rlsd_reweight_clip_range) == (0.5, 0.2)
+    assert (loss.epsilon, loss.epsilon_high, loss.delta, loss.beta) == (0.2, 0.28, 3.0, 0.0)
+
+
+def test_mutable_defaults_are_not_shared():
+    TrainConfig().reward_funcs.append("other")
+    assert TrainConfig().reward_funcs == ["exact_match"]
+
+
+@pytest.mark.parametrize("given, kept", [
+    ({"learning_rate": "1e-6"}, 1e-6),  # YAML 1.1 reads 1e-6 as a text
+    ({"learning_rate": 1}, 1.0),
+    ({"delta": None}, None),
+    ({"max_prompt_length": None}, None),
+    ({"max_prompt_length": 7}, 7),
+    ({"reward_weights": None}, None),
+    ({"reward_weights": 2}, [2.0]),
+    ({"reward_funcs": "math_verify"}, ["math_verify"]),
+    ({"leak_markers": ("REF", 5)}, ["REF", "5"]),
+    ({"output_dir": 5}, "5"),
+    ({"seed": 3}, 3),
+    ({"rlsd_lambda": 0}, 0.0),
+], ids=str)
+def test_coercion(given, kept):
+    (name,) = given
+    value = getattr(TrainConfig(**given), name)
+    assert value == kept and type(value) is type(kept)
+
+
+def test_groups_must_be_whole():
+    assert TrainConfig(generation_batch_size=24, num_generations=6).generation_batch_size == 24
+    with pytest.raises(UserError) as error:
+        TrainConfig(generation_batch_size=64, num_generations=6)
+    one_sentence(error, "generation_batch_size (64)", "num_generations (6)")
+
+
+def test_reward_weights_need_one_entry_per_function():
+    funcs = ["exact_match", "math_verify"]
+    config = TrainConfig(reward_funcs=funcs, reward_weights=[1, 0.5])
+    assert config.reward_weights == [1.0, 0.5]
+    with pytest.raises(UserError) as error:
+        TrainConfig(reward_funcs=funcs, reward_weights=[1.0])
+    one_sentence(error, "reward_weights has 1", "reward_funcs has 2")
+
+
+@pytest.mark.parametrize("missing", ["{prompt}", "{privileged_context}"])
+def test_template_error_names_the_missing_placeholder(missing):
+    with pytest.raises(UserError) as error:
+        TrainConfig(privileged_template=DEFAULT_PRIVILEGED_TEMPLATE.replace(missing, ""))
+    one_sentence(error, "privileged_template", missing)
+
+
+def test_objective_grpo_is_lambda_zero_and_nothing_else():
+    options = {"rlsd_lambda": 0.7, "epsilon": 0.1, "delta": None, "temperature": 0.9}
+    rlsd = TrainConfig(objective="rlsd", **options).loss_config()
+    grpo = TrainConfig(objective="grpo", **options).loss_config()
+    assert rlsd.rlsd_lambda == 0.7 and grpo.rlsd_lambda == 0.0
+    assert vars(rlsd) | {"rlsd_lambda": 0} == vars(grpo) | {"rlsd_lambda": 0}
+    assert (grpo.epsilon, grpo.delta, grpo.temperature) == (0.1, None, 0.9)
+
+
+@pytest.mark.parametrize("typo, near", [
+    ("rlsd_lamda", "rlsd_lambda"), ("learning_rat", "learning_rate"),
+    ("num_generation", "num_generations"),
+])
+def test_unknown_option_names_the_near_one(typo, near):
+    with pytest.raises(UserError) as error:
+        make_config({typo: 1})
+    assert str(error.value) == f"Unknown option {typo!r}; did you mean {near}?"
+
+
+@pytest.mark.parametrize("name", ["xyzzy", 3])
+def test_unknown_option_without_a_near_one_points_to_the_help(name):
+    with pytest.raises(UserError) as error:
+        make_config({name: 1})
+    one_sentence(error, repr(name), "--help")
+
+
+def test_make_config_keeps_the_options():
+    assert make_config({"max_steps": 3, "objective": "grpo"}) == TrainConfig(
+        max_steps=3, objective="grpo"
+    )
+
+
+def test_yaml_round_trip(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-6\ndelta: null\nreward_funcs: [exact_match]\nseed: 4\n")
+    config = make_config(load_yaml(path))
+    assert (config.learning_rate, config.delta, config.seed) == (1e-6, None, 4)
+
+
+def test_empty_yaml_is_no_option(tmp_path):
+    (tmp_path / "x.yaml").write_text("# nothing yet\n")
+    assert load_yaml(tmp_path / "x.yaml") == {}
+
+
+@pytest.mark.parametrize("content, parts", [
+    (b"seed: 1\nobjective: [rlsd\nmax_steps: 3\n", ["not valid YAML", "line 3"]),
+    (b"\xff\xfe\x00", ["not valid YAML"]),
+    (b"seed: !!python/object:os.system {}\n", ["not valid YAML", "line 1"]),
+    (b"- seed\n- 3\n", ["option: value"]),
+    (b"seed\n", ["option: value"]),
+], ids=["syntax", "not-utf8", "python-object", "list", "scalar"])
+def test_bad_yaml_names_the_file(tmp_path, content, parts):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_yaml(path)
+    one_sentence(error, path, *parts)
+
+
+def test_missing_yaml_names_the_file(tmp_path):
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(UserError) as error:
+            load_yaml(path)
+        one_sentence(error, path)
