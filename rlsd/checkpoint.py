@@ -1,4 +1,4 @@
-"""Checkpoints that either exist whole or not at all.
+"""Loading models, and checkpoints that either exist whole or not at all.
 
 A checkpoint is written to a hidden folder beside its place, flushed to disk and renamed: a crash,
 a kill or a full disk leaves the previous one as it was. checkpoint-N loads with from_pretrained;
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy
 import torch
+import transformers
 
 from .config import UserError
 
@@ -65,12 +66,13 @@ def save(run_dir, step, model, tokenizer, state, *, limit=None, card=None):
         os.rename(partial, final)
         _flush(run_dir)
     except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
         last = latest(run_dir)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint exists yet"
         raise UserError(
             f"Could not save checkpoint-{step} in {run_dir} ({_reason(error)}); {kept}."
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     for old in checkpoints(run_dir)[: -limit if limit else 0]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -98,3 +100,21 @@ def load_state(path):
         return torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"The checkpoint {path} cannot be read ({_reason(error)}).") from None
+
+
+def load_model(path, device):
+    """(model in fp32, tokenizer) from a folder or hub id."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"Cannot load the model {path!r}: {reason}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"Cannot use device {device!r}: {str(error).splitlines()[0]}") from None

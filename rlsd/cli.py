@@ -15,7 +15,6 @@ import torch
 
 from rlsd_kernels import __version__, available_impls
 
-from . import checkpoint
 from .config import TrainConfig, UserError, load_yaml, make_config
 
 USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
@@ -57,6 +56,8 @@ def parse_options(arguments):
 
 def find_checkpoint(path):
     """(run folder, checkpoint) from either of them; takes the newest of a run."""
+    from . import checkpoint
+
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"There is no run folder or checkpoint {path}.")
@@ -90,6 +91,7 @@ def train(arguments):
         check_demo_options(options)
         run_demo(**options)
         return 0
+    from . import checkpoint
     from .trainer import Trainer
 
     resume, resume_from = options.pop("resume_from_checkpoint", None), None
@@ -135,10 +137,10 @@ def evaluate(arguments):
     run_dir, path = find_checkpoint(arguments[0])
     config = make_config(run_options(run_dir, parse_options(arguments[1:])))
     quiet_libraries()
+    from .checkpoint import load_model
     from .data import load_data
     from .rewards import load_reward_funcs
     from .rollout import evaluate as run
-    from .trainer import load_model
 
     model, tokenizer = load_model(str(path), config.device)
     _, held_out = load_data(config, tokenizer)
@@ -248,6 +250,13 @@ def main(arguments=None):
         print(
             f"rlsd: {command} needs the package {error.name}: pip install 'rlsd[train]'.",
             file=sys.stderr,
+        )
+        return 2
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"\nrlsd: {command} stopped: {error.strerror or error}{where}; the checkpoints already "
+            "written are intact.", file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:

@@ -47,24 +47,6 @@ from .rollout import (
 from .teacher import Teacher, frozen_copy
 
 
-def load_model(path, device):
-    """(model in fp32, tokenizer) from a folder or hub id."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"Cannot load the model {path!r}: {reason}") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return model.to(device), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"Cannot use device {device!r}: {str(error).splitlines()[0]}") from None
-
-
 class Trainer:
     """Trains a causal LM by RLSD or GRPO.
 
@@ -93,7 +75,7 @@ class Trainer:
                     "report_to: tensorboard needs the tensorboard package: pip install "
                     "'rlsd[log]', or set report_to to none."
                 ) from None
-        self.model, self.tokenizer = load_model(
+        self.model, self.tokenizer = checkpoint.load_model(
             str(resume_from or config.model_name_or_path), config.device
         )
         self.model.train()
