@@ -23,7 +23,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 bench: $(READY)
-	$(BIN)/python -m pytest bench -q --benchmark-only
+	$(BIN)/python -m pytest bench/bench_loss.py -q --benchmark-only --benchmark-columns=median,min,rounds
 
 $(READY): constraints.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
