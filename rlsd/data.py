@@ -9,7 +9,7 @@ import json
 import os
 
 from .config import UserError
-from .prompts import encode_pair
+from .prompts import encode_pair, is_chat
 
 SOURCE = "_source"
 # Tasks of reasoning-gym 0.1.25 whose scorers do not give their own stored answers full marks.
@@ -108,7 +108,7 @@ def _uniform(row, source):
         if row.get(column) in (None, "", []):
             raise UserError(f"Row {source} has no {column}.")
     prompt = row["prompt"]
-    if not isinstance(prompt, str) and not _is_chat(prompt):
+    if not isinstance(prompt, str) and not is_chat(prompt):
         raise UserError(
             f"Row {source}: prompt must be a text or a list of messages with role and text "
             f"content, but is {prompt!r:.80}."
@@ -120,13 +120,6 @@ def _uniform(row, source):
         raise UserError(f"Row {source}: privileged_context must be a text.")
     row[SOURCE] = source
     return row
-
-
-def _is_chat(prompt):
-    return isinstance(prompt, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
-        for m in prompt
-    )
 
 
 def _reasoning_gym(tasks, size, seed):

@@ -25,14 +25,28 @@ def insert_hint(prompt, hint, template):
     return [*prompt[:last], {**message, "content": content}, *prompt[last + 1 :]]
 
 
+def is_chat(prompt):
+    """Whether it is a list of messages with a role and text content."""
+    return isinstance(prompt, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
+        for m in prompt
+    )
+
+
 def render(prompt, tokenizer):
     """(text, assistant boundary): the prompt as the model sees it and how it must end."""
     if isinstance(prompt, str):
         return prompt, ""
     if tokenizer.chat_template is None:
         raise UserError("it is a chat, but the tokenizer has no chat template; use a plain text")
-    full = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    without = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=False)
+    try:
+        full, without = (
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=turn)
+            for turn in (True, False)
+        )
+    except Exception as error:  # a template raises what it likes, as for roles that it refuses
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"its chat template fails with {type(error).__name__}: {reason}") from None
     return full, full[len(without) :] if full.startswith(without) else ""
 
 
@@ -48,9 +62,11 @@ def encode_pair(row, tokenizer, template):
     Raises UserError, a clause that the caller completes with the row's name.
     """
     prompt = row["prompt"]
-    privileged = row.get("teacher_prompt")
+    privileged = row.get("teacher_prompt") or None
     if privileged is None and row.get("privileged_context") is not None:
         privileged = insert_hint(prompt, row["privileged_context"], template)
+    elif privileged is not None and not isinstance(privileged, str) and not is_chat(privileged):
+        raise UserError(f"its teacher_prompt is neither a text nor a chat but {privileged!r:.80}")
     student_ids = encode(prompt, tokenizer)
     if not student_ids:
         raise UserError("its prompt has no token")
@@ -62,4 +78,7 @@ def encode_pair(row, tokenizer, template):
             f"the assistant turn starts with {boundaries[0]!r} for the student but "
             f"{boundaries[1]!r} for the privileged prompt, so the response would shift"
         )
-    return student_ids, encode(privileged, tokenizer)
+    teacher_ids = encode(privileged, tokenizer)
+    if not teacher_ids:
+        raise UserError("its privileged prompt has no token")
+    return student_ids, teacher_ids
