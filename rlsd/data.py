@@ -84,9 +84,9 @@ def _read_hub(spec):
         name, _, config = spec.partition(":")
         table = datasets.load_dataset(name, config or None, split="train")
     except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": .")
         raise UserError(
-            f"{spec} is neither a file nor a hub dataset that can be loaded here "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})."
+            f"{spec} is neither a file nor a hub dataset that can be loaded here ({reason})."
         ) from None
     return [(f"{i} of {spec}", row) for i, row in enumerate(table)]
 
@@ -95,7 +95,7 @@ def _uniform(row, source):
     """Rename the columns of GSM8K and verl; a missing prompt or solution names the row."""
     row = dict(row)
     if "prompt" not in row and isinstance(row.get("question"), str) and "answer" in row:
-        answer = str(row["answer"])
+        answer = "" if row["answer"] is None else str(row["answer"])
         row["prompt"], row["_as_chat"] = row.pop("question"), True
         row["solution"] = answer.rpartition("####")[2].strip()
         row.setdefault("privileged_context", answer)
@@ -157,6 +157,8 @@ def _reasoning_gym(tasks, size, seed):
 
 def shuffle_hints(rows):
     """Control: every row gets the next row's privileged context (a cycle: none keeps its own)."""
+    if len(rows) < 2:
+        raise UserError("shuffle_privileged_context needs at least two rows to swap hints between.")
     hints = [row["privileged_context"] for row in rows]
     return [
         {**row, "privileged_context": hint, "teacher_prompt": None}
@@ -210,7 +212,9 @@ def load_data(config, tokenizer, log=print):
     rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.seed)
     held_out = []
     if config.eval_dataset:
-        held_out = load_rows(config.eval_dataset, size=config.eval_size, seed=config.seed + 1)
+        # Entry i of a reasoning-gym dataset is seeded with seed + i: start past the training rows.
+        seed = config.seed + config.dataset_size
+        held_out = load_rows(config.eval_dataset, size=config.eval_size, seed=seed)
         held_out = held_out[: config.eval_size]
     elif config.eval_size:
         if len(rows) <= config.eval_size:
