@@ -13,6 +13,9 @@ import torch
 
 from .config import UserError
 
+# With braces up to two deep inside, as in \boxed{\frac{\sqrt{3}}{2}}.
+BOXED = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+
 
 def text_of(completion):
     """A completion's text: TRL passes chats as [{"role": "assistant", "content": ...}]."""
@@ -26,7 +29,7 @@ def final_answer(text):
         return tagged[-1].strip()
     if "####" in text:
         return text.rpartition("####")[2].strip()
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    boxed = re.findall(BOXED, text)
     return boxed[-1].strip() if boxed else text.strip()
 
 
@@ -61,7 +64,10 @@ def math_verify(prompts, completions, solution, **columns):
         raise UserError("it needs the math-verify package: pip install 'rlsd[rewards]'") from None
     scores = []
     for completion, gold_text in zip(completions, solution, strict=True):
-        gold = parse(gold_text) or parse(f"${gold_text}$")
+        # Outside of delimiters only numbers are read: the solution 3x+1 would become 3.
+        delimited = any(mark in gold_text for mark in ("$", "\\boxed", "\\(", "\\["))
+        readings = (gold_text, f"${gold_text}$")[:: 1 if delimited else -1]
+        gold = parse(readings[0]) or parse(readings[1])
         scores.append(float(verify(gold, parse(text_of(completion)))) if gold else None)
     return scores
 
@@ -83,11 +89,18 @@ def _import(path):
         )
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"Cannot import the reward function {path!r}: {error}.") from None
+    except Exception as error:  # importing runs the user's module
+        raise UserError(
+            f"Cannot import the reward function {path!r}: {_reason(error)}."
+        ) from error
     if not callable(function):
         raise UserError(f"The reward function {path!r} is not callable.")
     return function
+
+
+def _reason(error):
+    """The type and first line of an exception, without a full stop."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": .")
 
 
 def score(functions, weights, rows, completions, completion_ids):
@@ -113,9 +126,7 @@ def score(functions, weights, rows, completions, completion_ids):
         except UserError as error:
             raise UserError(f"The reward function {name} failed: {error}.") from None
         except Exception as error:
-            raise UserError(
-                f"The reward function {name} raised {type(error).__name__}: {error}."
-            ) from error
+            raise UserError(f"The reward function {name} raised {_reason(error)}.") from error
         if not isinstance(got, list | tuple) or len(got) != len(rows):
             size = f"{len(got)} values" if isinstance(got, list | tuple) else type(got).__name__
             raise UserError(

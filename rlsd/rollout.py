@@ -12,6 +12,13 @@ from .config import UserError
 from .rewards import score
 
 
+# Sampling follows the policy itself: whatever a model's own generation config would distort.
+NEUTRAL = {
+    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
+}
+
+
 class Rollout(NamedTuple):
     """B completions; completion_ids and mask are (B, T), mask covers the first EOS and no more."""
 
@@ -72,6 +79,20 @@ def eos_ids(model, tokenizer):
     return ids
 
 
+def require_room(model, rows, config):
+    """A prompt and its completion must fit the positions that the model was made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for row in rows:
+        longest = max(len(row["prompt_ids"]), len(row["teacher_prompt_ids"] or []))
+        if limit is not None and longest + config.max_completion_length > limit:
+            raise UserError(
+                f"Row {row['_source']} has a prompt of {longest} tokens, which with "
+                f"max_completion_length {config.max_completion_length} exceeds the model's "
+                f"{limit} positions; lower max_completion_length, max_prompt_length or "
+                "max_teacher_prompt_length."
+            )
+
+
 def left_pad(sequences, pad_id, device):
     """(B, P) ids and mask of token lists, right-aligned."""
     width = max(map(len, sequences))
@@ -110,9 +131,7 @@ def generate(model, tokenizer, prompts, config, *, greedy=False):
     """completion_ids (B, T) right-padded and mask (B, T) of one completion per prompt."""
     ends = eos_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id
-    sampling = {"do_sample": False} if greedy else {
-        "do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0,
-    }
+    temperature = 1.0 if greedy else config.temperature
     device = model.get_input_embeddings().weight.device
     training = model.training
     model.eval()
@@ -121,7 +140,8 @@ def generate(model, tokenizer, prompts, config, *, greedy=False):
         ids, mask = left_pad(prompts[i : i + config.rollout_batch_size], pad_id, device)
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=config.max_completion_length,
-            pad_token_id=pad_id, eos_token_id=ends, **sampling,
+            pad_token_id=pad_id, eos_token_id=ends, do_sample=not greedy,
+            temperature=temperature, **NEUTRAL,
         )
         pieces.append(out[:, ids.shape[1] :])
     model.train(training)

@@ -41,6 +41,7 @@ from .rollout import (
     evaluate,
     head_of,
     leak_rate,
+    require_room,
     roll_out,
     token_texts,
 )
@@ -82,6 +83,7 @@ class Trainer:
         self.pad_id = self.tokenizer.pad_token_id
         self.head = head_of(self.model)
         self.rows, self.held_out = load_data(config, self.tokenizer, log)
+        require_room(self.model, [*self.rows, *self.held_out], config)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2),
