@@ -12,13 +12,6 @@ from .config import UserError
 from .rewards import score
 
 
-# Sampling follows the policy itself: whatever a model's own generation config would distort.
-NEUTRAL = {
-    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1,
-}
-
-
 class Rollout(NamedTuple):
     """B completions; completion_ids and mask are (B, T), mask covers the first EOS and no more."""
 
@@ -128,23 +121,28 @@ def completion_hidden(model, prompts, completion_ids, mask, pad_id):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, config, *, greedy=False):
-    """completion_ids (B, T) right-padded and mask (B, T) of one completion per prompt."""
+    """One completion per prompt: ids (B, T) right-padded, mask (B, T), truncated (B,)."""
     ends = eos_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id
     temperature = 1.0 if greedy else config.temperature
     device = model.get_input_embeddings().weight.device
-    training = model.training
+    training, own = model.training, model.generation_config
     model.eval()
+    # The model's own penalties and filters would sample another policy than the one we score.
+    model.generation_config = type(own)()
     pieces = []
-    for i in range(0, len(prompts), config.rollout_batch_size):
-        ids, mask = left_pad(prompts[i : i + config.rollout_batch_size], pad_id, device)
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=config.max_completion_length,
-            pad_token_id=pad_id, eos_token_id=ends, do_sample=not greedy,
-            temperature=temperature, **NEUTRAL,
-        )
-        pieces.append(out[:, ids.shape[1] :])
-    model.train(training)
+    try:
+        for i in range(0, len(prompts), config.rollout_batch_size):
+            ids, mask = left_pad(prompts[i : i + config.rollout_batch_size], pad_id, device)
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=config.max_completion_length,
+                pad_token_id=pad_id, eos_token_id=ends, do_sample=not greedy,
+                temperature=temperature, top_k=0,
+            )
+            pieces.append(out[:, ids.shape[1] :])
+    finally:
+        model.generation_config = own
+        model.train(training)
     width = max(p.shape[1] for p in pieces)
     ids = torch.cat([
         torch.nn.functional.pad(p, (0, width - p.shape[1]), value=pad_id) for p in pieces
@@ -190,10 +188,16 @@ def evaluate(model, tokenizer, rows, config, reward_funcs, seed):
 
 
 def token_texts(tokenizer, ids):
-    """Text of each token, so that the pieces joined read like the completion."""
-    pieces, before = [], ""
+    """Text of each token, so that the pieces joined read like the completion.
+
+    A character that spans several tokens belongs to the last of them, the others are empty.
+    """
+    pieces, start, shown = [], 0, 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
-        pieces.append(text[len(before) :])
-        before = text
+        before, text = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:end])
+        if text.endswith("\ufffd") and end < len(ids):
+            pieces.append("")
+        else:
+            pieces.append(text[len(before) :])
+            start, shown = shown, end
     return pieces
