@@ -54,6 +54,7 @@ def save(run_dir, step, model, tokenizer, state, *, limit=None, card=None):
     """Write run_dir/checkpoint-<step>; returns its path, or raises UserError with nothing lost."""
     run_dir = Path(run_dir)
     final, partial = run_dir / f"checkpoint-{step}", run_dir / f"{PARTIAL}checkpoint-{step}"
+    replaced = run_dir / f"{PARTIAL}replaced-{step}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -63,9 +64,14 @@ def save(run_dir, step, model, tokenizer, state, *, limit=None, card=None):
             (partial / "README.md").write_text(card, encoding="utf-8")
         torch.save({"step": step, "rng": rng_state(), **state}, partial / "trainer_state.pt")
         _flush(partial)
+        if final.exists():  # a run that went back to an older checkpoint comes by again
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(final, replaced)
         os.rename(partial, final)
         _flush(run_dir)
     except Exception as error:
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
         last = latest(run_dir)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint exists yet"
         raise UserError(
@@ -73,6 +79,7 @@ def save(run_dir, step, model, tokenizer, state, *, limit=None, card=None):
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     for old in checkpoints(run_dir)[: -limit if limit else 0]:
         shutil.rmtree(old, ignore_errors=True)
     return final
