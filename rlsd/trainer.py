@@ -162,7 +162,9 @@ class Trainer:
     def train_step(self, step):
         """One rollout and its optimizer steps; returns (metrics, samples or None)."""
         config, began = self.config, time.monotonic()
-        torch.manual_seed(config.seed * 1_000_003 + step)
+        # Every generator, at every step: what ran in between, a table printed by rich (it draws
+        # from Python's) or a resume, then cannot change a reward function that draws.
+        transformers.set_seed((config.seed * 1_000_003 + step) % 2**32)
         rows = [row for row in self.rows_at(step) for _ in range(config.num_generations)]
         rollout = roll_out(self.model, self.tokenizer, rows, config, self.reward_funcs)
         advantages = group_advantages(
