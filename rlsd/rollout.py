@@ -140,6 +140,13 @@ def generate(model, tokenizer, prompts, config, *, greedy=False):
                 temperature=temperature, top_k=0,
             )
             pieces.append(out[:, ids.shape[1] :])
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(
+            "The model's token probabilities are not finite, so it cannot be sampled from; lower "
+            "learning_rate and continue from an earlier checkpoint."
+        ) from error
     finally:
         model.generation_config = own
         model.train(training)
