@@ -1,0 +1,608 @@
+"""The trainer against a naive loop, and what a run promises: resume, teachers, metrics, files."""
+
+import copy
+import json
+import math
+import random
+import shutil
+import warnings
+
+import pyarrow.parquet
+import pytest
+import torch
+import transformers
+import yaml
+from runs import (
+    TEMPLATE,
+    assert_same,
+    make_trainer,
+    one_thread,  # noqa: F401
+    parameters,
+    problems,
+    relative_distance,
+    without_times,
+    write_rows,
+)
+
+import rlsd.rollout
+import rlsd.trainer
+from rlsd import UserError
+from rlsd_kernels import torch_impl
+
+# Measured over the cases below: 1e-6, once 1e-4 where Adam normalises a gradient that is nearly 0;
+# a lambda that is off by 2 % gives 8e-3 and more.
+NOISE = 1e-3
+
+
+def record_rollouts(monkeypatch):
+    rollouts, real = [], rlsd.trainer.roll_out
+
+    def recorded(*args, **kwargs):
+        rollouts.append(real(*args, **kwargs))
+        return rollouts[-1]
+
+    monkeypatch.setattr(rlsd.trainer, "roll_out", recorded)
+    return rollouts
+
+
+def run_steps(trainer, count):
+    """Parameters after every optimizer step of `count` rollout steps, and the metrics."""
+    after, metrics = [], []
+    trainer.optimizer.register_step_post_hook(lambda *_: after.append(parameters(trainer.model)))
+    for step in range(1, count + 1):
+        metrics.append(trainer.train_step(step)[0])
+        trainer.step = step
+    return after, metrics
+
+
+def naive_log_probs(model, prompt, completion, config):
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    log_p = torch.log_softmax(logits / config.temperature, -1)
+    return log_p[torch.arange(len(completion)), completion]
+
+
+def naive_weight(length, lengths, config):
+    """a_t of every token of a sequence of `length` unmasked tokens, TRL's definitions."""
+    if config.loss_type == "grpo":
+        return 1 / max(1, length) / len(lengths)
+    if config.loss_type == "dr_grpo":
+        return 1 / (len(lengths) * config.max_completion_length)
+    return 1 / sum(lengths)
+
+
+def naive_lambda(step, config):
+    if config.objective == "grpo":
+        return 0.0
+    return config.rlsd_lambda * max(1 - step / config.rlsd_lambda_decay_steps, 0)
+
+
+def naive_step(model, teacher, reference, optimizer, tokenizer, rollout, step, config):
+    """Section 1 of the method, one sequence at a time; returns parameters per optimizer step."""
+    lam = naive_lambda(step, config)
+    groups = rollout.rewards.view(-1, config.num_generations)
+    advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6))
+    advantages = advantages.flatten().tolist()
+    sequences = []
+    for row, ids, mask, truncated in zip(
+        rollout.rows, rollout.completion_ids, rollout.mask, rollout.truncated, strict=True
+    ):
+        drop = config.mask_truncated_completions and bool(truncated)
+        sequences.append((row, [] if drop else ids[mask].tolist()))
+    lengths = [len(completion) for _, completion in sequences]
+    hinted, ref, old, after = {}, {}, {}, []
+    with torch.no_grad():
+        for i, (row, y) in enumerate(sequences):
+            question = tokenizer(row["prompt"])["input_ids"]
+            ref[i] = naive_log_probs(reference, question, y, config)
+            if row["privileged_context"]:
+                text = f"<h> {row['privileged_context']} {row['prompt']}"
+                hinted[i] = naive_log_probs(teacher, tokenizer(text)["input_ids"], y, config)
+    for iteration in range(config.num_iterations):
+        loss = 0.0
+        for i, (row, y) in enumerate(sequences):
+            lp = naive_log_probs(model, tokenizer(row["prompt"])["input_ids"], y, config)
+            if iteration == 0:
+                old[i] = lp.detach()
+            a_hat = torch.full_like(lp, advantages[i])
+            if i in hinted and not (config.rlsd_negative_only and advantages[i] > 0):
+                student = old[i] if config.rlsd_delta_source == "old_log_probs" else lp.detach()
+                eps = config.rlsd_reweight_clip_range
+                w = torch.exp(a_hat.sign() * (hinted[i] - student)).clamp(1 - eps, 1 + eps)
+                a_hat = a_hat * ((1 - lam) + lam * w)
+            rho = torch.exp(lp - old[i])
+            clipped = rho.clamp(1 - config.epsilon, 1 + config.epsilon_high)
+            token = -torch.minimum(rho * a_hat, clipped * a_hat)
+            if advantages[i] < 0 and config.delta is not None:
+                token = torch.minimum(token, -a_hat * config.delta)
+            kl = torch.exp(ref[i] - lp) - (ref[i] - lp) - 1
+            loss = loss + naive_weight(len(y), lengths, config) * (token + config.beta * kl).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        after.append(parameters(model))
+    return after
+
+
+def naive_run(trainer, start, rollouts):
+    """The trainer's own rollouts through the naive loop; the teacher stays at the start."""
+    config = trainer.config
+    model, teacher = start, copy.deepcopy(start)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+    )
+    after = []
+    for step, rollout in enumerate(rollouts, 1):
+        scorer = copy.deepcopy(model) if config.teacher_model_kind == "live" else teacher
+        after += naive_step(
+            model, scorer, teacher, optimizer, trainer.tokenizer, rollout, step, config
+        )
+    return after
+
+
+CASES = {
+    "rlsd": {},
+    "grpo": {"objective": "grpo"},
+    "rlsd-lambda1-eps1": {"rlsd_lambda": 1.0, "rlsd_reweight_clip_range": 1.0},
+    "loss-grpo": {"loss_type": "grpo"},
+    "loss-bnpo": {"loss_type": "bnpo"},
+    "loss-dr_grpo": {"loss_type": "dr_grpo"},
+    "beta": {"beta": 0.3},
+    "grpo-beta": {"objective": "grpo", "beta": 0.3},
+    "temperature": {"temperature": 0.7},
+    "live-teacher": {"teacher_model_kind": "live"},
+    # The second pass is off-policy, so that the ratio, its clips and the dual clip act.
+    "iterations-2": {"num_iterations": 2, "epsilon": 0.05, "epsilon_high": 0.08, "delta": 1.1},
+    "iterations-2-live": {"num_iterations": 2, "teacher_model_kind": "live", "epsilon": 0.05},
+    "iterations-2-old-delta": {"num_iterations": 2, "rlsd_delta_source": "old_log_probs"},
+    "iterations-2-beta": {"num_iterations": 2, "beta": 0.3, "loss_type": "grpo"},
+    "old-delta": {"rlsd_delta_source": "old_log_probs"},
+    "negative-only": {"rlsd_negative_only": True},
+    "negative-only-iterations-2": {"rlsd_negative_only": True, "num_iterations": 2},
+    "masked-truncated": {"mask_truncated_completions": True},
+    "masked-truncated-grpo": {"mask_truncated_completions": True, "loss_type": "grpo"},
+    "weight-decay-micro-batches": {"weight_decay": 0.1, "per_device_train_batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("changed", CASES.values(), ids=CASES)
+def test_two_steps_equal_a_naive_loop(changed, tmp_path, monkeypatch):
+    rollouts = record_rollouts(monkeypatch)
+    trainer = make_trainer(tmp_path, **changed)
+    start = copy.deepcopy(trainer.model)
+    first = parameters(start)
+    got, _ = run_steps(trainer, 2)
+    want = naive_run(trainer, start, rollouts)
+    assert len(got) == len(want) == 2 * trainer.config.num_iterations
+    for k, (ours, naive) in enumerate(zip(got, want, strict=True)):
+        error = relative_distance(ours, naive, first)
+        assert error < NOISE, f"optimizer step {k + 1}: {error:.2g} of the distance moved"
+
+
+def test_naive_loop_covers_rows_without_privileged_context(tmp_path, monkeypatch):
+    rows = [row | ({"privileged_context": ""} if i % 2 else {})
+            for i, row in enumerate(problems(12))]
+    write_rows(tmp_path / "train.jsonl", rows)
+    rollouts = record_rollouts(monkeypatch)
+    trainer = make_trainer(tmp_path, allow_missing_privileged_context=True)
+    start = copy.deepcopy(trainer.model)
+    first = parameters(start)
+    got, _ = run_steps(trainer, 2)
+    want = naive_run(trainer, start, rollouts)
+    assert {bool(row["privileged_context"]) for row in rollouts[0].rows} == {True, False}
+    assert relative_distance(got[-1], want[-1], first) < NOISE
+
+
+def test_rows_without_privileged_context_train_as_plain_grpo(tmp_path):
+    write_rows(
+        tmp_path / "train.jsonl", [row | {"privileged_context": " "} for row in problems(12)]
+    )
+    rlsd_run = make_trainer(tmp_path, allow_missing_privileged_context=True)
+    grpo_run = make_trainer(tmp_path, objective="grpo")
+    assert_same(run_steps(rlsd_run, 2)[0][-1], run_steps(grpo_run, 2)[0][-1])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"loss_type": "grpo", "beta": 0.1}, {"num_iterations": 2},
+     {"mask_truncated_completions": True, "loss_type": "dr_grpo"}],
+    ids=["rlsd", "loss-grpo-beta", "iterations-2", "masked-dr_grpo"],
+)
+def test_micro_batch_size_does_not_change_the_update(changed, tmp_path):
+    results = {}
+    for size in (1, 3, 64):  # one by one, an uneven last part, all at once
+        trainer = make_trainer(tmp_path, per_device_train_batch_size=size, **changed)
+        start = parameters(trainer.model)
+        after, metrics = run_steps(trainer, 2)
+        results[size] = after, metrics
+    for size in (1, 3):
+        assert relative_distance(results[size][0][-1], results[64][0][-1], start) < NOISE
+        for name in ("loss", "grad_norm", "entropy", "rlsd/delta_std", "rlsd/weight_mean_neg"):
+            got, want = (results[k][1][0][name] for k in (size, 64))
+            assert got == pytest.approx(want, rel=1e-4, abs=1e-6), name
+
+
+def count_teacher_forwards(trainer):
+    calls = []
+    trainer.teacher.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_no_teacher_forward_after_lambda_has_decayed(tmp_path):
+    trainer = make_trainer(tmp_path, rlsd_lambda_decay_steps=2, teacher_model_kind="base")
+    calls, counts = count_teacher_forwards(trainer), []
+    _, metrics = run_steps(trainer, 3)
+    trainer.step = 0
+    for step in (1, 2, 3):
+        calls.clear()
+        trainer.train_step(step)
+        counts.append(len(calls))
+    assert counts == [1, 0, 0]
+    assert [m["rlsd/effective_lambda"] for m in metrics] == [0.25, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_no_teacher_forward_without_signal(beta, tmp_path):
+    trainer = make_trainer(
+        tmp_path, reward=lambda completions, **columns: [0.9] * len(completions), beta=beta
+    )
+    calls = count_teacher_forwards(trainer)
+    run_steps(trainer, 1)
+    assert not calls
+
+
+def test_teacher_scores_only_blamed_sequences_when_negative_only(tmp_path, monkeypatch):
+    rollouts = record_rollouts(monkeypatch)
+    trainer = make_trainer(tmp_path, rlsd_negative_only=True)
+    sizes = []
+    trainer.teacher.model.base_model.register_forward_hook(
+        lambda module, arguments, output: sizes.append(len(output.last_hidden_state))
+    )
+    run_steps(trainer, 1)
+    groups = rollouts[0].rewards.view(-1, 4)
+    assert sizes == [(groups < groups.mean(1, keepdim=True)).sum()]
+
+
+@pytest.mark.parametrize("changed", [{"objective": "grpo"}, {"rlsd_lambda": 0.0}],
+                         ids=["grpo", "lambda-0"])
+def test_no_teacher_is_built_where_none_is_used(changed, tmp_path):
+    trainer = make_trainer(tmp_path, **changed)
+    assert trainer.teacher is None
+    assert all(row["teacher_prompt_ids"] is None for row in trainer.rows)
+
+
+def test_rollout_without_signal_makes_no_step(tmp_path):
+    trainer = make_trainer(
+        tmp_path, reward=lambda completions, **columns: [0.9] * len(completions),
+        weight_decay=0.5,
+    )
+    before = parameters(trainer.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # PyTorch complains that the schedule moves on although no optimizer step was made.
+        warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
+        after, metrics = run_steps(trainer, 2)
+    assert after == [] and not trainer.optimizer.state
+    assert_same(parameters(trainer.model), before)
+    assert metrics[0]["frac_reward_zero_std"] == 1 and metrics[0]["live_sequences"] == 0
+    assert all(math.isfinite(value) for value in metrics[0].values())
+
+
+def test_all_truncated_and_masked_makes_no_step(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, mask_truncated_completions=True, beta=0.1)
+    monkeypatch.setattr(rlsd.rollout, "eos_ids", lambda *_: [1000])  # an end that never comes
+    before = parameters(trainer.model)
+    _, metrics = run_steps(trainer, 1)
+    assert metrics[0]["completions/clipped_ratio"] == 1 and metrics[0]["live_sequences"] == 0
+    assert metrics[0]["rlsd/active_token_frac"] == metrics[0]["loss"] == 0
+    assert_same(parameters(trainer.model), before)
+
+
+@pytest.mark.parametrize("kind", ["live", "base", "snapshot", "ema"])
+def test_teacher_follows_its_rule_through_the_trainer(kind, tmp_path):
+    trainer = make_trainer(
+        tmp_path, teacher_model_kind=kind, teacher_sync_steps=2, teacher_ema_rate=0.25
+    )
+    want = start = parameters(trainer.model)
+    for step in range(1, 6):
+        trainer.train_step(step)
+        student = parameters(trainer.model)
+        if kind == "snapshot" and step % 2 == 0 or kind == "live":
+            want = student
+        elif kind == "ema":
+            want = {n: want[n] + 0.25 * (student[n] - want[n]) for n in want}
+        got = parameters(trainer.teacher.model)
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6, msg=name)
+            assert step == 1 or not torch.equal(student[name], start[name]), name
+
+
+def noisy_reward(prompts, completions, completion_ids, **columns):
+    """Draws from Python's generator: its state must come back with a checkpoint."""
+    return [sum(ids) % 5 / 4 + 0.1 * random.random() for ids in completion_ids]
+
+
+RESUMED = {
+    **{kind: {"teacher_model_kind": kind} for kind in ("live", "base", "snapshot", "ema")},
+    "snapshot-beta-iterations-2": {"beta": 0.1, "num_iterations": 2},
+    "grpo-beta-linear": {
+        "objective": "grpo", "beta": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 2
+    },
+}
+
+
+@pytest.mark.parametrize("changed", RESUMED.values(), ids=RESUMED)
+def test_resume_equals_an_uninterrupted_run(changed, tmp_path):
+    # A sync at step 2 and none until 4: the teacher at the checkpoint is neither base nor student.
+    common = {
+        "max_steps": 6, "save_steps": 3, "teacher_sync_steps": 2, "eval_steps": 3,
+        "reward": noisy_reward, "log_completions_steps": 5, **changed,
+    }
+    trainer = make_trainer(tmp_path, **common)
+    whole = trainer.train()
+    want, run = parameters(trainer.model), tmp_path / "run"
+    shutil.rmtree(run / "checkpoint-6")
+    random.seed(99)
+    torch.manual_seed(99)
+    resumed = make_trainer(tmp_path, resume_from=run / "checkpoint-3", **common)
+    assert resumed.step == 3
+    records = resumed.train()
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 5, 6]
+    assert without_times(records) == without_times(whole)
+    assert_same(parameters(resumed.model), want)
+    if trainer.teacher:
+        assert_same(parameters(resumed.teacher.model), parameters(trainer.teacher.model))
+
+
+def test_resume_from_an_older_checkpoint_replaces_the_newer_one(tmp_path):
+    common = {"max_steps": 4, "save_steps": 2}
+    trainer = make_trainer(tmp_path, **common)
+    trainer.train()
+    run = tmp_path / "run"
+    (run / "checkpoint-4" / "stale").write_text("x")
+    make_trainer(tmp_path, resume_from=run / "checkpoint-2", **common).train()
+    assert sorted(p.name for p in run.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-4"]
+    assert not (run / "checkpoint-4" / "stale").exists()
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint-4")
+    assert_same(parameters(model), parameters(trainer.model))
+
+
+def kind(name):
+    return {"teacher_model_kind": name}
+
+
+@pytest.mark.parametrize(
+    "saved, wanted, words",
+    [
+        ({"objective": "grpo"}, {"objective": "rlsd"}, "holds no teacher"),
+        ({}, {"beta": 0.1}, "holds no reference"),
+        (kind("base"), kind("ema"), "holds a base teacher"),
+        (kind("live"), kind("snapshot"), "holds a live teacher"),
+        (kind("snapshot"), kind("live"), "holds a snapshot teacher"),
+    ],
+    ids=["no-teacher", "no-reference", "base-as-ema", "live-as-snapshot", "snapshot-as-live"],
+)
+def test_resume_never_falls_back_to_another_teacher(saved, wanted, words, tmp_path):
+    make_trainer(tmp_path, max_steps=1, **saved).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    with pytest.raises(UserError, match=f"^The checkpoint .*checkpoint-1 {words}.*\\.$"):
+        make_trainer(tmp_path, resume_from=checkpoint, **saved | wanted)
+
+
+def test_finished_run_is_not_resumed(tmp_path):
+    make_trainer(tmp_path, max_steps=1).train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = make_trainer(tmp_path, max_steps=1, resume_from=tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(UserError, match="already at step 1; raise max_steps to go on"):
+        again.train()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_seed_fixes_the_run(tmp_path):
+    runs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        trainer = make_trainer(tmp_path, seed=seed, output_dir=str(tmp_path / name))
+        runs[name] = without_times(trainer.train()), parameters(trainer.model)
+    assert runs["a"][0] == runs["b"][0] != runs["c"][0]
+    assert_same(runs["a"][1], runs["b"][1])
+    assert any(not torch.equal(runs["a"][1][n], runs["c"][1][n]) for n in runs["a"][1])
+
+
+def test_evaluation_does_not_change_training(tmp_path):
+    final = []
+    for every in (0, 1):
+        trainer = make_trainer(tmp_path, eval_steps=every, output_dir=str(tmp_path / str(every)))
+        trainer.train()
+        final.append(parameters(trainer.model))
+    assert_same(*final)
+
+
+def test_validate_every_logs_deviations(tmp_path):
+    records = make_trainer(tmp_path, max_steps=4, validate_every=2).train()
+    names = {f"validate/{part}" for part in ("loss", "log_probs", "dh", "dw")}
+    for record in records:
+        assert names & record.keys() == (names if record["step"] % 2 == 0 else set())
+    assert 0 < records[1]["validate/log_probs"] < 1e-5 and records[1]["validate/dw"] < 1e-5
+
+
+@pytest.mark.parametrize("wrong", [0, 1], ids=["loss", "gradient"])
+def test_validate_every_stops_a_wrong_implementation(wrong, tmp_path, monkeypatch):
+    right = torch_impl.token_loss
+
+    def off_by_one_percent(*args, **kwargs):
+        out = list(right(*args, **kwargs))
+        out[wrong] = out[wrong] * 1.01
+        return out
+
+    trainer = make_trainer(tmp_path, max_steps=3, validate_every=2, save_steps=1)
+    real_step = trainer.train_step
+
+    def train_step(step):
+        if step == 2:
+            monkeypatch.setattr(torch_impl, "token_loss", off_by_one_percent)
+        return real_step(step)
+
+    trainer.train_step = train_step
+    name = ("loss", "dh")[wrong]
+    with pytest.raises(UserError, match=f"^Step 2: {name} of the fused loss deviates .*\\.$"):
+        trainer.train()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1")
+    assert_same(parameters(model), parameters(trainer.model))
+
+
+def poisoned_reward(trainer_of, at_call):
+    """A reward whose n-th call puts a NaN into the model, after sampling and before the update."""
+    calls = []
+
+    def reward(completion_ids, **columns):
+        calls.append(1)
+        if len(calls) == at_call:
+            norm = trainer_of[0].model.base_model.norm.weight
+            norm.data[0] = math.nan
+        return [sum(ids) % 5 / 4 for ids in completion_ids]
+
+    return reward
+
+
+def test_nan_in_the_loss_stops_before_the_update(tmp_path):
+    box = []
+    box.append(make_trainer(
+        tmp_path, max_steps=4, save_steps=1, reward=poisoned_reward(box, at_call=3)
+    ))
+    with pytest.raises(UserError) as error:
+        box[0].train()
+    run = tmp_path / "run"
+    message = str(error.value)
+    assert message.startswith("Step 3: loss is nan") and message.endswith(f"{run}/checkpoint-2.")
+    saved = parameters(transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint-2"))
+    now = parameters(box[0].model)
+    poisoned = [name for name in saved if not torch.equal(saved[name], now[name])]
+    assert poisoned == ["model.norm.weight"]
+    assert torch.equal(saved["model.norm.weight"][1:], now["model.norm.weight"][1:])
+    assert [json.loads(line)["step"] for line in open(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_nan_weights_stop_the_rollout_in_one_sentence(tmp_path):
+    box = []
+    box.append(make_trainer(tmp_path, max_steps=2, reward=poisoned_reward(box, at_call=99)))
+    box[0].model.base_model.norm.weight.data[0] = math.nan
+    with pytest.raises(UserError, match="^[^\n]*(NaN|nan|finite)[^\n]*\\.$"):
+        box[0].train()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "high"])
+def test_bad_reward_names_function_and_row(bad, tmp_path):
+    def my_reward(completions, **columns):
+        return [0.0, bad, *[0.0] * (len(completions) - 2)]
+
+    trainer = make_trainer(tmp_path, reward=my_reward)
+    with pytest.raises(UserError, match=r"my_reward returned .* for row line \d+ of .*jsonl"):
+        trainer.train()
+
+
+SECTION_5 = {
+    *(f"rlsd/{name}" for name in (
+        "delta_mean", "delta_std", "delta_mean_pos", "delta_mean_neg", "weight_mean_pos",
+        "weight_mean_neg", "clip_low_frac", "clip_high_frac", "effective_lambda",
+        "active_token_frac",
+    )),
+    "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/dual_mean", "kl", "entropy",
+    "policy_kl",
+}
+
+
+def test_run_folder_holds_what_it_promises(tmp_path):
+    trainer = make_trainer(
+        tmp_path, max_steps=3, eval_steps=2, log_completions_steps=1, save_steps=2, beta=0.1,
+        report_to="tensorboard", leak_markers=["#"], rlsd_lambda_decay_steps=10,
+    )
+    records, run = trainer.train(), tmp_path / "run"
+    assert records == [json.loads(line) for line in open(run / "metrics.jsonl")]
+    assert [r["step"] for r in records] == [0, 1, 2, 3]
+    for record in records[1:]:
+        assert record.keys() >= SECTION_5 | {"reward", "loss", "grad_norm", "leak_rate"}
+        assert None not in record.values()
+        assert record["rlsd/effective_lambda"] == pytest.approx(0.5 * (1 - record["step"] / 10))
+        assert record["policy_kl"] == record["clip_ratio/dual_mean"] == 0  # one on-policy pass
+    assert records[1]["kl"] == pytest.approx(0, abs=1e-6) and records[3]["kl"] > 1e-4
+    assert {r["step"] for r in records if "eval/pass@1_sampled" in r} == {0, 2, 3}
+
+    rows = pyarrow.parquet.read_table(run / "completions" / "step-000001.parquet").to_pylist()
+    assert len(rows) == 16 and len(list((run / "completions").iterdir())) == 3
+    bound = 0.45 * 0.2 + 1e-6
+    by_sign = {1: [], -1: []}
+    for row in rows:
+        assert "".join(row["tokens"]).startswith(row["completion"][:1])
+        assert all(abs(w - 1) <= bound for w in row["token_weights"])
+        if row["advantage"]:
+            by_sign[1 if row["advantage"] > 0 else -1] += row["token_weights"]
+        else:
+            assert set(row["token_weights"]) == {1.0}
+    for sign, name in ((1, "pos"), (-1, "neg")):
+        mean = sum(by_sign[sign]) / len(by_sign[sign])
+        assert mean == pytest.approx(records[1][f"rlsd/weight_mean_{name}"], abs=1e-5)
+    assert sum(r["reward"] for r in rows) / 16 == pytest.approx(records[1]["reward"])
+
+    assert yaml.safe_load((run / "config.yaml").read_text())["beta"] == 0.1
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((run / "tensorboard").glob("events.*"))[0].stat().st_size > 1000
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    card = (run / "checkpoint-3" / "README.md").read_text()
+    assert "RLSD checkpoint, step 3" in card and "| pass@1_sampled |" in card
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint-3")
+    assert_same(parameters(loaded), parameters(trainer.model))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "checkpoint-3")
+    assert tokenizer("<q> 3 +4")["input_ids"] == trainer.tokenizer("<q> 3 +4")["input_ids"]
+
+
+def test_token_weights_of_negative_only_spare_praised_completions(tmp_path):
+    trainer = make_trainer(tmp_path, rlsd_negative_only=True, log_completions_steps=1)
+    _, samples = trainer.train_step(1)
+    assert all(set(s["token_weights"]) == {1.0} for s in samples if s["advantage"] > 0)
+    assert any(set(s["token_weights"]) != {1.0} for s in samples if s["advantage"] < 0)
+
+
+def test_shuffled_control_gives_every_row_another_hint(tmp_path):
+    plain = make_trainer(tmp_path)
+    shuffled = make_trainer(tmp_path, shuffle_privileged_context=True)
+    for k, (a, b) in enumerate(zip(plain.rows, shuffled.rows, strict=True)):
+        other = plain.rows[(k + 1) % len(plain.rows)]["privileged_context"]
+        text = TEMPLATE.format(privileged_context=other, prompt=a["prompt"])
+        assert b["teacher_prompt_ids"] == plain.tokenizer(text)["input_ids"]
+        assert a["prompt_ids"] == b["prompt_ids"] and a["solution"] == b["solution"]
+    one, other = run_steps(plain, 1)[1][0], run_steps(shuffled, 1)[1][0]
+    assert one["reward"] == other["reward"]  # the same samples, scored with other hints
+    assert one["rlsd/delta_mean"] != other["rlsd/delta_mean"]
+
+
+def test_held_out_questions_are_not_trained_on(tmp_path):
+    trainer = make_trainer(tmp_path)
+    prompts = [row["prompt"] for row in trainer.rows + trainer.held_out]
+    assert prompts == [row["prompt"] for row in problems(12)]
+    seen = {row["prompt"] for step in range(1, 9) for row in trainer.rows_at(step)}
+    assert seen == {row["prompt"] for row in trainer.rows}
+
+
+def test_every_epoch_shows_every_question_once(tmp_path):
+    trainer = make_trainer(tmp_path)  # 8 questions, 4 a step
+    epochs = [
+        [row["prompt"] for step in steps for row in trainer.rows_at(step)]
+        for steps in ((1, 2), (3, 4))
+    ]
+    assert [len(set(e)) for e in epochs] == [8, 8] and epochs[0] != epochs[1]
+
+
+def first_word_is_seven(completions, **columns):
+    return [float(c.split()[:1] == ["7"]) for c in completions]
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rlsd"])
+def test_learning_happens(objective, tmp_path):
+    trainer = make_trainer(
+        tmp_path, objective=objective, reward=first_word_is_seven, max_steps=16,
+        generation_batch_size=128, num_generations=32, per_device_train_batch_size=128,
+        learning_rate=3e-2, max_completion_length=2,
+    )
+    rewards = [r["reward"] for r in trainer.train()]
+    assert rewards[0] < 0.2 and sum(rewards[-3:]) / 3 > 0.7, rewards
