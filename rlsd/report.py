@@ -141,16 +141,19 @@ def read_metrics(run_dir):
     """The records of a run's metrics.jsonl, oldest first."""
     path = Path(run_dir) / METRICS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         raise UserError(f"{run_dir} is not a run folder: it has no {METRICS}.") from None
     records = []
     for number_, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            if number_ < len(lines):
-                raise UserError(f"Line {number_} of {path} is damaged.") from None
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number_ < len(lines):  # the last line may be cut by a crash
+            raise UserError(f"Line {number_} of {path} is damaged.")
     return records
 
 
@@ -208,9 +211,16 @@ def plot_runs(runs, path, title=None):
         axes.flat[0].legend(fontsize=8)
     if title:
         figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return Path(path)
+    path = Path(path)
+    path = path if path.suffix else path.with_suffix(".png")
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"Cannot write the plot {path}: {reason}.") from None
+    finally:
+        plt.close(figure)
+    return path
 
 
 def model_card(config, step, records):
@@ -223,18 +233,23 @@ def model_card(config, step, records):
         })
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(measured.items()))
     table = f"| held-out metric | value |\n|---|--:|\n{rows}" if rows else "No evaluation was run."
+    method = "GRPO, no teacher"
+    if config.objective == "rlsd":
+        method = (
+            f"RLSD (Self-Distilled RLVR, arXiv 2604.03128), lambda {config.rlsd_lambda:g} decaying "
+            f"over {config.rlsd_lambda_decay_steps} steps,\neps_w "
+            f"{config.rlsd_reweight_clip_range:g}, teacher `{config.teacher_model_kind}`"
+        )
     return f"""---
 library_name: transformers
 tags: [rlsd, rlvr, reinforcement-learning]
 ---
 # {config.objective.upper()} checkpoint, step {step}
 
-Trained from `{config.model_name_or_path}` on `{config.train_dataset}` with rlsd
-(Self-Distilled RLVR, arXiv 2604.03128): {config.max_steps} rollout steps planned,
-{config.generation_batch_size} completions a step in groups of {config.num_generations},
-lambda {config.rlsd_lambda:g} decaying over {config.rlsd_lambda_decay_steps} steps,
-eps_w {config.rlsd_reweight_clip_range:g}, teacher `{config.teacher_model_kind}`,
-learning rate {config.learning_rate:g}, seed {config.seed}.
+Trained from `{config.model_name_or_path}` on `{config.train_dataset}` with the rlsd package:
+{method},
+{config.max_steps} rollout steps planned, {config.generation_batch_size} completions a step in
+groups of {config.num_generations}, learning rate {config.learning_rate:g}, seed {config.seed}.
 
 {table}
 
