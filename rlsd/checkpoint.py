@@ -18,6 +18,7 @@ import transformers
 from .config import UserError
 
 PARTIAL = ".partial-"
+STATE = ("step", "rng", "optimizer", "scheduler", "teacher", "reference", "teacher_model_kind")
 
 
 def rng_state():
@@ -81,17 +82,23 @@ def save(run_dir, step, model, tokenizer, state, *, limit=None, card=None):
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
     for old in checkpoints(run_dir)[: -limit if limit else 0]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != final:  # a run that went back may have newer ones
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def _reason(error):
-    return getattr(error, "strerror", None) or str(error).splitlines()[0] or type(error).__name__
+    """The first sentence of an error, without its full stop."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return re.split(r"\n|(?<=\S)\.\s", text)[0].rstrip(".")
 
 
 def checkpoints(run_dir):
     """Whole checkpoints of a run, oldest first."""
-    found = [p for p in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r".*-\d+", p.name)]
+    found = [
+        p for p in Path(run_dir).glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()
+    ]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
@@ -104,9 +111,17 @@ def latest(run_dir):
 def load_state(path):
     """The contents of trainer_state.pt."""
     try:
-        return torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True)
+        missing = [name for name in STATE if name not in state]
     except Exception as error:
-        raise UserError(f"The checkpoint {path} cannot be read ({_reason(error)}).") from None
+        raise UserError(
+            f"The checkpoint {path} cannot be read (trainer_state.pt: {_reason(error)})."
+        ) from None
+    if missing:
+        raise UserError(
+            f"The checkpoint {path} is not whole: trainer_state.pt has no {missing[0]}."
+        )
+    return state
 
 
 def load_model(path, device):
@@ -114,9 +129,8 @@ def load_model(path, device):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"Cannot load the model {path!r}: {reason}") from None
+    except Exception as error:  # safetensors, tokenizers and custom code raise their own kinds
+        raise UserError(f"Cannot load the model {path!r} ({_reason(error)}).") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if device == "auto":
@@ -124,4 +138,4 @@ def load_model(path, device):
     try:
         return model.to(device), tokenizer
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"Cannot use device {device!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"Cannot use device {device!r} ({_reason(error)}).") from None
