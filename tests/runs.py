@@ -1,10 +1,16 @@
 """Tiny runs of the real trainer: a random one-layer model, made-up chains, an arbitrary reward."""
 
 import json
+import os
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rlsd.config import make_config
 from rlsd.demo import OPERATIONS, save_model, tiny_model, word_tokenizer
@@ -101,3 +107,31 @@ def relative_distance(got, want, start):
 
 def without_times(records):
     return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in records]
+
+
+def write_config(folder, **changed):
+    """folder/config.yaml with the options of a tiny run; returns its path."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(options(folder, **changed)), encoding="utf-8")
+    return str(path)
+
+
+def child(*arguments):
+    """A Python process that can import the repository and these helpers, with one thread."""
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def one_sentence(stderr):
+    """The only line on standard error, checked to be one sentence without a traceback."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("rlsd: ") and lines[0].endswith("."), stderr
+    assert not re.search(r"[.!?] [A-Z]|\.\.$", lines[0]), stderr
+    return lines[0]
