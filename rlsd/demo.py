@@ -133,6 +133,11 @@ def scratch_model(config, folder):
     """
     rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.seed)
     rows = rows[: -config.eval_size] if config.eval_size and not config.eval_dataset else rows
+    if not rows:
+        raise UserError(
+            f"{config.train_dataset} has no row left beside eval_size = {config.eval_size}; lower "
+            "eval_size or name an eval_dataset."
+        )
     if any(not isinstance(row["prompt"], str) for row in rows):
         raise UserError("model_name_or_path: scratch needs plain-text prompts, not chats.")
     hinted = [
