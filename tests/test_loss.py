@@ -1,0 +1,485 @@
+"""The public API: errors, rlsd_loss, aggregation weights, the module, micro-batches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import make_problem, run_fused
+
+from rlsd_kernels import (
+    FusedLinearRLSDLoss,
+    RLSDLossConfig,
+    RLSDLossOutput,
+    aggregation_weights,
+    fused_linear_rlsd_loss,
+    linear_log_probs,
+    ref,
+    rlsd_advantages,
+    rlsd_loss,
+    torch_impl,
+)
+
+N, V, H = 6, 11, 4
+HIDDEN, WEIGHT = torch.ones(N, H), torch.ones(V, H)
+IDS, A, LP = torch.zeros(N, dtype=torch.int64), torch.ones(N), -torch.ones(N)
+
+
+def at(tensor, index, value):
+    changed = tensor.clone()
+    changed[index] = value
+    return changed
+
+
+def fused(**changes):
+    inputs = {"hidden": HIDDEN, "weight": WEIGHT, "completion_ids": IDS, "advantages": A,
+              "teacher_hidden": HIDDEN}
+    return fused_linear_rlsd_loss(**(inputs | changes))
+
+
+def log_probs(**changes):
+    inputs = {"hidden": HIDDEN, "weight": WEIGHT, "completion_ids": IDS}
+    return linear_log_probs(**(inputs | changes))
+
+
+def loss(**changes):
+    return rlsd_loss(**({"log_probs": LP, "advantages": A, "teacher_log_probs": LP} | changes))
+
+
+def a_hat(**changes):
+    return rlsd_advantages(
+        **({"log_probs": LP, "advantages": A, "teacher_log_probs": LP} | changes)
+    )
+
+
+# Arguments that linear_log_probs and the fused loss check in the same words.
+HEAD_ERRORS = [
+    ({"hidden": [1.0]}, TypeError, r"^hidden must be a torch.Tensor, but got list"),
+    ({"hidden": torch.ones(H)}, ValueError, r"^hidden must have shape \(..., H\).*got \(4,\)"),
+    ({"hidden": IDS}, TypeError, r"^hidden must have a float dtype, but got torch.int64"),
+    ({"weight": None}, TypeError, r"^weight must be a torch.Tensor, but got NoneType"),
+    ({"weight": torch.ones(V, H + 1)}, ValueError, r"^weight must have shape \(V, 4\).*\(11, 5\)"),
+    ({"weight": torch.ones(H)}, ValueError, r"^weight must have shape \(V, 4\)"),
+    ({"weight": WEIGHT.bfloat16()}, ValueError,
+     r"^weight is torch.bfloat16 but hidden is torch.float32; cast"),
+    ({"weight": WEIGHT.to("meta")}, ValueError, r"^weight is on meta but hidden is on cpu; move"),
+    ({"completion_ids": IDS[:3]}, ValueError, r"^completion_ids must have shape \(6,\).*\(3,\)"),
+    ({"completion_ids": IDS.int()}, TypeError, r"^completion_ids must have a int64 dtype"),
+    ({"completion_ids": IDS.to("meta")}, ValueError, r"^completion_ids is on meta"),
+    ({"completion_ids": at(IDS, 2, V)}, ValueError,
+     r"^completion_ids must lie in \[0, 11\), but range from 0 to 11"),
+    ({"completion_ids": at(IDS, 5, -100)}, ValueError,
+     r"^completion_ids must lie in \[0, 11\), but range from -100 to 0; .*loss_weights"),
+    ({"bias": torch.ones(V + 1)}, ValueError, r"^bias must have shape \(11,\)"),
+    ({"bias": torch.ones(V).to("meta")}, ValueError, r"^bias is on meta"),
+    ({"bias": 1.0}, TypeError, r"^bias must be a torch.Tensor"),
+    ({"logit_scale": math.nan}, ValueError, r"^logit_scale must be a finite number"),
+    ({"logit_scale": torch.ones(())}, ValueError, r"^logit_scale must be a finite number"),
+    ({"final_logit_softcapping": 0.0}, ValueError, r"^final_logit_softcapping must be a finite"),
+    ({"final_logit_softcapping": -1.0}, ValueError, r"^final_logit_softcapping must be a finite"),
+    ({"max_workspace_bytes": 0}, ValueError, r"^max_workspace_bytes must be a finite number in"),
+    ({"max_workspace_bytes": 1e6}, TypeError, r"^max_workspace_bytes must be an int or None"),
+    ({"max_workspace_bytes": True}, TypeError, r"^max_workspace_bytes must be an int or None"),
+    ({"tp_group": object()}, ValueError, r"^tp_group .* is not part of this version"),
+    ({"impl": "numpy"}, ValueError, r"^impl must be one of auto, cuda, triton, torch, ref, but"),
+    ({"old_log_probs": LP[:2]}, ValueError, r"^old_log_probs must have shape \(6,\).*\(2,\)"),
+    ({"old_log_probs": IDS}, TypeError, r"^old_log_probs must have a float dtype"),
+    ({"old_log_probs": LP.to("meta")}, ValueError, r"^old_log_probs is on meta"),
+]
+# Arguments that both losses check.
+TOKEN_ERRORS = [
+    ({"advantages": 1.0}, TypeError, r"^advantages must be a torch.Tensor, but got float"),
+    ({"advantages": A[:2]}, ValueError, r"^advantages must have shape \(6,\) or \(B,\).*\(2,\)"),
+    ({"advantages": IDS}, TypeError, r"^advantages must have a float dtype"),
+    ({"advantages": A.to("meta")}, ValueError, r"^advantages is on meta"),
+    ({"loss_weights": A[:2]}, ValueError, r"^loss_weights must have shape \(6,\)"),
+    ({"loss_weights": A.bool()}, TypeError, r"^loss_weights must have a float dtype.*bool"),
+    ({"ref_log_probs": LP[:2]}, ValueError, r"^ref_log_probs must have shape \(6,\)"),
+    ({"reweight_mask": A}, TypeError, r"^reweight_mask must have a bool dtype"),
+    ({"reweight_mask": A.bool()[:2]}, ValueError, r"^reweight_mask must have shape \(6,\)"),
+    ({"rlsd_lambda": 1.5}, ValueError, r"^rlsd_lambda must be a finite number in \[0, 1\]"),
+    ({"rlsd_lambda": "0.5"}, ValueError, r"^rlsd_lambda must be a finite number"),
+    ({"config": RLSDLossConfig(beta=0.1)}, ValueError,
+     r"^ref_log_probs is needed because beta is 0.1; pass"),
+    ({"config": RLSDLossConfig(rlsd_delta_source="old_log_probs")}, ValueError,
+     r"^old_log_probs is needed because rlsd_delta_source is 'old_log_probs'"),
+    ({"impl": "numpy"}, ValueError, r"^impl must be one of"),
+]
+FUSED_ERRORS = [
+    ({"teacher_log_probs": LP}, ValueError, r"^Pass teacher_hidden or teacher_log_probs, not both"),
+    ({"teacher_hidden": None}, ValueError,
+     r"^teacher_hidden or teacher_log_probs is needed because lambda is 0.5; pass one"),
+    ({"teacher_hidden": None, "teacher_log_probs": LP[:1]}, ValueError,
+     r"^teacher_log_probs must have shape \(6,\)"),
+    ({"teacher_hidden": HIDDEN[:2]}, ValueError,
+     r"^teacher_hidden must have leading shape \(6,\) like completion_ids, but got \(2, 4\)"),
+    ({"teacher_hidden": torch.ones(N, 3)}, ValueError, r"^teacher_weight must have shape \(V, 3\)"),
+    ({"teacher_hidden": HIDDEN.bfloat16()}, ValueError, r"^teacher_weight is torch.float32 but"),
+    ({"teacher_hidden": HIDDEN.to("meta")}, ValueError, r"^teacher_hidden is on meta"),
+    ({"teacher_weight": torch.ones(V + 1, H)}, ValueError,
+     r"^teacher_weight has 12 rows but weight has 11; .* one vocabulary"),
+    ({"teacher_weight": WEIGHT.to("meta")}, ValueError, r"^teacher_weight is on meta"),
+]
+LOSS_ERRORS = [
+    ({"log_probs": None}, TypeError, r"^log_probs must be a torch.Tensor"),
+    ({"log_probs": IDS}, TypeError, r"^log_probs must have a float dtype"),
+    ({"teacher_log_probs": None}, ValueError,
+     r"^teacher_log_probs is needed because lambda is 0.5; pass it, or set rlsd_lambda to 0"),
+    ({"teacher_log_probs": LP[:1]}, ValueError, r"^teacher_log_probs must have shape \(6,\)"),
+    ({"config": RLSDLossConfig(entropy_coef=0.1)}, ValueError,
+     r"^entropy is needed because entropy_coef is 0.1"),
+    ({"entropy": LP[:1]}, ValueError, r"^entropy must have shape \(6,\)"),
+]
+A_HAT_ERRORS = [
+    ({"teacher_log_probs": None}, TypeError, r"^teacher_log_probs must be a torch.Tensor"),
+    ({"advantages": A[:2]}, ValueError, r"^advantages must have shape \(6,\)"),
+    ({"teacher_log_probs": LP[:2]}, ValueError, r"^teacher_log_probs must have shape \(6,\)"),
+    ({"reweight_mask": A}, TypeError, r"^reweight_mask must have a bool dtype"),
+    ({"rlsd_lambda": -1.0}, ValueError, r"^rlsd_lambda must be a finite number"),
+    ({"rlsd_reweight_clip_range": 2.0}, ValueError, r"^rlsd_reweight_clip_range must be a finite"),
+    ({"rlsd_negative_only": 1}, ValueError, r"^rlsd_negative_only must be True or False"),
+]
+ERRORS = [
+    *[(log_probs, *e) for e in HEAD_ERRORS], *[(fused, *e) for e in HEAD_ERRORS],
+    (log_probs, {"temperature": 0.0}, ValueError, r"^temperature must be a finite number"),
+    *[(fused, *e) for e in TOKEN_ERRORS], *[(loss, *e) for e in TOKEN_ERRORS],
+    *[(fused, *e) for e in FUSED_ERRORS], *[(loss, *e) for e in LOSS_ERRORS],
+    *[(a_hat, *e) for e in A_HAT_ERRORS],
+]
+
+
+def error_id(case):
+    call, changes, *_ = case
+    name, value = next(iter(changes.items()))
+    if torch.is_tensor(value):
+        value = f"{tuple(value.shape)}-{value.dtype}-{value.device}".replace("torch.", "")
+    return f"{call.__name__}-{name}-{str(value)[:30]}"
+
+
+@pytest.mark.parametrize("call, changes, kind, message", ERRORS, ids=map(error_id, ERRORS))
+def test_error_sentences(call, changes, kind, message):
+    with pytest.raises(kind, match=message) as error:
+        call(**changes)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("call", [fused, log_probs, loss, a_hat])
+def test_the_unchanged_call_is_valid(call):
+    result = call()
+    value = result.loss if isinstance(result, RLSDLossOutput) else result
+    assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "ref"])
+@pytest.mark.parametrize("bad", [-1, V, 2**40, -(2**40)])
+def test_ids_out_of_range_never_reach_an_implementation(bad, impl):
+    for call in (fused, log_probs):
+        with pytest.raises(ValueError, match=r"^completion_ids must lie in \[0, 11\)"):
+            call(completion_ids=at(IDS, 1, bad), impl=impl)
+
+
+@pytest.mark.parametrize("impl", [torch_impl, ref])
+def test_an_unchecked_bad_id_is_nan_for_its_row_only(impl):
+    # The contract on CUDA, where ids are not checked; seen here below the check.
+    ids = torch.tensor([0, V, -1, 3])
+    p = make_problem(4, V, H)
+    options = {"teacher_hidden": p["hidden"], "teacher_log_probs": None, "teacher_weight": None,
+               "old_log_probs": None, "ref_log_probs": None, "reweight_mask": None, "bias": None,
+               "rlsd_lambda": 0.5, "config": RLSDLossConfig(), "logit_scale": 1.0,
+               "softcap": None, "want_entropy": False}
+    if impl is torch_impl:
+        options |= {"need_dx": True, "need_dw": False, "need_db": False,
+                    "max_workspace_bytes": 2**20}
+    out = impl.linear_rlsd_loss(p["hidden"], p["weight"], ids, torch.ones(4), torch.ones(4),
+                                **options)
+    assert out[1].isnan().tolist() == [False, True, True, False]
+    if impl is torch_impl:
+        assert out[4].isnan().any(1).tolist() == [False, True, True, False]
+
+
+NON_FINITE = {
+    "hidden": at(HIDDEN, (1, 2), math.nan), "weight": at(WEIGHT, (3, 1), math.inf),
+    "teacher_hidden": at(HIDDEN, (0, 0), -math.inf), "bias": at(torch.ones(V), 2, math.nan),
+    "teacher_weight": at(WEIGHT, (0, 0), math.nan), "advantages": at(A, 1, math.nan),
+    "old_log_probs": at(LP, 1, -math.inf), "ref_log_probs": at(LP, 1, math.inf),
+    "loss_weights": at(A, 1, math.nan),
+}
+
+
+@pytest.mark.parametrize("name", NON_FINITE)
+def test_check_inputs_rejects_non_finite(name):
+    with pytest.raises(ValueError, match=f"^{name} has non-finite values; find the row"):
+        fused(**{name: NON_FINITE[name]}, check_inputs=True)
+
+
+def test_check_inputs_rejects_non_finite_teacher_log_probs():
+    with pytest.raises(ValueError, match="^teacher_log_probs has non-finite values"):
+        fused(teacher_hidden=None, teacher_log_probs=at(LP, 0, math.nan), check_inputs=True)
+
+
+def test_check_inputs_allows_non_finite_values_on_masked_tokens():
+    out = fused(
+        loss_weights=at(A, 1, 0.0), old_log_probs=at(LP, 1, -math.inf),
+        advantages=at(A, 1, math.nan), check_inputs=True,
+    )
+    assert torch.isfinite(out.loss)
+
+
+@pytest.mark.parametrize("impl", ["torch", "ref"])
+def test_infinite_log_probs_on_masked_tokens_leave_no_nan(impl):
+    # Trap 2: inf * 0.
+    lp = at(LP, 1, -math.inf).requires_grad_()
+    entropy = at(A, 1, math.inf).requires_grad_()
+    out = rlsd_loss(
+        lp, A, teacher_log_probs=at(LP, 1, math.inf), old_log_probs=at(LP, 1, -math.inf),
+        ref_log_probs=at(LP, 1, math.nan), loss_weights=at(A, 1, 0.0), entropy=entropy, impl=impl,
+        config=RLSDLossConfig(beta=0.1, entropy_coef=0.1),
+    )
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(5 * (-1 - 0.1))
+    assert lp.grad.tolist() == pytest.approx([-1, 0, -1, -1, -1, -1])
+    assert entropy.grad.tolist() == pytest.approx([-0.1, 0, -0.1, -0.1, -0.1, -0.1])
+    assert all(torch.isfinite(x) for k, x in out.stats.items() if "neg" not in k)
+
+
+@pytest.mark.parametrize("impl", ["torch", "ref"])
+@pytest.mark.parametrize("coef", [0.0, 0.1])
+def test_rlsd_loss_gradients_to_log_probs_and_entropy(impl, coef):
+    lp = (-torch.rand(2, 9)).requires_grad_()
+    entropy, a = torch.rand(2, 9).requires_grad_(), torch.tensor([1.0, -2.0])
+    weights = torch.rand(2, 9)
+    out = rlsd_loss(
+        lp, a, teacher_log_probs=lp.detach(), loss_weights=weights, entropy=entropy, impl=impl,
+        config=RLSDLossConfig(entropy_coef=coef),
+    )
+    (out.loss * 3).backward()
+    torch.testing.assert_close(lp.grad, -3 * a[:, None] * weights)
+    expected = (-a[:, None] * weights - coef * weights * entropy).sum()
+    torch.testing.assert_close(out.loss, expected.detach())
+    if coef:
+        torch.testing.assert_close(entropy.grad, -3 * coef * weights)
+    else:
+        assert entropy.grad is None or not entropy.grad.any()
+    assert torch.equal(out.entropy, entropy) and not out.entropy.requires_grad
+    assert torch.equal(out.log_probs, lp) and out.log_probs.shape == (2, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("impl", ["torch", "ref"])
+def test_rlsd_loss_dtypes(dtype, impl):
+    lp = (-torch.rand(9)).to(dtype).requires_grad_()
+    out = rlsd_loss(lp, torch.ones(9), teacher_log_probs=lp.detach(), impl=impl)
+    out.loss.backward()
+    assert out.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert lp.grad.dtype == dtype
+    torch.testing.assert_close(lp.grad, torch.full_like(lp, -1 / 9))
+
+
+def test_rlsd_loss_equals_the_fused_one():
+    p = make_problem(40, 51, 8, torch.float64)
+    config = RLSDLossConfig(beta=0.1)
+    out = fused_linear_rlsd_loss(**p, config=config)
+    teacher = linear_log_probs(p["teacher_hidden"], p["weight"], p["completion_ids"])
+    lp, _ = ref.linear_log_probs(p["hidden"], p["weight"], p["completion_ids"])
+    again = rlsd_loss(
+        lp, p["advantages"], teacher_log_probs=teacher, config=config,
+        **{k: p[k] for k in ("old_log_probs", "ref_log_probs", "loss_weights", "reweight_mask")},
+    )
+    torch.testing.assert_close(out.loss, again.loss)
+    assert out.stats.keys() == again.stats.keys()
+    for name, value in out.stats.items():
+        torch.testing.assert_close(value, again.stats[name], equal_nan=True)
+
+
+def test_default_loss_weights_are_the_token_mean():
+    a = torch.randn(3, 5)
+    out = rlsd_loss(torch.zeros(3, 5), a, teacher_log_probs=None, rlsd_lambda=0.0)
+    torch.testing.assert_close(out.loss, -a.mean())
+    assert out.teacher_log_probs is None
+
+
+@pytest.mark.parametrize("impl", ["torch", "ref"])
+def test_lambda_argument_overrides_the_config(impl):
+    p = make_problem(30, 51, 8)
+    config = RLSDLossConfig(rlsd_lambda=0.9)
+
+    def value(**kwargs):
+        return run_fused(p, impl, **kwargs)["loss"]
+
+    assert torch.equal(value(config=config, rlsd_lambda=0.5), value())
+    assert torch.equal(value(config=config), value(rlsd_lambda=0.9))
+    assert torch.equal(value(config=config, rlsd_lambda=0), value(rlsd_lambda=0.0))
+    assert len({v.item() for v in (value(), value(config=config), value(rlsd_lambda=0))}) == 3
+
+
+@pytest.mark.parametrize("impl", ["torch", "ref"])
+def test_lambda_zero_equals_grpo_without_a_teacher(impl):
+    p = make_problem(30, 51, 8)
+    with_teacher = run_fused(p, impl, rlsd_lambda=0.0)
+    del p["teacher_hidden"]
+    without = run_fused(p, impl, rlsd_lambda=0.0)
+    assert with_teacher.keys() == without.keys() and "teacher_log_probs" not in without
+    assert all(torch.equal(without[k], v) for k, v in with_teacher.items())
+
+
+@pytest.mark.parametrize("impl", ["torch", "ref"])
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("lambda 0", {"rlsd_lambda": 0.0}),
+        ("no A", {"advantages": 0 * A}),
+        ("no A with KL", {"advantages": 0 * A, "ref_log_probs": LP,
+                          "config": RLSDLossConfig(beta=0.1)}),
+        ("mask", {"reweight_mask": A < 0}),
+        ("negative only", {"config": RLSDLossConfig(rlsd_negative_only=True)}),
+        ("masked", {"loss_weights": 0 * A}),
+        ("scored", {"teacher_hidden": None, "teacher_log_probs": LP}),
+    ],
+)
+def test_no_teacher_forward_where_no_token_needs_it(name, changes, impl, monkeypatch):
+    # Trap 3. A teacher of another hidden size is seen by the shape of what the head receives.
+    teacher_rows = []
+    if impl == "torch":
+        real = torch_impl.Head.logits
+        monkeypatch.setattr(
+            torch_impl.Head, "logits",
+            lambda self, h: teacher_rows.append(len(h) * (h.shape[1] == 3)) or real(self, h),
+        )
+    else:
+        real = ref.linear_log_probs
+        monkeypatch.setattr(
+            ref, "linear_log_probs",
+            lambda h, *a, **k: teacher_rows.append(len(h) * (h.shape[1] == 3)) or real(h, *a, **k),
+        )
+    teacher = {"teacher_hidden": torch.ones(N, 3), "teacher_weight": torch.ones(V, 3)}
+    fused(**(teacher | changes), impl=impl)
+    assert sum(teacher_rows) == 0
+    fused(**teacher, impl=impl)
+    assert sum(teacher_rows) == N
+
+
+def test_rlsd_advantages():
+    a, lp, t = torch.randn(4, 7), -torch.rand(4, 7), -torch.rand(4, 7)
+    got = rlsd_advantages(a, lp.requires_grad_(), t, rlsd_lambda=0.7)
+    w = (a.sign() * (t - lp)).exp().clip(0.8, 1.2)
+    torch.testing.assert_close(got, (a * (0.3 + 0.7 * w)).detach())
+    assert not got.requires_grad
+    sequences = rlsd_advantages(a[:, 0], lp, t)
+    assert torch.equal(sequences, rlsd_advantages(a[:, :1].expand(4, 7), lp, t))
+    assert rlsd_advantages(a, lp.bfloat16(), t).dtype == torch.float32
+    assert rlsd_advantages(a, lp.double(), t).dtype == torch.float64
+    mask = torch.rand(4, 7) < 0.5
+    some = rlsd_advantages(a, lp, t, reweight_mask=mask, rlsd_negative_only=True)
+    kept = ~mask | (a > 0)
+    assert torch.equal(some[kept], a[kept]) and not torch.equal(some[~kept], a[~kept])
+
+
+def trl_loss(per_token_loss, mask, loss_type, num_items, max_completion_length):
+    """GRPOTrainer._compute_loss, the lines that aggregate (one process)."""
+    if loss_type == "grpo":
+        return ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    if loss_type == "bnpo":
+        return (per_token_loss * mask).sum() / mask.sum().clamp(min=1.0)
+    if loss_type == "dr_grpo":
+        return (per_token_loss * mask).sum() / (per_token_loss.size(0) * max_completion_length)
+    return (per_token_loss * mask).sum() / num_items
+
+
+LOSS_TYPES = ["grpo", "bnpo", "dapo", "dr_grpo"]
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.sampled_from(LOSS_TYPES), st.data())
+def test_aggregation_weights_are_trls(loss_type, data):
+    rows, width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
+    bits = data.draw(st.lists(st.booleans(), min_size=rows * width, max_size=rows * width))
+    mask = torch.tensor(bits).reshape(rows, width)
+    items = data.draw(st.integers(1, 1000))
+    per_token = torch.randn(rows, width)
+    for m in (mask, mask.int(), mask.float()):
+        a_t = aggregation_weights(
+            m, loss_type, num_items_in_batch=items, max_completion_length=width + 3
+        )
+        expected = trl_loss(per_token, mask.float(), loss_type, items, width + 3)
+        torch.testing.assert_close((a_t * per_token).sum(), expected)
+        assert a_t.dtype == torch.float32 and (a_t[~mask] == 0).all() and a_t.shape == mask.shape
+
+
+def test_aggregation_defaults():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert torch.equal(aggregation_weights(mask), mask / 3)
+    items = torch.tensor(6)
+    assert torch.equal(aggregation_weights(mask, num_items_in_batch=items), mask / 6)
+    assert not aggregation_weights(mask & False, "grpo").any()
+    assert aggregation_weights(torch.zeros(0, 5), "grpo").shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, message",
+    [
+        ((torch.ones(3),), {}, r"^mask must be a tensor of shape \(B, T\), but got \(3,\)"),
+        (([[1]],), {}, r"^mask must be a tensor of shape \(B, T\), but got list"),
+        ((torch.ones(2, 2), "mean"), {}, r"^loss_type must be one of grpo, bnpo, dapo, dr_grpo"),
+        ((torch.ones(2, 2), "dr_grpo"), {}, r"^loss_type='dr_grpo' needs max_completion_length"),
+        ((torch.ones(2, 2), "dr_grpo"), {"max_completion_length": 0}, r"max_completion_length > 0"),
+        ((torch.ones(2, 2),), {"num_items_in_batch": 0}, r"^num_items_in_batch must be positive"),
+    ],
+)
+def test_aggregation_errors(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        aggregation_weights(*args, **kwargs)
+
+
+# Trap 12: uneven micro-batches of sequences, one of them fully masked.
+@pytest.mark.parametrize("impl", ["torch", "ref"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_and_gradient_do_not_depend_on_micro_batches(loss_type, impl):
+    p = make_problem(48, 51, 8, torch.float64)
+    p = {k: v if k == "weight" else v.reshape(8, 6, *v.shape[1:]) for k, v in p.items()}
+    p["advantages"] = p["advantages"][:, 0]
+    mask = torch.arange(6) < torch.tensor([6, 1, 3, 0, 0, 5, 2, 6])[:, None]
+    p["loss_weights"] = aggregation_weights(
+        mask, loss_type, num_items_in_batch=37, max_completion_length=9
+    ).double()
+    config = RLSDLossConfig(beta=0.1, entropy_coef=0.05)
+    whole = run_fused(p, impl, config=config)
+    parts = [
+        run_fused({k: v if k == "weight" else v[rows] for k, v in p.items()}, impl, config=config)
+        for rows in (slice(0, 3), slice(3, 5), slice(5, 8))
+    ]
+    for name in ("loss", "d_weight"):
+        torch.testing.assert_close(sum(q[name] for q in parts), whole[name], rtol=1e-12, atol=1e-15)
+    for name in ("d_hidden", "log_probs", "teacher_log_probs"):
+        torch.testing.assert_close(
+            torch.cat([q[name] for q in parts]), whole[name], rtol=1e-12, atol=1e-15
+        )
+    assert whole["d_weight"].abs().max() > 1e-3 and not parts[1]["d_weight"].any()
+
+
+def test_module_is_the_function():
+    p = make_problem(20, 51, 8)
+    config = RLSDLossConfig(rlsd_lambda=0.3, temperature=0.8)
+    module = FusedLinearRLSDLoss(config, return_entropy=True, logit_scale=0.5)
+    positional = [p.pop(k) for k in ("hidden", "weight", "completion_ids", "advantages")]
+    got = module(*positional, **p)
+    expected = fused_linear_rlsd_loss(
+        *positional, **p, config=config, return_entropy=True, logit_scale=0.5
+    )
+    assert isinstance(module, torch.nn.Module) and not list(module.parameters())
+    for g, e in zip(got[:4], expected[:4], strict=True):
+        assert torch.equal(g, e)
+    per_call = module(*positional, **p, logit_scale=1.0)
+    assert not torch.equal(per_call.loss, got.loss)
+    default = FusedLinearRLSDLoss()(*positional, **p)
+    assert torch.equal(default.loss, fused_linear_rlsd_loss(*positional, **p).loss)
+
+
+def test_output_fields():
+    p = make_problem(20, 51, 8)
+    out = fused_linear_rlsd_loss(**p)
+    assert out._fields == ("loss", "log_probs", "teacher_log_probs", "entropy", "stats")
+    assert out.loss.shape == () and out.entropy is None
+    assert all(torch.is_tensor(v) and v.dim() == 0 for v in out.stats.values())
+    dead = (p["loss_weights"] == 0) | (p["advantages"] == 0)
+    assert (out.log_probs[dead] == 0).all() and (out.log_probs[~dead] < 0).all()
