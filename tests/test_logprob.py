@@ -352,7 +352,7 @@ def test_new_lengths_do_not_recompile(fresh_compiler):
 
 
 def test_a_changing_lambda_compiles(fresh_compiler):
-    assert count_compilations([12] * 3, [0.5, 0.4, 0.3]) <= 3
+    assert count_compilations([12] * 3, [0.5, 0.4, 0.3]) <= 4  # one is retraced dynamic
 
 
 @pytest.mark.xfail(
