@@ -16,6 +16,7 @@ import transformers
 
 from rlsd_kernels import (
     aggregation_weights,
+    available_impls,
     fused_linear_rlsd_loss,
     linear_log_probs,
     merge_stats,
@@ -67,6 +68,9 @@ class Trainer:
                 f"continue it with --resume_from_checkpoint {self.run_dir}."
             )
         self.loss_config = config.loss_config()
+        why_not = available_impls().get(config.impl, "ok")
+        if why_not != "ok":
+            raise UserError(f"impl={config.impl!r} cannot run: {why_not}")
         self.reward_funcs = load_reward_funcs(reward_funcs or config.reward_funcs)
         if config.report_to == "tensorboard":
             try:
@@ -386,7 +390,11 @@ class Trainer:
             self.teacher.load_state_dict(state["teacher"])
         if self.reference:
             self.reference.load_state_dict(state["reference"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        # Moments and position come from the checkpoint, rates and decay from today's options.
+        groups, rates = self.optimizer.state_dict()["param_groups"], self.scheduler.base_lrs
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.scheduler.load_state_dict({**state["scheduler"], "base_lrs": rates})
+        lr = rates[0] * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+        self.optimizer.param_groups[0]["lr"], self.scheduler._last_lr = lr, [lr]
         checkpoint.set_rng_state(state["rng"])
         self.step = state["step"]
