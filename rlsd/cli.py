@@ -9,6 +9,8 @@ import logging
 import platform
 import shutil
 import sys
+import typing
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,9 +30,16 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
   rlsd doctor                                    what is installed and which code will run
 """
 
+TEXTS = {"config", "resume_from_checkpoint", "output"} | {
+    name for name, hint in typing.get_type_hints(TrainConfig).items() if hint is str
+}
+
 
 def parse_options(arguments):
-    """{key: value} from --key value pairs; values are read as YAML; `--key` alone is an error."""
+    """{key: value} from --key value pairs; `--key` alone is an error.
+
+    Values are read as YAML unless the option is a text: "A: {prompt}" would become a mapping.
+    """
     import yaml
 
     options, i = {}, 0
@@ -47,7 +56,7 @@ def parse_options(arguments):
         if key in options:
             raise UserError(f"--{key} is given twice.")
         try:
-            options[key] = yaml.safe_load(value) if value else value
+            options[key] = yaml.safe_load(value) if value and key not in TEXTS else value
         except yaml.YAMLError:
             options[key] = value
         i += 1
@@ -218,6 +227,8 @@ def quiet_libraries():
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # The schedule counts rollout steps, and one without signal makes no optimizer step.
+    warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
     logging.getLogger("rlsd_kernels").addHandler(logging.StreamHandler(sys.stdout))
     logging.getLogger("rlsd_kernels").setLevel(logging.INFO)
 
@@ -237,6 +248,9 @@ def main(arguments=None):
         print(__version__)
         return 0
     command, *rest = arguments
+    if command in COMMANDS and command != "train" and {"-h", "--help"} & set(rest):
+        print(USAGE.format(version=__version__))
+        return 0
     try:
         if command not in COMMANDS:
             raise UserError(f"Unknown command {command!r}; there are {', '.join(COMMANDS)}.")
