@@ -1,0 +1,504 @@
+"""The command line: what each command prints, and one sentence for every mistake."""
+
+import json
+import logging
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tomllib
+import transformers
+import yaml
+from runs import (
+    child,
+    make_trainer,
+    one_sentence,
+    one_thread,  # noqa: F401
+    options,
+    problems,
+    write_config,
+)
+
+import rlsd.demo
+import rlsd.trainer
+from rlsd import __version__, checkpoint
+from rlsd.cli import main
+from rlsd.config import TrainConfig
+from rlsd_kernels import torch_impl
+
+
+@pytest.fixture(autouse=True)
+def _clean_logging():
+    """main() logs to the standard output of its test, which is closed in the next one."""
+    yield
+    logging.getLogger("rlsd_kernels").handlers.clear()
+
+
+def fails(capsys, *arguments, status=2):
+    """The one sentence on standard error of a command that must fail."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == status
+    return one_sentence(capsys.readouterr().err)
+
+
+def train_fails(capsys, folder, **changed):
+    return fails(capsys, "train", "--config", write_config(folder, **changed))
+
+
+def test_missing_config_file(capsys):
+    message = fails(capsys, "train", "--config", "nowhere/x.yaml")
+    assert message == "rlsd: Cannot read the config nowhere/x.yaml: No such file or directory."
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("seed: 1\nbeta: [0.1\n", "is not valid YAML at line 3"),
+        ("a: b: c\n", "is not valid YAML at line 1"),
+        ("seed: 1\n\tbeta: 2\n", "is not valid YAML at line 2"),
+        ("just words\n", "must be a list of `option: value` lines"),
+        ("- 1\n", "must be a list of `option: value` lines"),
+    ],
+    ids=["open-bracket", "two-colons", "tab", "words", "list"],
+)
+def test_malformed_config(text, words, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert fails(capsys, "train", "--config", path) == f"rlsd: The config {path} {words}."
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--learning_rat", "1"], "Unknown option 'learning_rat'; did you mean learning_rate?"),
+        (["--num_generation", "4"], "did you mean num_generations?"),
+        (["--zzzz", "4"], "Unknown option 'zzzz'; see `rlsd train --help`."),
+        (["--objective", "ppo"], "objective must be one of rlsd, grpo, but got 'ppo'."),
+        (["--max_steps", "many"], "max_steps must be a whole number, but got 'many'."),
+        (["--max_steps", "1.5"], "max_steps must be a whole number, but got 1.5."),
+        (["--learning_rate", "fast"], "learning_rate must be a number, but got 'fast'."),
+        (["--rlsd_lambda", "2"], "rlsd_lambda must be a finite number in [0, 1], but got 2.0."),
+        (["--num_generations", "1"], "num_generations must be at least 2, but got 1."),
+        (["--num_generations", "3"], "generation_batch_size (16) must be a multiple of"),
+        (["--rlsd_negative_only", "perhaps"], "rlsd_negative_only must be true or false"),
+        (["--reward_weights", "[1, 2]"], "reward_weights has 2 entries but reward_funcs has 1"),
+        (["--privileged_template", "{prompt}"], "privileged_template must contain"),
+        (["--privileged_template", "Hint: {prompt}"], "{privileged_context} exactly once"),
+        (["--seed"], "--seed needs a value."),
+        (["--seed", "--beta", "1"], "--seed needs a value."),
+        (["--seed", "1", "--seed=2"], "--seed is given twice."),
+        (["seed", "1"], "Expected an option that starts with --, but got 'seed'."),
+    ],
+    ids=lambda value: "_".join(value).replace("-", "") if isinstance(value, list) else "",
+)
+def test_bad_option(arguments, words, tmp_path, capsys):
+    assert words.rstrip(".") in fails(
+        capsys, "train", "--config", write_config(tmp_path), *arguments
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["trian"], "Unknown command 'trian'"),
+        (["--config", "x.yaml"], "Unknown command '--config'"),
+        (["train", "--objective", "grpo"], "model_name_or_path is not set"),
+        (["train", "--max_steps", "0"], "--max_steps must be a whole number of at least 1"),
+        (["train", "--seed", "x"], "--seed must be a whole number of at least 0, but got x"),
+        (["eval"], "rlsd eval RUN"),
+        (["eval", "--seed", "1"], "rlsd eval RUN"),
+        (["eval", "nowhere"], "There is no run folder or checkpoint nowhere"),
+        (["plot"], "Usage: rlsd plot RUN"),
+        (["plot", "nowhere"], "nowhere is not a run folder"),
+        (["plot", "nowhere", "--colour", "red"], "Usage: rlsd plot RUN"),
+        (["validate", "fast"], "rlsd validate takes no arguments, but got fast"),
+        (["doctor", "--verbose", "1"], "rlsd doctor takes no arguments, but got --verbose 1"),
+        (["train", "--resume_from_checkpoint", "nowhere"], "There is no run folder"),
+        (["train", "--resume_from_checkpoint", "2024"], "There is no run folder"),
+        (["plot", ".", "--output", "7"], "not a run folder"),
+    ],
+    ids=lambda value: "_".join(value).replace("-", "") if isinstance(value, list) else "",
+)
+def test_bad_command(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in fails(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv"])
+def test_missing_dataset_file(name, tmp_path, capsys):
+    message = train_fails(capsys, tmp_path, train_dataset=str(tmp_path / name))
+    assert str(tmp_path / name) in message
+
+
+def broken(index, **columns):
+    """The text of twelve good rows with row `index` changed (1-based)."""
+    rows = problems(12)
+    rows[index - 1] = {k: v for k, v in (rows[index - 1] | columns).items() if v is not ...}
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (broken(3).replace("}\n", "\n", 1), "line 1 of {} is not valid JSON"),
+        (broken(3) + "{'prompt': 1}\n", "line 13 of {} is not valid JSON"),
+        (broken(3) + "[1, 2]\n", "line 13 of {} must be a JSON object"),
+        (broken(3, prompt=...), "line 3 of {} has no prompt"),
+        (broken(3, prompt=""), "line 3 of {} has no prompt"),
+        (broken(3, prompt=7), "line 3 of {}: prompt must be a text or a list of messages"),
+        (broken(4, solution=...), "line 4 of {} has no solution"),
+        (broken(5, privileged_context=" "), "line 5 of {} has no privileged context"),
+        (broken(5, privileged_context=3), "line 5 of {}: privileged_context must be a text"),
+        (broken(6, prompt=[{"role": "user", "content": "x"}]), "no chat template"),
+        ("", "{} has no rows"),
+        (broken(1).replace("\n", "", 1), "line 1 of {} is not valid JSON"),
+    ],
+    ids=["no-brace", "python-dict", "list", "no-prompt", "empty-prompt", "number-prompt",
+         "no-solution", "empty-privileged", "number-privileged", "chat-without-template",
+         "empty-file", "two-rows-in-a-line"],
+)
+def test_bad_row_is_named(text, words, tmp_path, capsys):
+    path = tmp_path / "train.jsonl"
+    path.write_text(text)
+    assert words.format(path) in train_fails(capsys, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_rows_to_hold_out(tmp_path, capsys):
+    assert "too few to hold out eval_size = 12" in train_fails(capsys, tmp_path, eval_size=12)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_prompt_length": 3}, {"max_teacher_prompt_length": 5}], ids=["own", "teacher"]
+)
+def test_all_prompts_over_long(limits, tmp_path, capsys):
+    message = train_fails(capsys, tmp_path, **limits)
+    assert "of 8 rows as over-long" in message and "line 1 of" in message, message
+    assert f"limit {[*limits.values()][0]}" in message
+
+
+def test_some_prompts_over_long_are_dropped_and_counted(tmp_path, capsys):
+    lengths = [len(row["prompt"].split()) for row in problems(12)[:8]]
+    kept = sum(n <= 7 for n in lengths)
+    assert 0 < kept < 8
+    config = write_config(tmp_path, max_prompt_length=7, generation_batch_size=8)
+    assert main(["train", "--config", config]) == 0
+    out = capsys.readouterr().out
+    first = next(i for i, n in enumerate(lengths, 1) if n > 7)
+    assert f"Dropped {8 - kept} of 8 rows as over-long; first: row line {first} of" in out
+    assert f"rlsd: {kept} training questions" in out and "step 2/2" in out
+
+
+def raising(completions, **columns):
+    raise ZeroDivisionError("division by zero")
+
+
+def short(completions, **columns):
+    return [1.0]
+
+
+def not_a_list(completions, **columns):
+    return 1.0
+
+
+def with_nan(completions, **columns):
+    return [float("nan")] * len(completions)
+
+
+def with_none(completions, **columns):
+    return [None] * len(completions)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("exact_macth", "Unknown reward function 'exact_macth'; built in are exact_match,"),
+        ("no_module.reward", "Cannot import the reward function 'no_module.reward'"),
+        ("rlsd.demo.nothing", "Cannot import the reward function 'rlsd.demo.nothing'"),
+        ("rlsd.demo.MARKER", "The reward function 'rlsd.demo.MARKER' is not callable"),
+        ("test_cli.raising", "raising raised ZeroDivisionError: division by zero"),
+        ("test_cli.short", "short must return a list of 16 numbers, one per completion, but"),
+        ("test_cli.not_a_list", "not_a_list must return a list of 16 numbers"),
+        ("test_cli.with_nan", "with_nan returned nan for row line"),
+        ("test_cli.with_none", "returned None for row line"),
+    ],
+)
+def test_bad_reward_function(name, words, tmp_path, capsys):
+    assert words in train_fails(capsys, tmp_path, reward_funcs=[name])
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_bad_model_folder(kind, tmp_path, capsys):
+    path = tmp_path / "no_model"
+    if kind == "empty":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("not a model")
+    assert f"Cannot load the model '{path}'" in train_fails(
+        capsys, tmp_path, model_name_or_path=str(path)
+    )
+
+
+def test_bad_device(tmp_path, capsys):
+    assert "Cannot use device 'abacus'" in train_fails(capsys, tmp_path, device="abacus")
+
+
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_unavailable_impl_stops_before_the_first_rollout(impl, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rlsd.trainer, "roll_out", lambda *_: pytest.fail("sampled"))
+    assert f"impl='{impl}' cannot run: " in train_fails(capsys, tmp_path, impl=impl)
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_run_folder(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    message = train_fails(capsys, tmp_path)
+    assert f"The run folder {tmp_path}/run already exists" in message
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("output_dir", ["train.jsonl", "train.jsonl/run"])
+def test_output_dir_that_cannot_be_a_folder(output_dir, tmp_path, capsys):
+    message = train_fails(capsys, tmp_path, output_dir=str(tmp_path / output_dir))
+    assert "train.jsonl" in message
+
+
+@pytest.mark.parametrize("command", [["train", "--resume_from_checkpoint"], ["eval"]],
+                         ids=["train", "eval"])
+def test_folder_without_checkpoint(command, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    message = fails(capsys, *command, tmp_path / "run")
+    assert message.startswith(f"rlsd: {tmp_path}/run holds no checkpoint")
+
+
+def test_nothing_to_evaluate(tmp_path, capsys):
+    make_trainer(tmp_path, max_steps=1).train()
+    message = fails(capsys, "eval", tmp_path / "run", "--eval_size", "0")
+    assert "nothing to evaluate" in message
+
+
+def test_interrupt_inside_a_step(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+
+    def reward(completions, **columns):
+        if (run / "checkpoint-2").exists():
+            raise KeyboardInterrupt
+        return [float(i % 3) for i in range(len(completions))]
+
+    monkeypatch.setattr("runs.sum_reward", reward)
+    config = write_config(tmp_path, max_steps=5, save_steps=1)
+    assert "interrupted" in fails(capsys, "train", "--config", config, status=130)
+    assert sorted(p.name for p in run.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
+    monkeypatch.undo()
+    assert main(["train", "--resume_from_checkpoint", str(run)]) == 0
+    assert checkpoint.latest(run).name == "checkpoint-5"
+
+
+def test_real_sigint(tmp_path):
+    process = child(
+        "-m", "rlsd.cli", "train", "--config", write_config(tmp_path, max_steps=100_000,
+                                                            save_steps=2, save_total_limit=2)
+    )
+    run, began = tmp_path / "run", time.monotonic()
+    while not (run / "checkpoint-4").exists() and time.monotonic() - began < 90:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in one_sentence(err) and "step 3/100000" in out
+    assert not list(run.glob(".partial*"))
+    last = checkpoint.latest(run)
+    assert checkpoint.load_state(last)["step"] == int(last.name.split("-")[1]) >= 4
+    transformers.AutoModelForCausalLM.from_pretrained(last)
+
+
+def test_train_with_config_and_overrides(tmp_path, capsys):
+    config = write_config(tmp_path, eval_steps=1, save_steps=1)
+    assert main(["train", "--config", config, "--max_steps", "3", "--learning-rate=1e-3",
+                 "--beta", "0.5", "--reward_funcs", "[exact_match, runs.sum_reward]"]) == 0
+    out, err = capsys.readouterr()
+    run = tmp_path / "run"
+    assert not err.strip()
+    assert f"rlsd: 8 training questions, 4 held out, steps 1 to 3, in {run}" in out
+    for step in (1, 2, 3):
+        assert re.search(rf"step {step}/3 .*reward .*loss .*lambda .*s/step .*ETA \d+:\d\d", out)
+    assert f"Done: {run}/checkpoint-3, {run}/curves.png" in out
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved == yaml.safe_load(Path(config).read_text()) | saved | {
+        "max_steps": 3, "learning_rate": 1e-3, "beta": 0.5,
+        "reward_funcs": ["exact_match", "runs.sum_reward"],
+    }
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_resume_goes_on_with_the_options_of_the_run(tmp_path, capsys):
+    config = write_config(tmp_path, rlsd_lambda=0.25)
+    assert main(["train", "--config", config]) == 0
+    assert "already at step 2; raise max_steps" in fails(
+        capsys, "train", "--resume_from_checkpoint", tmp_path / "run"
+    )
+    assert main(["train", "--resume_from_checkpoint", str(tmp_path / "run"), "--max_steps", "3",
+                 "--learning_rate", "0.004"]) == 0
+    assert "steps 3 to 3" in capsys.readouterr().out
+    records = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [r["step"] for r in records] == [1, 2, 3]
+    assert records[2]["rlsd/effective_lambda"] == pytest.approx(0.25 * 47 / 50)
+    assert [r["learning_rate"] for r in records] == [0.01, 0.01, 0.004]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of three steps with evaluations."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = make_trainer(folder, max_steps=3, eval_steps=3, save_steps=2)
+    return folder / "run", trainer.train()
+
+
+def shown(out):
+    """{metric: printed value} of rlsd eval."""
+    return {k: float(v) for k, v in re.findall(r"^  (\S+) +(-?[\d.]+)$", out, re.MULTILINE)}
+
+
+def test_eval_of_run_and_checkpoint(finished, capsys):
+    run, records = finished
+    want = {k[5:]: round(v, 4) for k, v in records[-1].items() if k.startswith("eval/")}
+    for path in (run, run / "checkpoint-3", f"{run}/checkpoint-3/"):
+        assert main(["eval", str(path)]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(f"{run}/checkpoint-3 on 4 held-out questions\n") and not err.strip()
+        assert shown(out) == pytest.approx(want, abs=1e-4)
+    assert main(["eval", str(run / "checkpoint-2"), "--eval_size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{run}/checkpoint-2 on 2 held-out questions\n")
+    assert shown(out).keys() == want.keys()
+
+
+def test_plot_of_two_runs(finished, tmp_path, capsys):
+    run, _ = finished
+    target = tmp_path / "both.png"
+    assert main(["plot", str(run), f"{run}/", "--output", str(target)]) == 0
+    assert capsys.readouterr().out == f"{target}\n"
+    assert target.read_bytes()[:4] == b"\x89PNG"
+    (run / "curves.png").unlink()
+    assert main(["plot", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}/curves.png\n"
+    assert (run / "curves.png").stat().st_size > 5000
+
+
+def test_plot_to_a_bad_place(finished, tmp_path, capsys):
+    for output in (tmp_path / "no" / "x.png", tmp_path / "x.nonsense"):
+        assert str(output) in fails(capsys, "plot", finished[0], "--output", output)
+
+
+def test_validate_prints_the_table(capsys):
+    assert main(["validate"]) == 0
+    out = capsys.readouterr().out
+    for impl in ("cuda", "triton", "torch", "ref"):
+        assert re.search(rf"^{impl} +(not run: |float)", out, re.MULTILINE)
+    rows = re.findall(r"^torch +(\w+) +(.+?) +([\d.e+-]+) +([\d.e+-]+) +([\d.e+-]+)  ok$", out,
+                      re.MULTILINE)
+    assert {row[0] for row in rows} == {"float64", "float32", "bfloat16", "float16"}
+    assert len(rows) == 20 and all(0 <= float(row[2]) <= 1e-4 for row in rows)
+    assert out.endswith("All within the contract.\n")
+
+
+def test_validate_fails_on_a_wrong_implementation(capsys, monkeypatch):
+    right = torch_impl.token_loss
+    monkeypatch.setattr(
+        torch_impl, "token_loss", lambda *a, **k: tuple(1.01 * x for x in right(*a, **k))
+    )
+    assert main(["validate"]) == 1
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^torch .*FAILED$", out, re.MULTILINE)) == 20
+    assert "20 rows broke the contract" in out and not re.search(r"^ref .*FAILED", out, re.M)
+
+
+def test_doctor_says_what_is_installed_and_what_runs(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"rlsd {__version__}, Python 3." in out
+    assert re.search(rf"^  transformers +{re.escape(transformers.__version__)} ", out, re.M)
+    assert re.search(r"^  torch +ok$", out, re.M)
+    assert re.search(r"^  impl='auto' runs '\w+'", out, re.M)
+
+
+def test_help_and_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+    for arguments in (["--help"], ["-h"]):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert all(f"rlsd {c}" in out for c in ("train", "eval", "plot", "validate", "doctor"))
+    assert main([]) == 2
+    assert "rlsd train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "plot", "validate", "doctor"])
+def test_help_of_every_command(command, capsys):
+    assert main([command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert f"rlsd {command}" in out and not err
+
+
+def test_train_help_lists_every_option_with_its_default(capsys):
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    for name in TrainConfig.__dataclass_fields__:
+        assert re.search(rf"^  --{name} ", out, re.M), name
+    assert "--rlsd_lambda 0.5" in out and "--reward_funcs ['exact_match']" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, passed",
+    [
+        ([], {"output_dir": "runs/demo"}),
+        (["--seed", "3"], {"output_dir": "runs/demo", "seed": 3}),
+        (["--output_dir", "x", "--max_steps", "5", "--num_seeds=1"],
+         {"output_dir": "x", "max_steps": 5, "num_seeds": 1}),
+    ],
+    ids=["bare", "seed", "all"],
+)
+def test_train_without_a_config_is_the_demo(arguments, passed, monkeypatch):
+    calls = []
+    monkeypatch.setattr(rlsd.demo, "run_demo", lambda **options: calls.append(options))
+    assert main(["train", *arguments]) == 0
+    assert calls == [passed]
+
+
+def test_missing_package_is_named(capsys, monkeypatch):
+    def no_matplotlib(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr("rlsd.report.plot_runs", no_matplotlib)
+    message = fails(capsys, "plot", "run")
+    assert message == "rlsd: plot needs the package matplotlib: pip install 'rlsd[train]'."
+
+
+def test_scratch_builds_its_own_model(tmp_path, capsys):
+    config = write_config(
+        tmp_path, model_name_or_path="scratch", scratch_steps=2, max_steps=1, eval_size=4,
+        reward_funcs=["exact_match"], max_completion_length=4,
+    )
+    assert main(["train", "--config", config]) == 0
+    assert (tmp_path / "run" / "warm_start" / "model.safetensors").exists()
+    assert checkpoint.latest(tmp_path / "run" / "rl").name == "checkpoint-1"
+    assert main(["eval", str(tmp_path / "run" / "rl")]) == 0
+    assert "already exists" in fails(capsys, "train", "--config", config)
+
+
+def test_entry_point_is_main():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"rlsd": "rlsd.cli:main"}
+
+
+def test_helpers_write_what_the_tests_read(tmp_path):
+    # The tests above mean nothing if the plain configuration were not accepted.
+    assert main(["train", "--config", write_config(tmp_path, max_steps=1)]) == 0
+    assert set(options(tmp_path)) <= set(TrainConfig.__dataclass_fields__)
