@@ -202,7 +202,7 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint):
     if dropped:
         note = f"Dropped {len(dropped)} of {len(rows)} rows as over-long; first: {dropped[0]}."
     if not kept:
-        raise UserError(f"No row is left to use: {note[0].lower()}{note[1:]}")
+        raise UserError(f"No row is left to use: {note}")
     return kept, note
 
 
