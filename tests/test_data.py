@@ -79,7 +79,7 @@ def test_parquet_reads_the_same_rows_as_jsonl(tmp_path):
 
 
 def test_gsm8k_columns(tmp_path):
-    answer = "He has 2 and buys 2 <<2+2=4>>.\n#### 1,004"
+    answer = "#### Steps\nHe has 2 and buys 2 <<2+2=4>>.\n#### 1,004"
     rows = load_rows(write(tmp_path / "x.jsonl", [{"question": "How many?", "answer": answer}]))
     assert columns(rows, "prompt", "solution", "privileged_context") == [
         ("How many?", "1,004", answer)
