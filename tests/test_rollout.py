@@ -259,7 +259,7 @@ DISTORTING = {
 }
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 4.0])  # at 4 every id has a real share
 def test_samples_follow_the_policy_that_is_scored(temperature):
     model = build("llama")
     # What some models ship with must not bend the policy.
