@@ -54,6 +54,11 @@ def test_identical_rewards_give_exactly_zero(value, dtype, scale):
     assert (group_advantages(rewards, 8, scale) == 0).all()
 
 
+def test_rewards_that_differ_below_fp32_still_rank():
+    got = group_advantages(torch.tensor([1.0, 1.0 + 1e-9], dtype=torch.float64), 2)
+    assert got.tolist() == pytest.approx([-5e-4, 5e-4], rel=1e-2)
+
+
 def test_a_dead_group_is_zero_beside_a_live_one():
     got = group_advantages([0.9] * 8 + [0.9] * 7 + [0.1], 8)
     assert (got[:8] == 0).all() and (got[8:15] > 0).all() and got[15] < -2
