@@ -98,6 +98,11 @@ def _import(path):
     return function
 
 
+def name_of(function):
+    """What errors and metrics call a reward function; an object goes by its type."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def _reason(error):
     """The type and first line of an exception, without a full stop."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": .")
@@ -118,7 +123,7 @@ def score(functions, weights, rows, completions, completion_ids):
     columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     values = torch.full((len(rows), len(functions)), math.nan, dtype=torch.float64)
     for k, function in enumerate(functions):
-        name = getattr(function, "__name__", type(function).__name__)
+        name = name_of(function)
         try:
             got = function(
                 prompts=prompts, completions=shown, completion_ids=completion_ids, **columns

@@ -36,7 +36,7 @@ from .report import (
     read_metrics,
     write_completions,
 )
-from .rewards import load_reward_funcs
+from .rewards import load_reward_funcs, name_of
 from .rollout import (
     completion_hidden,
     evaluate,
@@ -197,7 +197,7 @@ class Trainer:
         }
         for k, function in enumerate(self.reward_funcs):
             values = rollout.rewards_per_func[:, k]
-            metrics[f"rewards/{function.__name__}/mean"] = values.nanmean().item()
+            metrics[f"rewards/{name_of(function)}/mean"] = values.nanmean().item()
         if config.leak_markers:
             metrics["leak_rate"] = leak_rate(rollout.texts, config.leak_markers)
         samples = None
