@@ -1,3 +1,4 @@
+import functools
 import math
 import sys
 import types
@@ -14,6 +15,7 @@ from rlsd.rewards import (
     final_answer,
     load_reward_funcs,
     math_verify,
+    name_of,
     reasoning_gym,
     score,
     text_of,
@@ -254,6 +256,8 @@ def test_objects_are_named_by_their_type():
         def __call__(self, **_):
             return [1.0]
 
+    assert name_of(Judge()) == "Judge" and name_of(exact_match) == "exact_match"
+    assert name_of(functools.partial(exact_match)) == "partial"
     with pytest.raises(UserError) as error:
         run(Judge())
     sentence(error, "Judge", "1 values")
