@@ -83,7 +83,7 @@ class Trainer:
         self.model, self.tokenizer = checkpoint.load_model(
             str(resume_from or config.model_name_or_path), config.device
         )
-        self.model.train()
+        self.model.eval()  # dropout would score another network than the one that sampled
         self.pad_id = self.tokenizer.pad_token_id
         self.head = head_of(self.model)
         self.rows, self.held_out = load_data(config, self.tokenizer, log)
