@@ -15,7 +15,8 @@ def check_number(name, value, low=-math.inf, high=math.inf, *, low_open=False):
     """Raise ValueError in one sentence unless value is a finite number in [low, high]."""
     ok = isinstance(value, Real) and not isinstance(value, bool)
     # Comparisons, not math.isfinite: torch.compile traces a changing float through them.
-    if ok and -math.inf < value < math.inf and low <= value <= high and not (low_open and value == low):
+    ok = ok and -math.inf < value < math.inf and low <= value <= high
+    if ok and not (low_open and value == low):
         return
     bounds = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
     raise ValueError(f"{name} must be a finite number in {bounds}, but got {value!r}.")
