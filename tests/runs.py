@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import rlsd.trainer
 from rlsd.config import make_config
 from rlsd.demo import OPERATIONS, save_model, tiny_model, word_tokenizer
 from rlsd.trainer import Trainer
@@ -22,8 +23,10 @@ TEMPLATE = "<h> {privileged_context} {prompt}"
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Two spinning threads on two shared cores make a step of this model 30 times slower."""
+def quick(monkeypatch):
+    """One thread: two on shared cores make a step of this model 30 times slower. No curves.png:
+    drawing takes longer than the run; a test of it puts rlsd.report.plot_runs back."""
+    monkeypatch.setattr(rlsd.trainer, "plot_runs", lambda *_: None)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

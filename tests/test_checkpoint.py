@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import random
 import signal
 
@@ -14,8 +15,8 @@ from runs import (
     child,
     make_trainer,
     one_sentence,
-    one_thread,  # noqa: F401
     parameters,
+    quick,  # noqa: F401
     sum_reward,
     without_times,
     write_config,
@@ -150,6 +151,26 @@ def test_real_file_size_limit_is_one_sentence(tmp_path):
     size = (run / "checkpoint-2" / "trainer_state.pt").stat().st_size
     assert size > 40_000 > (run / "checkpoint-2" / "model.safetensors").stat().st_size
     checkpoint.load_state(run / "checkpoint-2")
+
+
+def test_bytes_are_flushed_before_the_rename_and_the_rename_after_it(tmp_path, monkeypatch):
+    trainer, events = make_trainer(tmp_path, max_steps=1), []
+    sync, rename = os.fsync, os.rename
+
+    def recorded_sync(handle):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        sync(handle)
+
+    def recorded_rename(source, target):
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_sync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    trainer.train()
+    before, after = events[: events.index("rename")], events[events.index("rename") :]
+    assert {"model.safetensors", "trainer_state.pt", ".partial-checkpoint-1"} <= set(before)
+    assert "run" in after
 
 
 def test_failed_replacement_puts_the_old_checkpoint_back(tmp_path, monkeypatch):
