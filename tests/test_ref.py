@@ -385,6 +385,11 @@ def test_no_gradient_through_the_weight():
     assert (frozen / a - 1).abs().max() > 0.05
 
 
+def test_a_hat_is_detached_from_every_input():
+    inputs = [torch.randn(5).requires_grad_() for _ in range(3)]
+    assert not ref.rlsd_advantages(*inputs).requires_grad
+
+
 @PROPERTY
 @given(st.lists(st.tuples(ADVANTAGES, st.booleans()), max_size=6), st.booleans(), st.booleans())
 def test_live_tokens(pairs, kl, entropy):

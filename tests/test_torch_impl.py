@@ -413,6 +413,14 @@ def test_retain_graph_and_accumulation():
         again.loss.backward()
 
 
+def test_second_order_gradients_are_refused():
+    p = make_problem(20, 51, 8)
+    leaf = p["hidden"].requires_grad_()
+    loss = fused_linear_rlsd_loss(**p, impl="torch").loss
+    with pytest.raises(RuntimeError, match="differentiation"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
 def test_only_the_loss_carries_a_gradient():
     p = make_problem(20, 51, 8)
     leaves = {
