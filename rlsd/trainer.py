@@ -6,7 +6,6 @@ teacher sync. Parameters are fp32; micro-batching never changes loss or gradient
 """
 
 import dataclasses
-import functools
 import math
 import time
 from pathlib import Path
@@ -152,13 +151,13 @@ class Trainer:
     def rows_at(self, step):
         """The questions of a rollout step: a function of seed and step, reshuffled per epoch."""
         count = self.config.generation_batch_size // self.config.num_generations
-        picked = []
+        picked, orders = [], {}
         for i in range((step - 1) * count, step * count):
             epoch, k = divmod(i, len(self.rows))
-            picked.append(self.rows[self._order(epoch)[k]])
+            orders[epoch] = orders.get(epoch) or self._order(epoch)
+            picked.append(self.rows[orders[epoch][k]])
         return picked
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
     def _order(self, epoch):
         seed = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         return torch.randperm(len(self.rows), generator=seed).tolist()
