@@ -1,11 +1,13 @@
 """The trainer against a naive loop, and what a run promises: resume, teachers, metrics, files."""
 
 import copy
+import gc
 import json
 import math
 import random
 import shutil
 import warnings
+import weakref
 
 import pyarrow.parquet
 import pytest
@@ -16,6 +18,7 @@ from runs import (
     TEMPLATE,
     assert_same,
     make_trainer,
+    naive_run,
     parameters,
     problems,
     quick,  # noqa: F401
@@ -54,92 +57,6 @@ def run_steps(trainer, count):
         metrics.append(trainer.train_step(step)[0])
         trainer.step = step
     return after, metrics
-
-
-def naive_log_probs(model, prompt, completion, config):
-    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-    log_p = torch.log_softmax(logits / config.temperature, -1)
-    return log_p[torch.arange(len(completion)), completion]
-
-
-def naive_weight(length, lengths, config):
-    """a_t of every token of a sequence of `length` unmasked tokens, TRL's definitions."""
-    if config.loss_type == "grpo":
-        return 1 / max(1, length) / len(lengths)
-    if config.loss_type == "dr_grpo":
-        return 1 / (len(lengths) * config.max_completion_length)
-    return 1 / sum(lengths)
-
-
-def naive_lambda(step, config):
-    if config.objective == "grpo":
-        return 0.0
-    return config.rlsd_lambda * max(1 - step / config.rlsd_lambda_decay_steps, 0)
-
-
-def naive_step(model, teacher, reference, optimizer, tokenizer, rollout, step, config):
-    """Section 1 of the method, one sequence at a time; returns parameters per optimizer step."""
-    lam = naive_lambda(step, config)
-    groups = rollout.rewards.view(-1, config.num_generations)
-    advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6))
-    advantages = advantages.flatten().tolist()
-    sequences = []
-    for row, ids, mask, truncated in zip(
-        rollout.rows, rollout.completion_ids, rollout.mask, rollout.truncated, strict=True
-    ):
-        drop = config.mask_truncated_completions and bool(truncated)
-        sequences.append((row, [] if drop else ids[mask].tolist()))
-    lengths = [len(completion) for _, completion in sequences]
-    hinted, ref, old, after = {}, {}, {}, []
-    with torch.no_grad():
-        for i, (row, y) in enumerate(sequences):
-            question = tokenizer(row["prompt"])["input_ids"]
-            ref[i] = naive_log_probs(reference, question, y, config)
-            if row["privileged_context"]:
-                text = f"<h> {row['privileged_context']} {row['prompt']}"
-                hinted[i] = naive_log_probs(teacher, tokenizer(text)["input_ids"], y, config)
-    for iteration in range(config.num_iterations):
-        loss = 0.0
-        for i, (row, y) in enumerate(sequences):
-            lp = naive_log_probs(model, tokenizer(row["prompt"])["input_ids"], y, config)
-            if iteration == 0:
-                old[i] = lp.detach()
-            a_hat = torch.full_like(lp, advantages[i])
-            if i in hinted and not (config.rlsd_negative_only and advantages[i] > 0):
-                student = old[i] if config.rlsd_delta_source == "old_log_probs" else lp.detach()
-                eps = config.rlsd_reweight_clip_range
-                w = torch.exp(a_hat.sign() * (hinted[i] - student)).clamp(1 - eps, 1 + eps)
-                a_hat = a_hat * ((1 - lam) + lam * w)
-            rho = torch.exp(lp - old[i])
-            clipped = rho.clamp(1 - config.epsilon, 1 + config.epsilon_high)
-            token = -torch.minimum(rho * a_hat, clipped * a_hat)
-            if advantages[i] < 0 and config.delta is not None:
-                token = torch.minimum(token, -a_hat * config.delta)
-            kl = torch.exp(ref[i] - lp) - (ref[i] - lp) - 1
-            loss = loss + naive_weight(len(y), lengths, config) * (token + config.beta * kl).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        after.append(parameters(model))
-    return after
-
-
-def naive_run(trainer, start, rollouts):
-    """The trainer's own rollouts through the naive loop; the teacher stays at the start."""
-    config = trainer.config
-    model, teacher = start, copy.deepcopy(start)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2),
-    )
-    after = []
-    for step, rollout in enumerate(rollouts, 1):
-        scorer = copy.deepcopy(model) if config.teacher_model_kind == "live" else teacher
-        after += naive_step(
-            model, scorer, teacher, optimizer, trainer.tokenizer, rollout, step, config
-        )
-    return after
 
 
 CASES = {
@@ -615,6 +532,15 @@ def test_every_epoch_shows_every_question_once(tmp_path):
         for steps in ((1, 2), (3, 4))
     ]
     assert [len(set(e)) for e in epochs] == [8, 8] and epochs[0] != epochs[1]
+
+
+def test_finished_trainer_is_freed(tmp_path):
+    trainer = make_trainer(tmp_path)
+    run_steps(trainer, 1)
+    reference = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert reference() is None  # two models and the moments would stay on the device
 
 
 def first_word_is_seven(completions, **columns):
