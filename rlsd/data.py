@@ -182,21 +182,21 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint):
                 f"Row {source} has no privileged context, so it would silently train as plain "
                 "GRPO; fill privileged_context or set allow_missing_privileged_context."
             )
+        read = row if need_hint else {"prompt": row["prompt"]}
         try:
-            student, teacher = encode_pair(row, tokenizer, config.privileged_template)
+            student, teacher = encode_pair(read, tokenizer, config.privileged_template)
         except UserError as error:
             raise UserError(f"Row {source} cannot be used: {error}.") from None
         for name, ids, limit in (
             ("prompt", student, config.max_prompt_length),
-            ("privileged prompt", teacher if need_hint else None, config.max_teacher_prompt_length),
+            ("privileged prompt", teacher, config.max_teacher_prompt_length),
         ):
             if ids is not None and limit is not None and len(ids) > limit:
                 dropped.append(f"row {source} with a {name} of {len(ids)} tokens, limit {limit}")
                 break
         else:
             kept.append({
-                **row, "prompt_ids": student,
-                "teacher_prompt_ids": teacher if need_hint and hint else None,
+                **row, "prompt_ids": student, "teacher_prompt_ids": teacher if hint else None,
             })
     note = ""
     if dropped:

@@ -50,7 +50,7 @@ def chain_reward(prompts, completions, completion_ids, solution, **columns):
     """1.0 for the right last digit, exactly one '#' and an end within the length."""
     return [
         float(c.split()[-1:] == s.split()[-1:] and c.split().count("#") == 1
-              and len(ids) == len(c.split()) + 1)
+              and len(ids) == len(c.split()) + 1 and ids[-1] == SPECIAL.index("<eos>"))
         for c, ids, s in zip(completions, completion_ids, solution, strict=True)
     ]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -40,9 +41,10 @@ class Reporter:
             yaml.safe_dump(config_dict, sort_keys=False), encoding="utf-8"
         )
         kept = [r for r in read_metrics(run_dir) if r["step"] <= start_step] if start_step else []
-        self.file = open(self.run_dir / METRICS, "w", encoding="utf-8")  # noqa: SIM115
-        for record in kept:
-            self._write(record)
+        partial = self.run_dir / f".partial-{METRICS}"
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(partial, self.run_dir / METRICS)
+        self.file = open(self.run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         self.board = None
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
