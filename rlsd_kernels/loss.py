@@ -494,6 +494,6 @@ class FusedLinearRLSDLoss(nn.Module):
 
     def forward(self, hidden, weight, completion_ids, advantages, **per_call):
         return fused_linear_rlsd_loss(
-            hidden, weight, completion_ids, advantages, config=self.config,
-            **{**self.fixed, **per_call},
+            hidden, weight, completion_ids, advantages,
+            **{"config": self.config, **self.fixed, **per_call},
         )

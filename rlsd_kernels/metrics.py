@@ -10,10 +10,9 @@ import torch
 
 from . import ref
 
-# metric -> the count it is a mean over; rlsd/delta_std and the fractions follow from these.
+# metric -> the count it is a mean over; rlsd/delta_std is handled apart.
 _MEAN_OVER = {
     "rlsd/delta_mean": "tokens/reweighted",
-    "rlsd/delta_sq_mean": "tokens/reweighted",
     "rlsd/delta_mean_pos": "tokens/reweighted_pos",
     "rlsd/delta_mean_neg": "tokens/reweighted_neg",
     "rlsd/weight_mean_pos": "tokens/active_pos",
@@ -71,7 +70,6 @@ def token_stats(
     capped = (advantages < 0) & (ratio > (math.inf if config.delta is None else config.delta))
     values = {
         "rlsd/delta_mean": delta,
-        "rlsd/delta_sq_mean": delta * delta,
         "rlsd/delta_mean_pos": delta,
         "rlsd/delta_mean_neg": delta,
         "rlsd/weight_mean_pos": a_hat / advantages,
@@ -95,12 +93,8 @@ def token_stats(
     for name, value in values.items():
         where = counts[_MEAN_OVER[name]]
         stats[name] = torch.where(where, value.to(zero.dtype), zero).sum() / where.sum()
-    return _with_std(stats)
-
-
-def _with_std(stats):
-    variance = stats["rlsd/delta_sq_mean"] - stats["rlsd/delta_mean"] ** 2
-    stats["rlsd/delta_std"] = variance.clamp(min=0).sqrt()
+    deviation = torch.where(chosen, delta - stats["rlsd/delta_mean"], zero)
+    stats["rlsd/delta_std"] = ((deviation**2).sum() / chosen.sum()).sqrt()
     return stats
 
 
@@ -115,4 +109,14 @@ def merge_stats(many):
         if name in many[0]:
             total = sum(torch.where(s[count] > 0, s[name] * s[count], 0) for s in many)
             merged[name] = total / merged[count]
-    return _with_std(merged)
+    variance = sum(
+        torch.where(
+            s["tokens/reweighted"] > 0,
+            s["tokens/reweighted"]
+            * (s["rlsd/delta_std"] ** 2 + (s["rlsd/delta_mean"] - merged["rlsd/delta_mean"]) ** 2),
+            0,
+        )
+        for s in many
+    )
+    merged["rlsd/delta_std"] = (variance / merged["tokens/reweighted"]).sqrt()
+    return merged

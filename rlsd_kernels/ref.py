@@ -16,6 +16,8 @@ import torch
 
 # exp(80) still fits fp32: bounds ratios so that no inf * 0 can appear in a backward pass.
 MAX_LOG_RATIO = 80.0
+# Stands for log 0 where p = 0 multiplies it (a token that a bias of -inf forbids).
+LOG_FLOOR = -1e30
 
 
 def compute_dtype(dtype):
@@ -37,7 +39,7 @@ def linear_log_probs(
     if final_logit_softcapping is not None:
         logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
     log_p = torch.log_softmax(logits / temperature, dim=-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    entropy = -(log_p.exp() * log_p.clamp(min=LOG_FLOOR)).sum(-1)
     return log_p.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1), entropy
 
 

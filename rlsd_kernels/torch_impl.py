@@ -15,6 +15,7 @@ from .config import RLSDLossConfig
 from .tuning import rows_per_chunk
 
 MAX_LOG_RATIO = 80.0
+LOG_FLOOR = -1e30  # stands for log 0 where p = 0 multiplies it
 CAST_BLOCK = 4096  # head rows upcast at a time for 16-bit weights
 
 
@@ -134,6 +135,8 @@ def chunk_log_probs(head, h, ids, *, keep_logits=False, want_entropy=False):
     p = e.div_(total)
     entropy = None
     if want_entropy:
+        if head.bias is not None:  # a bias of -inf forbids a token: keep 0 * inf out
+            z.clamp_(min=LOG_FLOOR)
         with torch.autocast(z.device.type, enabled=False):  # it would round p and z to 16 bits
             entropy = (level + log_total).squeeze(-1) - torch.linalg.vecdot(p, z)
     return log_probs, entropy, p, z if keep_logits else None
@@ -145,7 +148,7 @@ def logit_gradient(p, z, ids, log_probs, g, entropy=None, g_entropy=None):
     if g_entropy is None:
         p.mul_(-g.unsqueeze(-1))
     else:
-        # log p = z - lse with lse = z_y - log p(y); p stays the only factor that is 0 at -inf.
+        # log p = z - lse with lse = z_y - log p(y)
         shift = (log_probs - z[row, ids] + entropy).unsqueeze(-1)
         p.mul_(-(g.unsqueeze(-1) + g_entropy.unsqueeze(-1) * (z + shift)))
     p[row, ids] += g

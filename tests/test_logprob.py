@@ -1,4 +1,5 @@
 import logging
+import math
 
 import pytest
 import torch
@@ -360,3 +361,23 @@ def test_a_changing_lambda_compiles(fresh_compiler):
 )
 def test_a_lambda_schedule_does_not_recompile(fresh_compiler):
     assert count_compilations([12] * 5, [0.5, 0.4, 0.3, 0.2, 0.1]) <= 2
+
+
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+def test_a_forbidden_token_leaves_entropy_and_gradients_finite(impl):
+    hidden = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(11, dtype=torch.float64)
+    bias[[3, 7]] = -math.inf
+    ids = torch.tensor([0, 1, 2, 4, 10])
+    log_probs, entropy = linear_log_probs(
+        hidden, weight, ids, bias=bias, return_entropy=True, impl=impl
+    )
+    kept = [i for i in range(11) if i not in (3, 7)]
+    log_p = (hidden @ weight.T)[:, kept].log_softmax(-1)
+    want = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(entropy, want)
+    got = torch.autograd.grad(log_probs.sum() + entropy.sum(), (hidden, weight))
+    picked = log_p[torch.arange(5), [kept.index(i) for i in ids]]
+    expected = torch.autograd.grad(picked.sum() + want.sum(), (hidden, weight))
+    torch.testing.assert_close(got, expected)
