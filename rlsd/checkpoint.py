@@ -73,10 +73,9 @@ def save(run_dir, step, model, tokenizer, state, *, limit=None, card=None):
     except Exception as error:
         if replaced.exists() and not final.exists():
             os.rename(replaced, final)
-        last = latest(run_dir)
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint exists yet"
         raise UserError(
-            f"Could not save checkpoint-{step} in {run_dir} ({_reason(error)}); {kept}."
+            f"Could not save checkpoint-{step} in {run_dir} ({_reason(error)}); "
+            f"{standing(run_dir)}."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -108,6 +107,12 @@ def latest(run_dir):
     return found[-1] if found else None
 
 
+def standing(run_dir):
+    """What is safe on disk, as a clause that ends an error sentence."""
+    last = latest(run_dir)
+    return f"the last good checkpoint is {last}" if last else "no checkpoint exists yet"
+
+
 def load_state(path):
     """The contents of trainer_state.pt."""
     try:
@@ -124,18 +129,26 @@ def load_state(path):
     return state
 
 
-def load_model(path, device):
-    """(model in fp32, tokenizer) from a folder or hub id."""
+def load_tokenizer(path):
+    """The tokenizer of a folder or hub id, with a pad token."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except Exception as error:  # safetensors, tokenizers and custom code raise their own kinds
-        raise UserError(f"Cannot load the model {path!r} ({_reason(error)}).") from error
+    except Exception as error:  # tokenizers and custom code raise their own kinds
+        raise UserError(f"Cannot load the model {path!r} (its tokenizer: {_reason(error)}).") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path, device):
+    """The model of a folder or hub id, in fp32 on the device, in eval mode."""
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except Exception as error:  # safetensors and custom code raise their own kinds
+        raise UserError(f"Cannot load the model {path!r} ({_reason(error)}).") from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return model.to(device), tokenizer
+        return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"Cannot use device {device!r} ({_reason(error)}).") from None

@@ -121,7 +121,11 @@ def train(arguments):
         f"{config.objective}: {len(trainer.rows)} training questions, {len(trainer.held_out)} held "
         f"out, steps {trainer.step + 1} to {config.max_steps}, in {config.output_dir}"
     )
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        safe = checkpoint.standing(config.output_dir)
+        raise KeyboardInterrupt(f" after step {trainer.step}; {safe}") from None
     print(f"Done: {checkpoint.latest(config.output_dir)}, {Path(config.output_dir) / 'curves.png'}")
     return 0
 
@@ -146,15 +150,16 @@ def evaluate(arguments):
     run_dir, path = find_checkpoint(arguments[0])
     config = make_config(run_options(run_dir, parse_options(arguments[1:])))
     quiet_libraries()
-    from .checkpoint import load_model
+    from .checkpoint import load_model, load_tokenizer
     from .data import load_data
     from .rewards import load_reward_funcs
     from .rollout import evaluate as run
 
-    model, tokenizer = load_model(str(path), config.device)
+    tokenizer = load_tokenizer(str(path))
     _, held_out = load_data(config, tokenizer)
     if not held_out:
         raise UserError("There is nothing to evaluate: eval_size is 0 and eval_dataset is not set.")
+    model = load_model(str(path), config.device)
     metrics = run(
         model, tokenizer, held_out, config, load_reward_funcs(config.reward_funcs), config.seed
     )
@@ -266,6 +271,9 @@ def main(arguments=None):
             file=sys.stderr,
         )
         return 2
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        sys.stdout = None
+        return 0
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(
@@ -273,11 +281,8 @@ def main(arguments=None):
             "written are intact.", file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
-        print(
-            "\nrlsd: interrupted; the checkpoints already written are intact, continue with "
-            "rlsd train --resume_from_checkpoint RUN.", file=sys.stderr,
-        )
+    except KeyboardInterrupt as stop:
+        print(f"\nrlsd: interrupted{stop}.", file=sys.stderr)
         return 130
 
 

@@ -1,5 +1,6 @@
 """What a run shows and leaves: metrics.jsonl, TensorBoard, progress, samples, plots, card."""
 
+import importlib.util
 import json
 import math
 import os
@@ -22,6 +23,18 @@ PANELS = (
     ("entropy (nats)", "entropy"), ("mean token weight, A > 0", "rlsd/weight_mean_pos"),
     ("mean token weight, A < 0", "rlsd/weight_mean_neg"), ("leak rate", "leak_rate"),
 )
+
+
+def require_packages(config):
+    """Say before the first rollout, not after the last, which package of a report is missing."""
+    needed = {"matplotlib": ("train", "curves.png")}
+    if config.log_completions_steps:
+        needed |= {name: ("train", "log_completions_steps") for name in ("pyarrow", "rich")}
+    if config.report_to == "tensorboard":
+        needed["tensorboard"] = ("log", "report_to: tensorboard")
+    for package, (extra, what) in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{what} needs the package {package}: pip install 'rlsd[{extra}]'.")
 
 
 def number(value):
@@ -101,13 +114,9 @@ class Reporter:
 
 def write_completions(run_dir, step, samples):
     """completions/step-N.parquet: one row per completion of a rollout step."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            "log_completions_steps needs pyarrow: pip install 'rlsd[data]', or set it to 0."
-        ) from None
+    import pyarrow
+    import pyarrow.parquet
+
     folder = Path(run_dir) / "completions"
     folder.mkdir(exist_ok=True)
     pyarrow.parquet.write_table(

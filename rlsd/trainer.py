@@ -33,6 +33,7 @@ from .report import (
     plot_runs,
     print_samples,
     read_metrics,
+    require_packages,
     write_completions,
 )
 from .rewards import load_reward_funcs, name_of
@@ -62,30 +63,26 @@ class Trainer:
                 raise UserError(f"{name} is not set; give it in the config or as --{name}.")
         self.run_dir = Path(config.output_dir)
         if resume_from is None and self.run_dir.exists() and any(self.run_dir.iterdir()):
+            going_on = f"or continue it with --resume_from_checkpoint {self.run_dir}"
+            if checkpoint.latest(self.run_dir) is None:
+                going_on = "or remove it, it holds no checkpoint"
             raise UserError(
-                f"The run folder {self.run_dir} already exists; choose another --output_dir or "
-                f"continue it with --resume_from_checkpoint {self.run_dir}."
+                f"The run folder {self.run_dir} already exists; choose another --output_dir "
+                f"{going_on}."
             )
         self.loss_config = config.loss_config()
         why_not = available_impls().get(config.impl, "ok")
         if why_not != "ok":
             raise UserError(f"impl={config.impl!r} cannot run: {why_not}")
         self.reward_funcs = load_reward_funcs(reward_funcs or config.reward_funcs)
-        if config.report_to == "tensorboard":
-            try:
-                import tensorboard  # noqa: F401
-            except ImportError:
-                raise UserError(
-                    "report_to: tensorboard needs the tensorboard package: pip install "
-                    "'rlsd[log]', or set report_to to none."
-                ) from None
-        self.model, self.tokenizer = checkpoint.load_model(
-            str(resume_from or config.model_name_or_path), config.device
-        )
-        self.model.eval()  # dropout would score another network than the one that sampled
+        require_packages(config)
+        weights = str(resume_from or config.model_name_or_path)
+        self.tokenizer = checkpoint.load_tokenizer(weights)
         self.pad_id = self.tokenizer.pad_token_id
-        self.head = head_of(self.model)
         self.rows, self.held_out = load_data(config, self.tokenizer, log)
+        # It stays in eval mode: dropout would score another network than the one that sampled.
+        self.model = checkpoint.load_model(weights, config.device)
+        self.head = head_of(self.model)
         require_room(self.model, [*self.rows, *self.held_out], config)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
@@ -326,11 +323,10 @@ class Trainer:
     def _require_finite(self, loss, grad_norm, step):
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        last = checkpoint.latest(self.run_dir)
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint exists yet"
         raise UserError(
             f"Step {step}: loss is {loss} and the gradient norm {grad_norm}, so training stopped "
-            f"before this update; lower learning_rate or look at the rewards; {kept}."
+            "before this update; lower learning_rate or look at the rewards; "
+            f"{checkpoint.standing(self.run_dir)}."
         )
 
     def _samples(self, rollout, advantages, batch, live, outputs):
@@ -369,6 +365,7 @@ class Trainer:
             "teacher_model_kind": self.config.teacher_model_kind,
         }
         card = model_card(self.config, self.step, read_metrics(self.run_dir))
+        (self.run_dir / "README.md").write_text(card, encoding="utf-8")
         return checkpoint.save(
             self.run_dir, self.step, self.model, self.tokenizer, state,
             limit=self.config.save_total_limit, card=card,
