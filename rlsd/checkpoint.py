@@ -134,7 +134,9 @@ def load_tokenizer(path):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers and custom code raise their own kinds
-        raise UserError(f"Cannot load the model {path!r} (its tokenizer: {_reason(error)}).") from error
+        raise UserError(
+            f"Cannot load the model {path!r} (its tokenizer: {_reason(error)})."
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
