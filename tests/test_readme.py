@@ -1,0 +1,62 @@
+"""The README quotes committed results, names files that exist, and its snippets run."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def snippets(language):
+    blocks = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+    return [text for name, text in blocks if name == language]
+
+
+def test_demo_table_is_the_committed_one():
+    table = (ROOT / "bench/results/demo/table.txt").read_text(encoding="utf-8")
+    assert table.strip() in README
+
+
+def test_claimed_step_is_the_tables():
+    table = (ROOT / "bench/results/demo/table.txt").read_text(encoding="utf-8")
+    row = next(line for line in table.splitlines() if re.match(r"RLSD +\d", line))
+    reached = re.search(r"(\d+) +\d\.\d{3} +\d\.\d{3} +[\d.]+$", row)[1]
+    assert f"GRPO's final accuracy in {reached} of 80 steps" in README
+
+
+def test_links_lead_to_files():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_file_tree_names_files_that_exist():
+    tree = next(block for block in snippets("") if "rlsd_kernels/ " in block)
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    files = {p.name for folder in ("rlsd_kernels", "rlsd", "bench") for p in
+             (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    assert named == files
+
+
+def test_snippets_agree():
+    use, equal = snippets("python")
+    batch, length, hidden_size, vocab = 2, 3, 8, 17
+    torch.manual_seed(0)
+    scope = {
+        "hidden": torch.randn(batch, length, hidden_size, requires_grad=True),
+        "teacher_hidden": torch.randn(batch, length, hidden_size),
+        "lm_head": torch.nn.Linear(hidden_size, vocab, bias=False),
+        "completion_ids": torch.randint(0, vocab, (batch, length)),
+        "advantages": torch.tensor([0.7, -0.7]), "mask": torch.ones(batch, length),
+        "old_log_probs": -3 + 0.1 * torch.randn(batch, length),
+    }
+    exec(use, scope)
+    plain = dict(
+        scope, W=scope["lm_head"].weight, ids=scope["completion_ids"], lam=0.5, eps_w=0.2,
+        A=scope["advantages"][:, None], eps=0.2, eps_high=0.28, a=torch.full((2, 3), 1 / 6),
+    )
+    exec(equal, plain)
+    # Ratios far from 1 would need the dual clip, which the short form leaves out.
+    assert (plain["rho"][scope["advantages"] < 0] < 3).all()
+    torch.testing.assert_close(scope["out"].loss, plain["loss"])
