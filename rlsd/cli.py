@@ -57,6 +57,8 @@ def parse_options(arguments):
             raise UserError(f"--{key} is given twice.")
         try:
             options[key] = yaml.safe_load(value) if value and key not in TEXTS else value
+            if options[key] in ("None", "none") and key not in TEXTS:
+                options[key] = None
         except yaml.YAMLError:
             options[key] = value
         i += 1
@@ -89,8 +91,8 @@ def train(arguments):
         print("Options of train with their defaults:")
         for f in dataclasses.fields(TrainConfig):
             value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            print(f"  --{f.name} {value!r}")
-        print("\nWhat each means: rlsd/config.py and the README.")
+            shown = "none" if value is None else repr(value) if isinstance(value, str) else value
+            print(f"  --{f.name} {shown}\n      {f.metadata['help']}")
         return 0
     options = parse_options(arguments)
     quiet_libraries()
@@ -104,18 +106,27 @@ def train(arguments):
     from .trainer import Trainer
 
     resume, resume_from = options.pop("resume_from_checkpoint", None), None
+    path = options.pop("config", None)
+    options = {**(load_yaml(path) if path else {}), **options}
     if resume is not None:
         run_dir, resume_from = find_checkpoint(resume)
+        given = options.pop("output_dir", None)
+        if given is not None and Path(str(given)).resolve() != run_dir.resolve():
+            raise UserError(
+                f"A resumed run goes on in its own folder {run_dir}, but output_dir is {given}; "
+                "leave output_dir out."
+            )
+        if options.get("model_name_or_path") == "scratch":
+            del options["model_name_or_path"]
         options = run_options(run_dir, {**options, "output_dir": str(run_dir)})
-    path = options.pop("config", None)
-    config = make_config({**(load_yaml(path) if path else {}), **options})
+    config = make_config(options)
     if config.model_name_or_path == "scratch" and resume is None:
         from .demo import scratch_model
 
         require_new_folder(config.output_dir)
-        warm = scratch_model(config, Path(config.output_dir) / "warm_start")
-        config = dataclasses.replace(config, model_name_or_path=warm)
-        config = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / "rl"))
+        warm = f"{config.output_dir.rstrip('/')}-warm-start"
+        require_new_folder(warm)
+        config = dataclasses.replace(config, model_name_or_path=scratch_model(config, warm))
     trainer = Trainer(config, resume_from=resume_from)
     print(
         f"{config.objective}: {len(trainer.rows)} training questions, {len(trainer.held_out)} held "
@@ -267,7 +278,7 @@ def main(arguments=None):
         if (error.name or "").split(".")[0] in ("rlsd", "rlsd_kernels"):
             raise
         print(
-            f"rlsd: {command} needs the package {error.name}: pip install 'rlsd[train]'.",
+            f"rlsd: {command} needs the package {error.name}: pip install '.[train]'.",
             file=sys.stderr,
         )
         return 2

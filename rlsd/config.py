@@ -24,6 +24,12 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 DEFAULT_PRIVILEGED_TEMPLATE = "Reference solution:\n{privileged_context}\n\n{prompt}"
 
 
+def option(default, text):
+    """A dataclass field with its help; a callable default makes a fresh value each time."""
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": text})
+
+
 @dataclass
 class TrainConfig:
     """Options of `rlsd train`. Steps are rollout steps, lengths are tokens, sizes are sequences.
@@ -32,74 +38,105 @@ class TrainConfig:
     """
 
     # Model and run
-    model_name_or_path: str = ""  # folder or hub id; "scratch" builds and warms up a tiny model
-    scratch_steps: int = 300  # supervised warm-up steps of model_name_or_path: scratch
-    output_dir: str = "runs/rlsd"  # the run folder; must not exist
-    seed: int = 0
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    impl: str = "auto"  # implementation of the fused loss
+    model_name_or_path: str = option(
+        "", "folder or hub id; scratch builds and warms up a tiny model"
+    )
+    scratch_steps: int = option(300, "supervised warm-up steps of model_name_or_path: scratch")
+    output_dir: str = option("runs/rlsd", "the run folder; must not exist")
+    seed: int = option(
+        0, "fixes questions, samples and scratch model; the same seed gives the same run"
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    impl: str = option("auto", "implementation of the fused loss")
 
     # Data
-    train_dataset: str = ""  # .jsonl, .parquet, hub id, or reasoning-gym:task[,task...]
-    eval_dataset: str | None = None  # default: eval_size rows held out of train_dataset
-    dataset_size: int = 1000  # rows generated per reasoning-gym dataset
-    eval_size: int = 128  # held-out questions; 0 turns evaluation off
-    max_prompt_length: int | None = None  # longer prompts are dropped and counted, never cut
-    max_teacher_prompt_length: int | None = None  # the same for the privileged prompt
-    privileged_template: str = DEFAULT_PRIVILEGED_TEMPLATE
-    allow_missing_privileged_context: bool = False  # rows without it train as plain GRPO
-    shuffle_privileged_context: bool = False  # control: every row gets another row's hint
+    train_dataset: str = option("", ".jsonl, .parquet, hub id, or reasoning-gym:task[,task...]")
+    eval_dataset: str | None = option(None, "default: eval_size rows held out of train_dataset")
+    dataset_size: int = option(1000, "rows generated per reasoning-gym dataset")
+    eval_size: int = option(128, "held-out questions; 0 turns evaluation off")
+    max_prompt_length: int | None = option(
+        None, "longer prompts are dropped and counted, never cut"
+    )
+    max_teacher_prompt_length: int | None = option(None, "the same for the privileged prompt")
+    privileged_template: str = option(
+        DEFAULT_PRIVILEGED_TEMPLATE, "the one insertion that makes the teacher's prompt"
+    )
+    allow_missing_privileged_context: bool = option(False, "rows without it train as plain GRPO")
+    shuffle_privileged_context: bool = option(False, "control: every row gets another row's hint")
 
     # Rollouts and rewards
-    num_generations: int = 8  # group size: completions per question
-    generation_batch_size: int = 64  # completions per rollout step, all questions together
-    rollout_batch_size: int = 256  # sequences generated at once (memory), also in evaluation
-    max_completion_length: int = 256
-    temperature: float = 1.0
-    reward_funcs: list[str] = field(default_factory=lambda: ["exact_match"])
-    reward_weights: list[float] | None = None
-    scale_rewards: str = "group"  # group, batch, none
-    mask_truncated_completions: bool = False
-    leak_markers: list[str] = field(default_factory=list)  # texts that betray the hint
+    num_generations: int = option(8, "group size: completions per question")
+    generation_batch_size: int = option(64, "completions per rollout step, all questions together")
+    rollout_batch_size: int = option(
+        256, "sequences generated at once (memory), also in evaluation"
+    )
+    max_completion_length: int = option(256, "longer completions end without EOS")
+    temperature: float = option(1.0, "of sampling, and of the log-probs of both contexts")
+    reward_funcs: list[str] = option(
+        lambda: ["exact_match"],
+        "exact_match, reasoning_gym, math_verify, dotted paths; pass@1 is the first's",
+    )
+    reward_weights: list[float] | None = option(None, "one per reward function; default: all 1")
+    scale_rewards: str = option("group", "divide centred rewards by the std of: group, batch, none")
+    mask_truncated_completions: bool = option(
+        False, "leave completions without EOS out of the loss"
+    )
+    leak_markers: list[str] = option(
+        list, "texts that betray the hint; their share is the leak rate"
+    )
 
     # Objective
-    objective: str = "rlsd"
-    rlsd_lambda: float = 0.5
-    rlsd_lambda_warmup_steps: int = 0
-    rlsd_lambda_decay_steps: int = 50
-    rlsd_reweight_clip_range: float = 0.2
-    rlsd_delta_source: str = "current"
-    rlsd_negative_only: bool = False
-    teacher_model_kind: str = "snapshot"  # live, base, snapshot, ema
-    teacher_sync_steps: int = 10
-    teacher_ema_rate: float = 0.05
-    loss_type: str = "dapo"
-    epsilon: float = 0.2
-    epsilon_high: float = 0.28
-    delta: float | None = 3.0
-    beta: float = 0.0
-    entropy_coef: float = 0.0
-    num_iterations: int = 1  # optimizer steps per rollout
+    objective: str = option("rlsd", "rlsd, grpo")
+    rlsd_lambda: float = option(
+        0.5, "mix of the token weight into the advantage, 0 to 1; 0 is GRPO"
+    )
+    rlsd_lambda_warmup_steps: int = option(0, "steps over which lambda rises from 0")
+    rlsd_lambda_decay_steps: int = option(50, "steps over which lambda then falls to 0; 0 keeps it")
+    rlsd_reweight_clip_range: float = option(0.2, "eps_w: token weights stay in 1 -+ eps_w, 0 to 1")
+    rlsd_delta_source: str = option("current", "student log-prob in delta: current, old_log_probs")
+    rlsd_negative_only: bool = option(False, "re-weight only where the advantage is negative")
+    teacher_model_kind: str = option(
+        "snapshot", "live (no memory), base, snapshot (a copy each), ema (a copy and a mean)"
+    )
+    teacher_sync_steps: int = option(10, "a snapshot teacher follows after every so many steps")
+    teacher_ema_rate: float = option(0.05, "an ema teacher moves this share per step")
+    loss_type: str = option("dapo", "grpo, bnpo, dapo, dr_grpo: TRL's aggregations over tokens")
+    epsilon: float = option(0.2, "PPO clip below 1")
+    epsilon_high: float = option(0.28, "PPO clip above 1")
+    delta: float | None = option(
+        3.0, "dual clip: bound of the ratio where A < 0; none turns it off"
+    )
+    beta: float = option(
+        0.0, "coefficient of the KL to the starting policy; > 0 keeps a copy of it"
+    )
+    entropy_coef: float = option(0.0, "coefficient of an entropy bonus")
+    num_iterations: int = option(1, "optimizer steps per rollout")
 
     # Optimizer
-    max_steps: int = 200
-    per_device_train_batch_size: int = 8  # sequences per micro-batch; never changes the result
-    learning_rate: float = 1e-6
-    lr_scheduler_type: str = "constant"
-    warmup_steps: int = 0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_steps: int = option(200, "rollout steps")
+    per_device_train_batch_size: int = option(
+        8, "sequences per micro-batch; never changes the result"
+    )
+    learning_rate: float = option(1e-6, "of AdamW")
+    lr_scheduler_type: str = option("constant", "constant, constant_with_warmup, linear, cosine")
+    warmup_steps: int = option(0, "of the learning rate, in optimizer steps")
+    adam_beta1: float = option(0.9, "of AdamW")
+    adam_beta2: float = option(0.999, "of AdamW")
+    weight_decay: float = option(0.0, "of AdamW")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
 
-    # Evaluation, logging, checkpoints; 0 turns each off
-    eval_steps: int = 50
-    logging_steps: int = 1
-    save_steps: int = 50  # the last step is always saved
-    save_total_limit: int | None = None
-    log_completions_steps: int = 50
-    validate_every: int = 0  # compare fused loss and gradients with the reference, stop if off
-    report_to: str = "tensorboard"  # tensorboard, none
+    # Evaluation, logging, checkpoints
+    eval_steps: int = option(50, "held-out evaluation every so many steps; 0: never")
+    logging_steps: int = option(1, "a progress line every so many steps; metrics.jsonl has all")
+    save_steps: int = option(50, "a checkpoint every so many steps and at the end; 0: at the end")
+    save_total_limit: int | None = option(None, "keep only so many checkpoints, the newest")
+    log_completions_steps: int = option(
+        50, "samples to the terminal and completions/*.parquet; 0: never"
+    )
+    validate_every: int = option(
+        0, "hold the fused loss of a micro-batch against the reference; 0: never"
+    )
+    report_to: str = option("tensorboard", "tensorboard, none")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):

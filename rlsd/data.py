@@ -62,7 +62,7 @@ def _read_parquet(path):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"Reading {path} needs pyarrow: pip install 'rlsd[data]'.") from None
+        raise UserError(f"Reading {path} needs pyarrow: pip install '.[data]'.") from None
     try:
         table = pyarrow.parquet.read_table(path)
     except OSError as error:
@@ -78,7 +78,7 @@ def _read_hub(spec):
     except ImportError:
         raise UserError(
             f"There is no file {spec}, and reading it as a hub dataset needs the datasets "
-            "package: pip install 'rlsd[data]'."
+            "package: pip install '.[data]'."
         ) from None
     try:
         name, _, config = spec.partition(":")
@@ -114,8 +114,9 @@ def _uniform(row, source):
             f"content, but is {prompt!r:.80}."
         )
     row["solution"] = str(row["solution"])
-    if row.get("privileged_context") is None:
-        row["privileged_context"] = row["solution"]
+    row.setdefault("privileged_context", row["solution"])
+    if row["privileged_context"] is None:  # a column with a gap is not a missing column
+        row["privileged_context"] = ""
     if not isinstance(row["privileged_context"], str):
         raise UserError(f"Row {source}: privileged_context must be a text.")
     row[SOURCE] = source
@@ -127,7 +128,7 @@ def _reasoning_gym(tasks, size, seed):
         import reasoning_gym
     except ImportError:
         raise UserError(
-            "reasoning-gym: datasets need the reasoning-gym package: pip install 'rlsd[data]'."
+            "reasoning-gym: datasets need the reasoning-gym package: pip install '.[data]'."
         ) from None
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:

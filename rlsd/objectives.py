@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlsd_kernels import fused_linear_rlsd_loss
+from rlsd_kernels import fused_linear_rlsd_loss, linear_log_probs
 
 from .config import UserError
 from .rollout import completion_hidden
@@ -80,8 +80,16 @@ def loss_inputs(model, head, teacher, batch, pad_id, rlsd_lambda, config):
     if rlsd_lambda > 0 and batch.teacher_log_probs is not None:
         inputs["teacher_log_probs"] = batch.teacher_log_probs
     elif rlsd_lambda > 0:
-        inputs["teacher_hidden"] = teacher_hidden(teacher, batch, pad_id)
-        inputs["teacher_weight"] = teacher.get_output_embeddings().weight
+        layer, hidden = teacher.get_output_embeddings(), teacher_hidden(teacher, batch, pad_id)
+        if head.bias is None:
+            inputs |= {"teacher_hidden": hidden, "teacher_weight": layer.weight}
+        else:  # the fused op has one bias, the student's
+            with torch.no_grad():
+                inputs["teacher_log_probs"] = linear_log_probs(
+                    hidden, layer.weight, batch.completion_ids, bias=layer.bias,
+                    temperature=config.temperature, logit_scale=head.logit_scale,
+                    final_logit_softcapping=head.final_logit_softcapping,
+                )
     return inputs
 
 

@@ -34,7 +34,7 @@ def require_packages(config):
         needed["tensorboard"] = ("log", "report_to: tensorboard")
     for package, (extra, what) in needed.items():
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{what} needs the package {package}: pip install 'rlsd[{extra}]'.")
+            raise UserError(f"{what} needs the package {package}: pip install '.[{extra}]'.")
 
 
 def number(value):

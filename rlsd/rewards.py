@@ -4,6 +4,7 @@ Built in: exact_match, reasoning_gym (the task's own scorer), math_verify (symbo
 Anything else is a dotted path such as my_package.rewards.my_reward.
 """
 
+import functools
 import importlib
 import math
 import numbers
@@ -45,12 +46,18 @@ def reasoning_gym(prompts, completions, entry=None, task=None, **columns):
     """The score, 0 to 1, of the reasoning-gym task that made the row."""
     if not entry or any(e is None for e in entry):
         raise UserError("it needs rows from a reasoning-gym: dataset")
-    from reasoning_gym import get_score_answer_fn
-
     return [
-        float(get_score_answer_fn(name)(answer=final_answer(text_of(c)), entry=e))
+        float(_scorer(name)(answer=final_answer(text_of(c)), entry=e))
         for c, e, name in zip(completions, entry, task, strict=True)
     ]
+
+
+@functools.lru_cache
+def _scorer(task):
+    """The scorer of a reasoning-gym task; looking it up builds a dataset, so it is kept."""
+    from reasoning_gym import get_score_answer_fn
+
+    return get_score_answer_fn(task)
 
 
 def math_verify(prompts, completions, solution, **columns):
@@ -61,7 +68,7 @@ def math_verify(prompts, completions, solution, **columns):
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise UserError("it needs the math-verify package: pip install 'rlsd[rewards]'") from None
+        raise UserError("it needs the math-verify package: pip install '.[rewards]'") from None
     scores = []
     for completion, gold_text in zip(completions, solution, strict=True):
         # Outside of delimiters only numbers are read: the solution 3x+1 would become 3.

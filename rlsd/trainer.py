@@ -312,8 +312,9 @@ class Trainer:
             metrics["grad_norm"] += grad_norm / config.num_iterations
             if iteration == 0 and config.num_iterations > 1:
                 loss_config = self.loss_config
+                keep = lam > 0 and self.teacher.kind != "live"  # a live teacher moves on
                 batch = batch._replace(
-                    old_log_probs=outputs[0], teacher_log_probs=outputs[1] if lam > 0 else None
+                    old_log_probs=outputs[0], teacher_log_probs=outputs[1] if keep else None
                 )
         if stats:
             merged = {k: v.item() for k, v in merge_stats(stats).items()}

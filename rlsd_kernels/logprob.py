@@ -112,16 +112,17 @@ def check_head(
     return max_workspace_bytes
 
 
-def check_weight(name, weight, hidden):
+def check_weight(name, weight, hidden, hidden_name="hidden"):
     """(V, H) with hidden's H and dtype."""
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{name} must have shape (V, {hidden.shape[-1]}) to match hidden "
+            f"{name} must have shape (V, {hidden.shape[-1]}) to match {hidden_name} "
             f"{tuple(hidden.shape)}, but got {tuple(weight.shape)}."
         )
     if weight.dtype != hidden.dtype:
         raise ValueError(
-            f"{name} is {weight.dtype} but hidden is {hidden.dtype}; cast one to the other's dtype."
+            f"{name} is {weight.dtype} but {hidden_name} is {hidden.dtype}; cast one to the "
+            "other's dtype."
         )
 
 
@@ -221,6 +222,7 @@ def linear_log_probs(
 
     Args:
         hidden: (..., H) last hidden states, fp64, fp32, bf16 or fp16; gets a gradient if needed.
+            State t is the one that predicts completion_ids[t], one position before that token.
         weight: (V, H) LM head of the same dtype; gets a gradient if needed.
         completion_ids: (...) int64 in [0, V).
         old_log_probs: (...) log-probs of the sampler, an estimate that faster implementations

@@ -240,14 +240,16 @@ def fused_linear_rlsd_loss(
     log-probs from teacher_hidden, without ever holding the (N, V) logits.
 
     Args:
-        hidden: (..., H) student's last hidden states; gets a gradient if it requires one.
+        hidden: (..., H) student's last hidden states; gets a gradient if it requires one. State
+            t is the one that predicts completion_ids[t], from one position before that token.
         weight: (V, H) LM head, hidden's dtype; no work is done for it unless it needs a gradient.
         completion_ids: (...) int64 sampled tokens in [0, V).
         advantages: (...), or (B,) when the leading shape is (B, T).
-        teacher_hidden: (..., H) hidden states of the same tokens in the privileged context; or
+        teacher_hidden: (..., H) states that predict the same tokens in the privileged context; or
         teacher_log_probs: (...) their log-probs in nats. One of the two unless lambda is 0.
         teacher_weight: (V, H) the teacher's head; default: weight.
         old_log_probs: (...) of the sampling policy; default: on-policy, ratio 1 with its gradient.
+            Per-token inputs may be of any float dtype and are cast to fp32 (fp64 for fp64).
         ref_log_probs: (...) of the reference policy; needed when config.beta > 0.
         loss_weights: (...) aggregation weight a_t >= 0, 0 = masked; default: 1 / number of tokens.
         reweight_mask: (...) bool, tokens that the teacher may re-weight; default: all.
@@ -279,6 +281,11 @@ def fused_linear_rlsd_loss(
             f"teacher_hidden or teacher_log_probs is needed because lambda is {lam:g}; pass one, "
             "or set rlsd_lambda to 0 for GRPO."
         )
+    if teacher_weight is not None and teacher_hidden is None:
+        raise ValueError(
+            "teacher_weight is given without teacher_hidden, which it would score; pass both, or "
+            "neither."
+        )
     if teacher_hidden is not None:
         check_tensor("teacher_hidden", teacher_hidden, like=("hidden", hidden))
         if teacher_hidden.shape[:-1] != shape:
@@ -287,8 +294,9 @@ def fused_linear_rlsd_loss(
                 f"got {tuple(teacher_hidden.shape)}; score the very same response tokens."
             )
         t_weight = weight if teacher_weight is None else teacher_weight
-        check_tensor("teacher_weight", t_weight, like=("hidden", hidden))
-        check_weight("teacher_weight", t_weight, teacher_hidden)
+        t_name = "weight" if teacher_weight is None else "teacher_weight"
+        check_tensor(t_name, t_weight, like=("hidden", hidden))
+        check_weight(t_name, t_weight, teacher_hidden, "teacher_hidden")
         if t_weight.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"teacher_weight has {t_weight.shape[0]} rows but weight has {weight.shape[0]}; "

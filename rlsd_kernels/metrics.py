@@ -55,14 +55,15 @@ def token_stats(
         "tokens/active": active,
     }
     zero = torch.zeros_like(log_probs)
-    delta, w, a_hat = zero, zero + 1, advantages
+    delta, a_hat = zero, advantages
     if teacher_log_probs is not None:
         student = old if config.rlsd_delta_source == "old_log_probs" else log_probs
         delta = teacher_log_probs - student
-        w = ref.token_weights(
-            advantages, delta, rlsd_reweight_clip_range=config.rlsd_reweight_clip_range
+        a_hat = ref.rlsd_advantages(
+            advantages, student, teacher_log_probs, rlsd_lambda=rlsd_lambda,
+            rlsd_reweight_clip_range=config.rlsd_reweight_clip_range,
+            rlsd_negative_only=config.rlsd_negative_only, reweight_mask=reweight_mask,
         )
-        a_hat = torch.where(chosen, advantages * (1 - rlsd_lambda + rlsd_lambda * w), advantages)
     signed = torch.sign(advantages) * delta
     eps_w = config.rlsd_reweight_clip_range
     low, high = math.log1p(-eps_w) if eps_w < 1 else -math.inf, math.log1p(eps_w)

@@ -27,6 +27,12 @@ def live_rows(loss_weights, advantages, keep_zero_advantage):
     return live.nonzero().squeeze(-1)
 
 
+def reweighted(advantages, reweight_mask, config):
+    """Bool mask of the tokens whose advantage the teacher scales."""
+    chosen = advantages < 0 if config.rlsd_negative_only else advantages != 0
+    return chosen if reweight_mask is None else chosen & reweight_mask
+
+
 def token_loss(
     log_probs, advantages, loss_weights, config, rlsd_lambda, *,
     teacher_log_probs=None, old_log_probs=None, ref_log_probs=None, reweight_mask=None,
@@ -45,9 +51,7 @@ def token_loss(
         log_w = (torch.sign(advantages) * (teacher_log_probs - student)).clamp(
             low, math.log1p(eps_w)
         )
-        chosen = advantages < 0 if config.rlsd_negative_only else advantages != 0
-        if reweight_mask is not None:
-            chosen = chosen & reweight_mask
+        chosen = reweighted(advantages, reweight_mask, config)
         a_hat = torch.where(
             chosen, advantages * ((1 - rlsd_lambda) + rlsd_lambda * log_w.exp()), advantages
         )
@@ -197,7 +201,7 @@ def linear_log_probs_bwd(
     n, vocab = hidden.shape[0], weight.shape[0]
     grads = _Gradients(hidden, weight, head.dtype, hidden.dtype, need_dx, need_dw, need_db)
     keep = softcap is not None or grad_entropy is not None
-    for rows in _chunks(n, vocab, head.dtype, 2 if keep else 1, max_workspace_bytes):
+    for rows in _chunks(n, vocab, head.dtype, 3 if keep else 1, max_workspace_bytes):
         ids, h = completion_ids[rows].clamp(0, vocab - 1), hidden[rows].to(head.dtype)
         lp, ent, p, z = chunk_log_probs(
             head, h, ids, keep_logits=keep, want_entropy=grad_entropy is not None
@@ -205,6 +209,7 @@ def linear_log_probs_bwd(
         g = _bad_to_nan(grad_log_probs[rows].to(head.dtype), completion_ids[rows], vocab)
         g_ent = None if grad_entropy is None else grad_entropy[rows].to(head.dtype)
         grads.add(rows, head, h, logit_gradient(p, z, ids, lp, g, ent, g_ent), z)
+        del p, z  # before the next chunk is formed
     return grads.cast(weight.dtype, head.dtype if bias is None else bias.dtype)
 
 
@@ -254,7 +259,7 @@ def linear_rlsd_loss(
     index = live_rows(loss_weights, advantages, config.beta > 0 or config.entropy_coef > 0)
     need_grad = need_dx or need_dw or need_db
     keep = need_grad and (softcap is not None or config.entropy_coef > 0)
-    buffers = 2 if keep or want_entropy else 1
+    buffers = 3 if keep else 2 if want_entropy else 1
 
     log_probs = hidden.new_zeros(n, dtype=head.dtype)
     entropy = hidden.new_zeros(n if want_entropy else 0, dtype=head.dtype)
@@ -262,10 +267,7 @@ def linear_rlsd_loss(
     if use_teacher and teacher_log_probs is not None:
         teacher.copy_(teacher_log_probs)
     elif use_teacher:
-        chosen = advantages < 0 if config.rlsd_negative_only else advantages != 0
-        if reweight_mask is not None:
-            chosen = chosen & reweight_mask
-        rows = index[chosen[index]]
+        rows = index[reweighted(advantages, reweight_mask, config)[index]]
         t_head = weight if teacher_weight is None else teacher_weight
         # Chunks as tall as the student's: equal hidden states then give equal bits.
         t_lp, _ = linear_log_probs_fwd(
@@ -307,6 +309,7 @@ def linear_rlsd_loss(
             loss += (g_entropy * ent).sum()
         if need_grad:
             grads.add(rows, head, h, logit_gradient(p, z, ids, lp, g, ent, g_entropy), z)
+        del p, z  # before the next chunk is formed
     return (loss, log_probs, teacher, entropy, *grads.cast(dw_dtype, db_dtype))
 
 

@@ -148,15 +148,16 @@ def naive_step(model, teacher, reference, optimizer, tokenizer, rollout, step, c
         for i, (row, y) in enumerate(sequences):
             question = tokenizer(row["prompt"])["input_ids"]
             ref[i] = naive_log_probs(reference, question, y, config)
-            if row["privileged_context"]:
-                text = f"<h> {row['privileged_context']} {row['prompt']}"
-                hinted[i] = naive_log_probs(teacher, tokenizer(text)["input_ids"], y, config)
     for iteration in range(config.num_iterations):
         loss = 0.0
         for i, (row, y) in enumerate(sequences):
             lp = naive_log_probs(model, tokenizer(row["prompt"])["input_ids"], y, config)
             if iteration == 0:
                 old[i] = lp.detach()
+            if row["privileged_context"]:  # a live teacher moves between the iterations
+                text = f"<h> {row['privileged_context']} {row['prompt']}"
+                with torch.no_grad():
+                    hinted[i] = naive_log_probs(teacher, tokenizer(text)["input_ids"], y, config)
             a_hat = torch.full_like(lp, advantages[i])
             if i in hinted and not (config.rlsd_negative_only and advantages[i] > 0):
                 student = old[i] if config.rlsd_delta_source == "old_log_probs" else lp.detach()
@@ -188,7 +189,7 @@ def naive_run(trainer, start, rollouts):
     )
     after = []
     for step, rollout in enumerate(rollouts, 1):
-        scorer = copy.deepcopy(model) if config.teacher_model_kind == "live" else teacher
+        scorer = model if config.teacher_model_kind == "live" else teacher
         after += naive_step(
             model, scorer, teacher, optimizer, trainer.tokenizer, rollout, step, config
         )

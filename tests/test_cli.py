@@ -480,7 +480,7 @@ def test_missing_package_is_named(capsys, monkeypatch):
 
     monkeypatch.setattr("rlsd.report.plot_runs", no_matplotlib)
     message = fails(capsys, "plot", "run")
-    assert message == "rlsd: plot needs the package matplotlib: pip install 'rlsd[train]'."
+    assert message == "rlsd: plot needs the package matplotlib: pip install '.[train]'."
 
 
 def test_scratch_builds_its_own_model(tmp_path, capsys):
@@ -489,9 +489,9 @@ def test_scratch_builds_its_own_model(tmp_path, capsys):
         reward_funcs=["exact_match"], max_completion_length=4,
     )
     assert main(["train", "--config", config]) == 0
-    assert (tmp_path / "run" / "warm_start" / "model.safetensors").exists()
-    assert checkpoint.latest(tmp_path / "run" / "rl").name == "checkpoint-1"
-    assert main(["eval", str(tmp_path / "run" / "rl")]) == 0
+    assert (tmp_path / "run-warm-start" / "model.safetensors").exists()
+    assert checkpoint.latest(tmp_path / "run").name == "checkpoint-1"
+    assert main(["eval", str(tmp_path / "run")]) == 0
     assert "already exists" in fails(capsys, "train", "--config", config)
 
 

@@ -114,8 +114,10 @@ FUSED_ERRORS = [
      r"^teacher_log_probs must have shape \(6,\)"),
     ({"teacher_hidden": HIDDEN[:2]}, ValueError,
      r"^teacher_hidden must have leading shape \(6,\) like completion_ids, but got \(2, 4\)"),
-    ({"teacher_hidden": torch.ones(N, 3)}, ValueError, r"^teacher_weight must have shape \(V, 3\)"),
-    ({"teacher_hidden": HIDDEN.bfloat16()}, ValueError, r"^teacher_weight is torch.float32 but"),
+    ({"teacher_hidden": torch.ones(N, 3)}, ValueError, r"^weight must have shape \(V, 3\)"),
+    ({"teacher_hidden": HIDDEN.bfloat16()}, ValueError, r"^weight is torch.float32 but"),
+    ({"teacher_hidden": None, "teacher_log_probs": LP, "teacher_weight": WEIGHT}, ValueError,
+     r"^teacher_weight is given without teacher_hidden"),
     ({"teacher_hidden": HIDDEN.to("meta")}, ValueError, r"^teacher_hidden is on meta"),
     ({"teacher_weight": torch.ones(V + 1, H)}, ValueError,
      r"^teacher_weight has 12 rows but weight has 11; .* one vocabulary"),
@@ -334,7 +336,7 @@ def test_lambda_zero_equals_grpo_without_a_teacher(impl):
         ("mask", {"reweight_mask": A < 0}),
         ("negative only", {"config": RLSDLossConfig(rlsd_negative_only=True)}),
         ("masked", {"loss_weights": 0 * A}),
-        ("scored", {"teacher_hidden": None, "teacher_log_probs": LP}),
+        ("scored", {"teacher_hidden": None, "teacher_log_probs": LP, "teacher_weight": None}),
     ],
 )
 def test_no_teacher_forward_where_no_token_needs_it(name, changes, impl, monkeypatch):

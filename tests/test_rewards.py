@@ -142,7 +142,7 @@ def test_missing_math_verify_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError) as error:
         run(math_verify)
-    sentence(error, "math_verify", "rlsd[rewards]")
+    sentence(error, "math_verify", ".[rewards]")
 
 
 def test_functions_get_trls_arguments_by_keyword():
