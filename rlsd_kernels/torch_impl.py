@@ -154,7 +154,7 @@ def logit_gradient(p, z, ids, log_probs, g, entropy=None, g_entropy=None):
     else:
         # log p = z - lse with lse = z_y - log p(y)
         shift = (log_probs - z[row, ids] + entropy).unsqueeze(-1)
-        p.mul_(-(g.unsqueeze(-1) + g_entropy.unsqueeze(-1) * (z + shift)))
+        p.mul_((z + shift).mul_(g_entropy.unsqueeze(-1)).add_(g.unsqueeze(-1)).neg_())
     p[row, ids] += g
     return p
 

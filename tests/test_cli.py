@@ -355,6 +355,31 @@ def test_resume_goes_on_with_the_options_of_the_run(tmp_path, capsys):
     assert [r["learning_rate"] for r in records] == [0.01, 0.01, 0.004]
 
 
+def test_resume_takes_a_config_and_refuses_another_folder(tmp_path, capsys):
+    make_trainer(tmp_path, max_steps=2).train()
+    run, extra = str(tmp_path / "run"), tmp_path / "extra.yaml"
+    extra.write_text("max_steps: 4\nlearning_rate: 0.003\n", encoding="utf-8")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    message = fails(
+        capsys, "train", "--resume_from_checkpoint", run, "--output_dir", tmp_path / "branch"
+    )
+    assert f"in its own folder {run}" in message and not (tmp_path / "branch").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    # The run's options < the file < the command line.
+    assert main(["train", "--resume_from_checkpoint", run, "--config", str(extra),
+                 "--max_steps", "3"]) == 0
+    records = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [r["learning_rate"] for r in records] == [0.01, 0.01, 0.003]
+
+
+@pytest.mark.parametrize("text", ["none", "None", "null"])
+def test_none_on_the_command_line(text, tmp_path):
+    config = write_config(tmp_path, max_steps=1, save_total_limit=3)
+    assert main(["train", "--config", config, "--save_total_limit", text, "--delta", text]) == 0
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert kept["save_total_limit"] is None and kept["delta"] is None
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run of three steps with evaluations."""

@@ -322,7 +322,7 @@ def test_all_rows_dropped_is_an_error(tmp_path):
     sentence(error, "No row is left", "Dropped 2 of 2", "limit 2")
 
 
-@pytest.mark.parametrize("empty", ["", "  \n"], ids=repr)
+@pytest.mark.parametrize("empty", ["", "  \n", None], ids=repr)
 def test_missing_privileged_context_names_the_row(tmp_path, empty):
     path = write(tmp_path / "x.jsonl", [ROW, ROW | {"privileged_context": empty}])
     with pytest.raises(UserError) as error:

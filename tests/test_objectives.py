@@ -1,7 +1,9 @@
+import copy
 import math
 
 import pytest
 import torch
+import transformers
 
 import rlsd.objectives
 from rlsd import UserError
@@ -342,3 +344,25 @@ def test_contract_limits(name, dtype):
         for part in ("Step 3", name, f"{bad:.3g}", f"{limit:g}", str(dtype)):
             assert part in message
         assert message.endswith(".") and "\n" not in message
+
+
+def test_a_biased_head_scores_the_teacher_with_its_own_bias():
+    config = transformers.PhiConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    student = transformers.PhiForCausalLM(config).eval()
+    teacher = copy.deepcopy(student)
+    with torch.no_grad():
+        student.lm_head.bias.copy_(torch.linspace(-2, 2, 64))
+    batch = make_batch()
+    inputs = loss_inputs(student, head_of(student), teacher, batch, PAD, 0.5, CONFIG)
+    got = fused_linear_rlsd_loss(impl="torch", **inputs).teacher_log_probs
+    for i, prompt in enumerate(batch.teacher_prompts):
+        if prompt is None:
+            continue
+        y = batch.completion_ids[i][batch.mask[i]]
+        logits = teacher(input_ids=torch.tensor([prompt + y.tolist()])).logits[0]
+        want = logits[len(prompt) - 1 : -1].log_softmax(-1)[torch.arange(len(y)), y]
+        torch.testing.assert_close(got[i][batch.mask[i]], want.detach(), atol=1e-4, rtol=0)
