@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from rlsd_kernels import RLSDLossConfig
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake the user can fix, told in one sentence; the command line prints it and exits 2."""
 
 
