@@ -8,9 +8,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Threads that sleep while they wait cost a tenth on idle cores and save a lot on shared ones.
-export OMP_WAIT_POLICY ?= passive
-
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(READY)

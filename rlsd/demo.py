@@ -245,7 +245,12 @@ def write_problems(path, count, rng):
 
 
 def run_demo(output_dir="runs/demo", seed=0, num_seeds=3, max_steps=80, warm_up_steps=400):
-    """Warm-start once, train every arm on the same problems, print the table, draw the curves."""
+    """Warm-start once, train every arm on the same problems, print the table, draw the curves.
+
+    One thread: RL steps of this model gain little from two, lose much where cores are shared, and
+    so the result does not depend on the number of cores.
+    """
+    torch.set_num_threads(1)
     began, folder, copies = time.monotonic(), Path(output_dir), 1
     while folder.exists():
         copies += 1
