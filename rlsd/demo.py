@@ -215,7 +215,8 @@ CAVEATS = """What this shows, and what it does not:
   demo was designed showed little or none, and more rollouts with a higher rate erased it.
 - RLSD runs in a strong setting here (eps_w 1, lambda 1 -> 0 over 60 steps). The paper's own
   (eps_w 0.2, lambda 0.5 -> 0 over 50) is not a single-seed win; judge it by many seeds.
-- The control shuffles the hints: it keeps the method and takes away the information.
+- The control shuffles the hints: the method stays, the information goes. It is no neutral
+  baseline: in this strong setting a wrong hint misdirects the weights, below plain GRPO.
 - The leak marker REF is planted in the warm-up. One on-policy epoch never uses the PPO clip.
 - All seeds share one warm start, and other warm starts differ: try --seed 1, 2, 3."""
 SAMPLED, LEAK = "eval/pass@1_sampled", "eval/leak_rate_sampled"
