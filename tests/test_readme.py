@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -14,8 +15,9 @@ def snippets(language):
     return [text for name, text in blocks if name == language]
 
 
-def test_demo_table_is_the_committed_one():
-    table = (ROOT / "bench/results/demo/table.txt").read_text(encoding="utf-8")
+@pytest.mark.parametrize("run", ["demo", "demo_warmup300"])
+def test_tables_are_the_committed_ones(run):
+    table = (ROOT / f"bench/results/{run}/table.txt").read_text(encoding="utf-8")
     assert table.strip() in README
 
 
