@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from numbers import Real
 
 DELTA_SOURCES = ("current", "old_log_probs")
+# exp(80) still fits fp32: bounds ratios so that no inf * 0 can appear in a backward pass.
+MAX_LOG_RATIO = 80.0
+# Stands for log 0 where p = 0 multiplies it (a token that a bias of -inf forbids).
+LOG_FLOOR = -1e30
 
 
 def check_number(name, value, low=-math.inf, high=math.inf, *, low_open=False):

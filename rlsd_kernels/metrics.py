@@ -9,6 +9,7 @@ import math
 import torch
 
 from . import ref
+from .config import MAX_LOG_RATIO
 
 # metric -> the count it is a mean over; rlsd/delta_std is handled apart.
 _MEAN_OVER = {
@@ -67,7 +68,7 @@ def token_stats(
     signed = torch.sign(advantages) * delta
     eps_w = config.rlsd_reweight_clip_range
     low, high = math.log1p(-eps_w) if eps_w < 1 else -math.inf, math.log1p(eps_w)
-    ratio = torch.exp((log_probs - old).clamp(-ref.MAX_LOG_RATIO, ref.MAX_LOG_RATIO))
+    ratio = torch.exp((log_probs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     capped = (advantages < 0) & (ratio > (math.inf if config.delta is None else config.delta))
     values = {
         "rlsd/delta_mean": delta,

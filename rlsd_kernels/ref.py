@@ -14,10 +14,7 @@ import math
 
 import torch
 
-# exp(80) still fits fp32: bounds ratios so that no inf * 0 can appear in a backward pass.
-MAX_LOG_RATIO = 80.0
-# Stands for log 0 where p = 0 multiplies it (a token that a bias of -inf forbids).
-LOG_FLOOR = -1e30
+from .config import LOG_FLOOR, MAX_LOG_RATIO
 
 
 def compute_dtype(dtype):

@@ -11,11 +11,9 @@ import math
 
 import torch
 
-from .config import RLSDLossConfig
+from .config import LOG_FLOOR, MAX_LOG_RATIO, RLSDLossConfig
 from .tuning import rows_per_chunk
 
-MAX_LOG_RATIO = 80.0
-LOG_FLOOR = -1e30  # stands for log 0 where p = 0 multiplies it
 CAST_BLOCK = 4096  # head rows upcast at a time for 16-bit weights
 
 

@@ -1,6 +1,6 @@
 """Sizes that were chosen by measurement or arithmetic, in one place."""
 
-# Beyond the gradients an op holds one or two row chunks of logits. 256 MiB is 442 rows of
+# Beyond the gradients an op holds one or two row chunks of logits. 256 MiB is 441 rows of
 # V = 151936 in fp32: tall enough that the head's weight is read a few dozen times, not thousands.
 DEFAULT_WORKSPACE_BYTES = 256 * 1024**2
 
