@@ -8,11 +8,28 @@ import math
 from dataclasses import dataclass
 from numbers import Real
 
+import torch
+
 DELTA_SOURCES = ("current", "old_log_probs")
 # exp(80) still fits fp32: bounds ratios so that no inf * 0 can appear in a backward pass.
 MAX_LOG_RATIO = 80.0
+# What an implementation adds up over the tokens that it is given, in fp64 and in this order; a
+# token is active if it is unmasked with A != 0, pos and neg go by the sign of A (see metrics.py).
+TOKEN_SUMS = (
+    "reweighted_pos", "reweighted_neg", "active_pos", "active_neg",  # counts
+    "delta_pos", "delta_neg", "delta_squared",  # over re-weighted tokens
+    "weight_pos", "weight_neg",  # A_hat / A over active tokens
+    "weight_clip_low", "weight_clip_high",  # re-weighted tokens with sign(A) delta out of bounds
+    "ratio_clip_low", "ratio_clip_high", "ratio_clip_dual",  # active tokens
+    "kl", "entropy", "policy_kl",  # over active tokens; policy_kl is log P_old - log P_S
+)
 # Stands for log 0 where p = 0 multiplies it (a token that a bias of -inf forbids).
 LOG_FLOOR = -1e30
+
+
+def compute_dtype(dtype):
+    """The dtype in which inputs of `dtype` are computed: fp64 stays, everything else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_number(name, value, low=-math.inf, high=math.inf, *, low_open=False):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ref, torch_impl
-from .config import check_number
+from .config import check_number, compute_dtype
 from .tuning import DEFAULT_WORKSPACE_BYTES
 
 logger = logging.getLogger("rlsd_kernels")
@@ -153,7 +153,7 @@ def _log_probs_op(
 
 @_log_probs_op.register_fake
 def _(hidden, weight, completion_ids, bias, temperature, logit_scale, softcap, want_entropy, ws):
-    dtype = ref.compute_dtype(hidden.dtype)
+    dtype = compute_dtype(hidden.dtype)
     n = hidden.shape[0]
     return (
         hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if want_entropy else 0, dtype=dtype)
@@ -178,7 +178,7 @@ def empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db):
         torch.empty_like(hidden) if need_dx else hidden.new_empty(0),
         weight.new_empty(weight.shape if need_dw else 0),
         (weight if bias is None else bias).new_empty(weight.shape[0] if need_db else 0,
-            dtype=ref.compute_dtype(hidden.dtype) if bias is None else bias.dtype),
+            dtype=compute_dtype(hidden.dtype) if bias is None else bias.dtype),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ref, torch_impl
-from .config import RLSDLossConfig, check_number
+from .config import RLSDLossConfig, check_number, compute_dtype
 from .logprob import (
     check_head,
     check_ids,
@@ -72,7 +72,7 @@ def _(
     eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta, entropy_coef,
     temperature, logit_scale, softcap, want_entropy, need_dx, need_dw, need_db, workspace,
 ):
-    dtype, n = ref.compute_dtype(hidden.dtype), hidden.shape[0]
+    dtype, n = compute_dtype(hidden.dtype), hidden.shape[0]
     gradients = empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db)
     return (
         hidden.new_empty((), dtype=dtype),
@@ -198,7 +198,7 @@ def _check_tokens(
     if reweight_mask is not None:
         check_tensor("reweight_mask", reweight_mask, shape=shape, like=reference, kind="bool")
         reweight_mask = reweight_mask.reshape(-1)
-    dtype = ref.compute_dtype(reference[1].dtype)
+    dtype = compute_dtype(reference[1].dtype)
     if loss_weights is None:
         per_token["loss_weights"] = reference[1].new_full(
             shape, 1 / max(1, math.prod(shape)), dtype=dtype
@@ -388,7 +388,7 @@ def rlsd_loss(
             f"entropy is needed because entropy_coef is {config.entropy_coef:g}; pass it or set "
             "entropy_coef to 0."
         )
-    dtype = ref.compute_dtype(log_probs.dtype)
+    dtype = compute_dtype(log_probs.dtype)
     flat, flat_entropy = log_probs.reshape(-1).to(dtype), None
     if entropy is not None:
         check_tensor("entropy", entropy, shape=shape, like=("log_probs", log_probs))
@@ -438,7 +438,7 @@ def rlsd_advantages(
         rlsd_lambda, rlsd_reweight_clip_range, rlsd_negative_only=rlsd_negative_only
     )
     check_tensor("log_probs", log_probs)
-    shape, dtype = log_probs.shape, ref.compute_dtype(log_probs.dtype)
+    shape, dtype = log_probs.shape, compute_dtype(log_probs.dtype)
     if teacher_log_probs is None:
         raise TypeError("teacher_log_probs must be a torch.Tensor, but got None.")
     tokens = _check_tokens(

@@ -14,12 +14,7 @@ import math
 
 import torch
 
-from .config import LOG_FLOOR, MAX_LOG_RATIO
-
-
-def compute_dtype(dtype):
-    """The dtype in which inputs of `dtype` are computed: fp64 stays, everything else is fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .config import LOG_FLOOR, MAX_LOG_RATIO, compute_dtype
 
 
 def linear_log_probs(

@@ -1,0 +1,55 @@
+"""The head's three GEMMs with fp32 accumulators and fp32 results, whatever the input dtype.
+
+    logits = h W^T (M, V)      dx = E W (M, H)      dw += E^T x (V, H)
+
+Each is 2 M H V FLOP. On CUDA, 16-bit operands go to cuBLAS with an fp32 output. Elsewhere a 16-bit
+matmul would round its result (bf16 logits are off by up to 3e-2), so the weight is upcast
+CAST_BLOCK rows at a time and h, E, x come in compute dtype.
+"""
+
+import torch
+
+from .config import compute_dtype
+
+# 4096 rows of H = 4096 in fp32 are 64 MiB: the copy stays small beside the logits.
+CAST_BLOCK = 4096
+
+
+def operand_dtype(weight):
+    """Dtype that h, E and x must have: the weight's own on CUDA, else the compute dtype."""
+    return weight.dtype if weight.is_cuda else compute_dtype(weight.dtype)
+
+
+def _blocks(weight):
+    dtype = operand_dtype(weight)
+    step = len(weight) if weight.dtype == dtype else CAST_BLOCK
+    for j in range(0, len(weight), step):
+        yield slice(j, j + step), weight[j : j + step].to(dtype)
+
+
+def _out_dtype(x):
+    """Keyword that asks cuBLAS for an fp32 result of a 16-bit GEMM."""
+    return {"out_dtype": torch.float32} if x.itemsize == 2 else {}
+
+
+def logits(h, weight, out):
+    """out = h W^T, (M, V) in compute dtype."""
+    for columns, w in _blocks(weight):
+        torch.mm(h, w.T, out=out[:, columns], **_out_dtype(h))
+    return out
+
+
+def dx(e, weight):
+    """E W, (M, H) in compute dtype."""
+    out = None
+    for columns, w in _blocks(weight):
+        if out is None:
+            out = torch.mm(e[:, columns], w, **_out_dtype(e))
+        else:
+            out.addmm_(e[:, columns], w)
+    return out
+
+
+def add_dw(dw, e, x):
+    """dw += E^T x, (V, H) in compute dtype, in place."""
+    return torch.addmm(dw, e.T, x, out=dw, **_out_dtype(e))
