@@ -13,6 +13,10 @@ import torch
 DELTA_SOURCES = ("current", "old_log_probs")
 # exp(80) still fits fp32: bounds ratios so that no inf * 0 can appear in a backward pass.
 MAX_LOG_RATIO = 80.0
+# A row whose sum of exp(z - c) leaves these bounds had a bad guess c and is done again with its true
+# maximum: before fp32 overflows or, with entropy = log s - t / s, before that difference cancels.
+ROW_SUM_BOUNDS = (1e-30, 1e30)
+ENTROPY_ROW_SUM_BOUNDS = (1e-8, 1e8)
 # What an implementation adds up over the tokens that it is given, in fp64 and in this order; a
 # token is active if it is unmasked with A != 0, pos and neg go by the sign of A (see metrics.py).
 TOKEN_SUMS = (
@@ -90,3 +94,16 @@ class RLSDLossConfig:
         check_number("beta", self.beta, 0)
         check_number("entropy_coef", self.entropy_coef, 0)
         check_number("temperature", self.temperature, 0, low_open=True)
+
+    @property
+    def log_weight_bounds(self):
+        """Bounds of log w; at eps_w = 1 the lower one is -inf and only the upper one binds."""
+        eps_w = self.rlsd_reweight_clip_range
+        return math.log1p(-eps_w) if eps_w < 1 else -math.inf, math.log1p(eps_w)
+
+    @property
+    def log_ratio_bounds(self):
+        """Log-ratio beyond which no gradient flows: blame below, praise above, blame above."""
+        low = math.log1p(-self.epsilon) if self.epsilon < 1 else -MAX_LOG_RATIO
+        dual = MAX_LOG_RATIO if self.delta is None else min(math.log(self.delta), MAX_LOG_RATIO)
+        return low, math.log1p(self.epsilon_high), dual

@@ -2,56 +2,110 @@
 
     linear_log_probs(h, W, y) = log_softmax(softcap(logit_scale (h W^T + b)) / temperature)[y]
 
-Forward 2 NHV FLOP and 4 N bytes of result instead of N x V logits; backward recomputes logits by
-chunk (another 2 NHV) and forms dh and dW (4 NHV).
+Forward 2 NHV FLOP and 4 N bytes of result instead of N x V logits. If exp(z - c) of all rows fits
+the workspace it is kept and backward only forms dh and dW (4 NHV), for any loss on top; otherwise
+backward recomputes logits by chunk (another 2 NHV).
 """
 
+import importlib
+import importlib.util
 import logging
 import math
+import os
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from . import ref, torch_impl
+from . import pipeline, ref, torch_impl
 from .config import check_number, compute_dtype
-from .tuning import DEFAULT_WORKSPACE_BYTES
+from .tuning import default_workspace_bytes
 
 logger = logging.getLogger("rlsd_kernels")
 IMPLS = ("auto", "cuda", "triton", "torch", "ref")
 _announced = set()
 
 
+def _triton_interpreted():
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def _triton_status():
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; `pip install triton`, or use impl='torch'."
+    if _triton_interpreted():
+        return "ok"
+    if not torch.cuda.is_available():
+        return (
+            "the Triton implementation needs a GPU and none is available here; use impl='torch', "
+            "or set TRITON_INTERPRET=1 to test the kernels on the CPU."
+        )
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "the Triton implementation needs an NVIDIA GPU of sm_80 or later; use impl='torch'."
+    return "ok"
+
+
 def available_impls():
     """Dict of implementation name -> "ok", or the reason in one sentence why it cannot run here."""
-    missing = "is not part of this version of rlsd_kernels; use impl='torch', which runs anywhere."
     return {
-        "cuda": f"The CUDA implementation {missing}",
-        "triton": f"The Triton implementation {missing}",
+        "cuda": (
+            "The CUDA implementation is not part of this version of rlsd_kernels; use "
+            "impl='torch', which runs anywhere."
+        ),
+        "triton": _triton_status(),
         "torch": "ok",
         "ref": "ok",
     }
 
 
-def choose_impl(impl):
-    """The name of the implementation that runs; `auto` takes the fastest and says so once."""
+def choose_impl(impl, tensor):
+    """The name of the implementation that runs on tensor's device and dtype.
+
+    `auto` takes the fastest that can, says once which and why, and never a slower one in silence.
+    """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, but got {impl!r}.")
     status = available_impls()
-    if impl != "auto":
-        if status[impl] != "ok":
-            raise ValueError(f"impl={impl!r} cannot run: {status[impl]}")
-        return impl
-    chosen = next(name for name, state in status.items() if state == "ok")
-    if chosen not in _announced and not torch.compiler.is_compiling():
-        _announced.add(chosen)
-        logger.info("impl='auto' runs %r, the fastest implementation available here.", chosen)
-    return chosen
+    on_gpu, fp64 = tensor.is_cuda, tensor.dtype == torch.float64
+    why_not = None
+    if fp64:
+        why_not = "it computes in fp32, but the inputs are fp64; use impl='torch'."
+    elif not on_gpu and not _triton_interpreted():
+        why_not = f"its kernels need tensors on a GPU, but got {tensor.device}; use impl='torch'."
+    if impl == "auto":
+        usable = on_gpu and why_not is None
+        ranked = ("cuda", "triton", "torch") if usable else ("torch",)
+        chosen = next(name for name in ranked if status[name] == "ok")
+        if (chosen, on_gpu) not in _announced and not torch.compiler.is_compiling():
+            _announced.add((chosen, on_gpu))
+            passed = [f"{x}: {status[x]}" for x in ranked[: ranked.index(chosen)]]
+            logger.info(
+                "impl='auto' runs %r, the fastest for %s inputs on %s.%s", chosen, tensor.dtype,
+                tensor.device.type, " Passed over " + " ".join(passed) if passed else "",
+            )
+        return chosen
+    if status[impl] != "ok":
+        raise ValueError(f"impl={impl!r} cannot run: {status[impl]}")
+    if impl in ("cuda", "triton") and why_not is not None:
+        raise ValueError(f"impl={impl!r} cannot run: {why_not}")
+    return impl
+
+
+def load_impl(name):
+    """The module that holds the kernels of an implementation; Triton is imported on first use."""
+    return torch_impl if name == "torch" else importlib.import_module(f".{name}_impl", __package__)
 
 
 def check_tensor(name, value, *, shape=None, like=None, kind="float", why=""):
     """Raise TypeError or ValueError in one sentence unless value is the tensor that is needed."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, but got {type(value).__name__}.")
+    if isinstance(value, DTensor):
+        raise TypeError(
+            f"{name} is a DTensor; call this inside the module's forward, where FSDP2 has gathered "
+            "it, or pass full_tensor(), or a vocabulary shard's to_local() with tp_group."
+        )
     kinds = {
         "float": value.is_floating_point(),
         "int64": value.dtype == torch.int64,
@@ -97,13 +151,13 @@ def check_head(
     check_number("logit_scale", logit_scale)
     if final_logit_softcapping is not None:
         check_number("final_logit_softcapping", final_logit_softcapping, 0, low_open=True)
-    if tp_group is not None:
-        raise ValueError(
-            "tp_group (a vocabulary-sharded head) is not part of this version of rlsd_kernels; "
-            "gather the head and pass tp_group=None."
+    if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
+        raise TypeError(
+            "tp_group must be a torch.distributed.ProcessGroup whose ranks hold the head's rows "
+            f"in order, or None, but got {type(tp_group).__name__}."
         )
     if max_workspace_bytes is None:
-        return DEFAULT_WORKSPACE_BYTES
+        return default_workspace_bytes(hidden.device.type)
     if isinstance(max_workspace_bytes, bool) or not isinstance(max_workspace_bytes, int):
         raise TypeError(
             f"max_workspace_bytes must be an int or None, but got {max_workspace_bytes!r}."
@@ -113,11 +167,15 @@ def check_head(
 
 
 def check_weight(name, weight, hidden, hidden_name="hidden"):
-    """(V, H) with hidden's H and dtype."""
+    """(V, H) with hidden's H and dtype, whole or this rank's vocabulary shard."""
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        sharded = (
+            "; it looks like an FSDP or ZeRO-3 shard, so call this inside the module's forward, "
+            "where the parameter is gathered" if weight.dim() < 2 else ""
+        )
         raise ValueError(
             f"{name} must have shape (V, {hidden.shape[-1]}) to match {hidden_name} "
-            f"{tuple(hidden.shape)}, but got {tuple(weight.shape)}."
+            f"{tuple(hidden.shape)}, but got {tuple(weight.shape)}{sharded}."
         )
     if weight.dtype != hidden.dtype:
         raise ValueError(
@@ -138,37 +196,79 @@ def check_ids(completion_ids, vocab_size, *, force=False):
         )
 
 
+def autocast_head(hidden, weight, *others):
+    """Under autocast a head and hidden states of two dtypes meet in autocast's, as in nn.Linear."""
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
+        return hidden, weight, *others  # for the checks to refuse
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == weight.dtype:
+        return hidden, weight, *others
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if x is None else x.to(dtype) for x in (hidden, weight, *others))
+
+
+def needs_grad(*tensors):
+    """Whether autograd will ask for the gradient of any of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def group_name(tp_group):
+    """The name by which a custom op finds a process group, or None."""
+    return None if tp_group is None else tp_group.group_name
+
+
+def gather_head(weight, bias, tp_group):
+    """The whole head on every rank, for the reference; gradients reach this rank's rows."""
+    if tp_group is None:
+        return weight, bias
+    rank = dist.get_rank(tp_group)
+
+    def gather(x):
+        parts = [None] * dist.get_world_size(tp_group)
+        dist.all_gather_object(parts, x.detach(), group=tp_group)
+        return torch.cat([*parts[:rank], x, *parts[rank + 1 :]])
+
+    return gather(weight), None if bias is None else gather(bias)
+
+
 @torch.library.custom_op("rlsd::linear_log_probs", mutates_args=())
 def _log_probs_op(
-    hidden: Tensor, weight: Tensor, completion_ids: Tensor, bias: Tensor | None,
-    temperature: float, logit_scale: float, softcap: float | None, want_entropy: bool,
-    max_workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    check_ids(completion_ids, weight.shape[0])
-    return torch_impl.linear_log_probs_fwd(
-        hidden, weight, completion_ids, bias, temperature, logit_scale, softcap, want_entropy,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, completion_ids: Tensor,
+    old_log_probs: Tensor | None, temperature: float, logit_scale: float, softcap: float | None,
+    want_entropy: bool, keep: bool, impl: str, group_name: str | None, max_workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shard = pipeline.Shard(weight, group_name)
+    check_ids(completion_ids, shard.vocab)
+    head = pipeline.Head(weight, bias, temperature, logit_scale, softcap)
+    return pipeline.linear_log_probs_fwd(
+        load_impl(impl), hidden, head, completion_ids, old_log_probs, shard, want_entropy, keep,
         max_workspace_bytes,
     )
 
 
 @_log_probs_op.register_fake
-def _(hidden, weight, completion_ids, bias, temperature, logit_scale, softcap, want_entropy, ws):
-    dtype = compute_dtype(hidden.dtype)
-    n = hidden.shape[0]
+def _(hidden, weight, bias, ids, old, temp, scale, cap, want_entropy, keep, impl, group, ws):
+    dtype, n = compute_dtype(hidden.dtype), hidden.shape[0]
     return (
-        hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if want_entropy else 0, dtype=dtype)
+        hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if want_entropy else 0, dtype=dtype),
+        weight.new_empty(
+            (n, weight.shape[0]) if keep else 0, dtype=pipeline.gemm.operand_dtype(weight)
+        ),
+        hidden.new_empty(n if keep else 0, dtype=dtype),
     )
 
 
 @torch.library.custom_op("rlsd::linear_log_probs_backward", mutates_args=())
 def _log_probs_backward_op(
     grad_log_probs: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
-    completion_ids: Tensor, bias: Tensor | None, temperature: float, logit_scale: float,
-    softcap: float | None, need_dx: bool, need_dw: bool, need_db: bool, max_workspace_bytes: int,
+    bias: Tensor | None, completion_ids: Tensor, log_probs: Tensor, e: Tensor, s: Tensor,
+    temperature: float, logit_scale: float, softcap: float | None, need_dx: bool, need_dw: bool,
+    need_db: bool, impl: str, group_name: str | None, max_workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch_impl.linear_log_probs_bwd(
-        grad_log_probs, grad_entropy, hidden, weight, completion_ids, bias, temperature,
-        logit_scale, softcap, need_dx, need_dw, need_db, max_workspace_bytes,
+    head = pipeline.Head(weight, bias, temperature, logit_scale, softcap)
+    return pipeline.linear_log_probs_bwd(
+        load_impl(impl), hidden, grad_log_probs, grad_entropy, head, completion_ids, log_probs, e,
+        s, pipeline.Shard(weight, group_name), (need_dx, need_dw, need_db), max_workspace_bytes,
     )
 
 
@@ -183,28 +283,30 @@ def empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db):
 
 
 @_log_probs_backward_op.register_fake
-def _(grad_lp, grad_entropy, hidden, weight, ids, bias, temp, scale, cap, dx, dw, db, ws):
+def _(grad, grad_entropy, hidden, weight, bias, ids, lp, e, s, temp, scale, cap, dx, dw, db, *_):
     return empty_gradients(hidden, weight, bias, dx, dw, db)
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, completion_ids, bias, *scalars = inputs
-    ctx.save_for_backward(hidden, weight, completion_ids, bias)
-    ctx.scalars = scalars
+    hidden, weight, bias, completion_ids, _, *ctx.scalars = inputs
+    log_probs, _, e, s = output
+    ctx.save_for_backward(hidden, weight, bias, completion_ids, log_probs, e, s)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_log_probs, grad_entropy):
-    hidden, weight, completion_ids, bias = ctx.saved_tensors
-    temperature, logit_scale, softcap, want_entropy, max_workspace_bytes = ctx.scalars
-    need_dx, need_dw, _, need_db = ctx.needs_input_grad[:4]
-    dx, dw, db = _log_probs_backward_op(
-        grad_log_probs, grad_entropy if want_entropy else None, hidden, weight, completion_ids,
-        bias, temperature, logit_scale, softcap, need_dx, need_dw, need_db, max_workspace_bytes,
+def _backward(ctx, grad_log_probs, grad_entropy, *unused):
+    hidden, weight, bias, completion_ids, log_probs, e, s = ctx.saved_tensors
+    temperature, logit_scale, softcap, _, _, impl, group, max_workspace_bytes = ctx.scalars
+    if grad_log_probs is None and grad_entropy is None:
+        return (None,) * 13
+    if grad_log_probs is None:
+        grad_log_probs = torch.zeros_like(log_probs)
+    need = ctx.needs_input_grad[:3]
+    grads = _log_probs_backward_op(
+        grad_log_probs, grad_entropy, hidden, weight, bias, completion_ids, log_probs, e, s,
+        temperature, logit_scale, softcap, *need, impl, group, max_workspace_bytes,
     )
-    return (
-        dx if need_dx else None, dw if need_dw else None, None, db if need_db else None,
-        *[None] * 5,
-    )
+    return (*(x if n else None for x, n in zip(grads, need, strict=True)), *[None] * 10)
 
 
 _log_probs_op.register_autograd(_backward, setup_context=_setup_context)
@@ -225,28 +327,35 @@ def linear_log_probs(
             State t is the one that predicts completion_ids[t], one position before that token.
         weight: (V, H) LM head of the same dtype; gets a gradient if needed.
         completion_ids: (...) int64 in [0, V).
-        old_log_probs: (...) log-probs of the sampler, an estimate that faster implementations
-            use to place the exponential; it never changes the result and is unused by this one.
+        old_log_probs: (...) log-probs of the sampler: a guess of the log-sum-exp that places the
+            exponential. A wrong guess costs time on the rows concerned, never accuracy.
         bias: (V,) added to the logits before logit_scale.
         temperature, logit_scale, final_logit_softcapping: scalars of
             `softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`.
         return_entropy: also return the entropy of each row in nats, differentiable.
-        max_workspace_bytes: bound on the logit chunks held at once.
+        tp_group: process group whose ranks hold the rows of weight (and bias) in order; hidden and
+            everything per token are the same on every rank, ids count over the whole vocabulary,
+            and hidden's gradient comes out summed over ranks.
+        max_workspace_bytes: bound on logits held at once, and on what is kept for backward;
+            default: tuning.WORKSPACE_BYTES of the device.
 
+    Under autocast, hidden and weight of different dtypes are cast to autocast's dtype.
     Returns: log_probs (...) in fp32 (fp64 for fp64), or (log_probs, entropy).
     Raises: TypeError or ValueError in one sentence on wrong types, shapes, dtypes, devices or ids.
     """
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
     workspace = check_head(
         hidden, weight, completion_ids, bias, temperature, logit_scale, final_logit_softcapping,
         max_workspace_bytes, tp_group,
     )
-    if old_log_probs is not None:
-        check_tensor(
-            "old_log_probs", old_log_probs, shape=completion_ids.shape, like=("hidden", hidden)
-        )
     shape = completion_ids.shape
+    if old_log_probs is not None:
+        check_tensor("old_log_probs", old_log_probs, shape=shape, like=("hidden", hidden))
+        old_log_probs = old_log_probs.detach().reshape(-1).to(compute_dtype(hidden.dtype))
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), completion_ids.reshape(-1)
-    if choose_impl(impl) == "ref":
+    impl = choose_impl(impl, hidden)
+    if impl == "ref":
+        weight, bias = gather_head(weight, bias, tp_group)
         check_ids(ids, weight.shape[0])
         safe = ids.clamp(0, weight.shape[0] - 1)
         log_probs, entropy = ref.linear_log_probs(
@@ -255,9 +364,12 @@ def linear_log_probs(
         )
         log_probs = log_probs.masked_fill(safe != ids, math.nan)
     else:
-        log_probs, entropy = _log_probs_op(
-            rows, weight, ids, bias, float(temperature), float(logit_scale),
-            final_logit_softcapping, return_entropy, workspace,
+        keep = needs_grad(rows, weight, bias) and pipeline.keeps_exponentials(
+            load_impl(impl), weight, rows.shape[0], workspace
+        )
+        log_probs, entropy, *_ = _log_probs_op(
+            rows, weight, bias, ids, old_log_probs, float(temperature), float(logit_scale),
+            final_logit_softcapping, return_entropy, keep, impl, group_name(tp_group), workspace,
         )
     log_probs = log_probs.reshape(shape)
     return (log_probs, entropy.reshape(shape)) if return_entropy else log_probs

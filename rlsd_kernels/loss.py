@@ -12,15 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ref, torch_impl
-from .config import RLSDLossConfig, check_number, compute_dtype
+from . import pipeline, ref
+from .config import TOKEN_SUMS, RLSDLossConfig, check_number, compute_dtype
 from .logprob import (
+    autocast_head,
     check_head,
     check_ids,
     check_tensor,
     check_weight,
     choose_impl,
     empty_gradients,
+    gather_head,
+    group_name,
+    load_impl,
 )
 from .metrics import token_stats
 
@@ -45,23 +49,26 @@ def _fused_op(
     advantages: Tensor, loss_weights: Tensor, teacher_hidden: Tensor | None,
     teacher_log_probs: Tensor | None, teacher_weight: Tensor | None,
     old_log_probs: Tensor | None, ref_log_probs: Tensor | None, reweight_mask: Tensor | None,
-    rlsd_lambda: float, eps_w: float, delta_source: str, negative_only: bool, epsilon: float,
-    epsilon_high: float, delta: float | None, beta: float, entropy_coef: float,
+    rlsd_lambda: Tensor, use_teacher: bool, eps_w: float, delta_source: str, negative_only: bool,
+    epsilon: float, epsilon_high: float, delta: float | None, beta: float, entropy_coef: float,
     temperature: float, logit_scale: float, softcap: float | None, want_entropy: bool,
-    need_dx: bool, need_dw: bool, need_db: bool, max_workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_ids(completion_ids, weight.shape[0])
+    need_dx: bool, need_dw: bool, need_db: bool, impl: str, group_name: str | None,
+    max_workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shard = pipeline.Shard(weight, group_name)
+    check_ids(completion_ids, shard.vocab)
     config = RLSDLossConfig(
-        rlsd_lambda, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta,
-        entropy_coef, temperature,
+        0.0, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta, entropy_coef,
+        temperature,
     )
-    return torch_impl.linear_rlsd_loss(
-        hidden, weight, completion_ids, advantages, loss_weights, teacher_hidden=teacher_hidden,
+    return pipeline.linear_rlsd_loss(
+        load_impl(impl), hidden, pipeline.Head(weight, bias, temperature, logit_scale, softcap),
+        completion_ids, advantages, loss_weights, teacher_hidden=teacher_hidden,
         teacher_log_probs=teacher_log_probs, teacher_weight=teacher_weight,
         old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, reweight_mask=reweight_mask,
-        bias=bias, rlsd_lambda=rlsd_lambda, config=config, logit_scale=logit_scale,
-        softcap=softcap, want_entropy=want_entropy, need_dx=need_dx, need_dw=need_dw,
-        need_db=need_db, max_workspace_bytes=max_workspace_bytes,
+        rlsd_lambda=rlsd_lambda, use_teacher=use_teacher, config=config, shard=shard,
+        want_entropy=want_entropy, need=(need_dx, need_dw, need_db),
+        max_workspace_bytes=max_workspace_bytes,
     )
 
 
@@ -69,8 +76,8 @@ def _fused_op(
 def _(
     hidden, weight, bias, completion_ids, advantages, loss_weights, teacher_hidden,
     teacher_log_probs, teacher_weight, old_log_probs, ref_log_probs, reweight_mask, rlsd_lambda,
-    eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta, entropy_coef,
-    temperature, logit_scale, softcap, want_entropy, need_dx, need_dw, need_db, workspace,
+    use_teacher, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta,
+    entropy_coef, temperature, logit_scale, softcap, want_entropy, need_dx, need_dw, need_db, *_,
 ):
     dtype, n = compute_dtype(hidden.dtype), hidden.shape[0]
     gradients = empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db)
@@ -79,12 +86,13 @@ def _(
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n if want_entropy or entropy_coef > 0 else 0, dtype=dtype),
-        *(x.to(torch_impl.stored_dtype(x.dtype)) for x in gradients),
+        *(x.to(pipeline.stored_dtype(x.dtype)) for x in gradients),
+        hidden.new_empty(len(TOKEN_SUMS), dtype=torch.float64),
     )
 
 
 def _fused_setup(ctx, inputs, output):
-    ctx.save_for_backward(*output[4:])
+    ctx.save_for_backward(*output[4:7])
     ctx.num_inputs = len(inputs)
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.set_materialize_grads(False)
@@ -110,16 +118,15 @@ _fused_op.register_autograd(_fused_backward, setup_context=_fused_setup)
 def _loss_op(
     log_probs: Tensor, entropy: Tensor | None, advantages: Tensor, loss_weights: Tensor,
     teacher_log_probs: Tensor | None, old_log_probs: Tensor | None,
-    ref_log_probs: Tensor | None, reweight_mask: Tensor | None, rlsd_lambda: float,
+    ref_log_probs: Tensor | None, reweight_mask: Tensor | None, rlsd_lambda: Tensor,
     eps_w: float, delta_source: str, negative_only: bool, epsilon: float, epsilon_high: float,
-    delta: float | None, beta: float, entropy_coef: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    delta: float | None, beta: float, entropy_coef: float, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     config = RLSDLossConfig(
-        rlsd_lambda, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta,
-        entropy_coef,
+        0.0, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta, entropy_coef
     )
-    return torch_impl.rlsd_loss(
-        log_probs, advantages, loss_weights, teacher_log_probs=teacher_log_probs,
+    return pipeline.rlsd_loss(
+        load_impl(impl), log_probs, advantages, loss_weights, teacher_log_probs=teacher_log_probs,
         old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, reweight_mask=reweight_mask,
         entropy=entropy, rlsd_lambda=rlsd_lambda, config=config,
     )
@@ -127,15 +134,16 @@ def _loss_op(
 
 @_loss_op.register_fake
 def _(log_probs, entropy, *args):
-    with_entropy = args[-1] > 0
+    with_entropy = args[-2] > 0
     return (
         log_probs.new_empty(()), torch.empty_like(log_probs),
         log_probs.new_empty(log_probs.shape if with_entropy else 0),
+        log_probs.new_empty(len(TOKEN_SUMS), dtype=torch.float64),
     )
 
 
 def _loss_setup(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:3])
     ctx.num_inputs = len(inputs)
     ctx.set_materialize_grads(False)
 
@@ -151,11 +159,22 @@ def _loss_backward(ctx, grad_loss, *unused):
 _loss_op.register_autograd(_loss_backward, setup_context=_loss_setup)
 
 
-def _effective_lambda(rlsd_lambda, config):
-    if rlsd_lambda is None:
-        return float(config.rlsd_lambda)
-    check_number("rlsd_lambda", rlsd_lambda, 0, 1)
-    return float(rlsd_lambda)
+def _effective_lambda(rlsd_lambda, config, device, dtype):
+    """0-dim tensor, which no schedule recompiles, and whether the teacher can matter."""
+    value = config.rlsd_lambda if rlsd_lambda is None else rlsd_lambda
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"rlsd_lambda must be a number or a tensor of one element, but got shape "
+                f"{tuple(value.shape)}."
+            )
+        return value.detach().reshape(()).to(device, dtype), True
+    check_number("rlsd_lambda", value, 0, 1)
+    return torch.full((), value, dtype=dtype, device=device), value > 0
+
+
+def _show(lam):
+    return f"{float(lam):g}"
 
 
 class _Tokens(NamedTuple):
@@ -253,22 +272,32 @@ def fused_linear_rlsd_loss(
         ref_log_probs: (...) of the reference policy; needed when config.beta > 0.
         loss_weights: (...) aggregation weight a_t >= 0, 0 = masked; default: 1 / number of tokens.
         reweight_mask: (...) bool, tokens that the teacher may re-weight; default: all.
-        rlsd_lambda: overrides config.rlsd_lambda, for schedules.
+        rlsd_lambda: overrides config.rlsd_lambda, for schedules: a number, or a tensor of one
+            element (in [0, 1], unchecked) that a captured CUDA graph reads anew at every replay.
         bias, logit_scale, final_logit_softcapping: z = softcap(logit_scale (h W^T + bias)).
         return_entropy: also return the entropy (nats) of live tokens.
-        max_workspace_bytes: bound on the logit chunks held at once.
+        tp_group: process group whose ranks hold the rows of weight, teacher_weight and bias in
+            order; everything else is the same on every rank, ids count over the whole vocabulary,
+            and hidden's gradient comes out summed over ranks.
+        max_workspace_bytes: bound on logits held at once; default: tuning.WORKSPACE_BYTES.
         check_inputs: also reject non-finite inputs, and bad ids on CUDA (synchronises).
 
+    Under autocast, hidden and weight of different dtypes are cast to autocast's dtype. While a
+    CUDA graph is captured no row is dropped, because no count may come back to the host.
     Returns: RLSDLossOutput. Nothing but `loss` carries a gradient; teacher inputs never get one.
     Raises: TypeError or ValueError in one sentence on wrong types, shapes, dtypes, devices, ids,
         or a missing teacher or reference.
     Source: arXiv 2604.03128, equations 13 to 15 and algorithm 1.
     """
+    hidden, weight, bias, teacher_hidden, teacher_weight = autocast_head(
+        hidden, weight, bias, teacher_hidden, teacher_weight
+    )
     workspace = check_head(
         hidden, weight, completion_ids, bias, config.temperature, logit_scale,
         final_logit_softcapping, max_workspace_bytes, tp_group,
     )
-    lam = _effective_lambda(rlsd_lambda, config)
+    dtype = compute_dtype(hidden.dtype)
+    lam, use_teacher = _effective_lambda(rlsd_lambda, config, hidden.device, dtype)
     shape = completion_ids.shape
     tokens = _check_tokens(
         shape, ("hidden", hidden), advantages, loss_weights, teacher_log_probs, old_log_probs,
@@ -276,10 +305,10 @@ def fused_linear_rlsd_loss(
     )
     if teacher_hidden is not None and teacher_log_probs is not None:
         raise ValueError("Pass teacher_hidden or teacher_log_probs, not both.")
-    if lam > 0 and teacher_hidden is None and teacher_log_probs is None:
+    if use_teacher and teacher_hidden is None and teacher_log_probs is None:
         raise ValueError(
-            f"teacher_hidden or teacher_log_probs is needed because lambda is {lam:g}; pass one, "
-            "or set rlsd_lambda to 0 for GRPO."
+            f"teacher_hidden or teacher_log_probs is needed because lambda is {_show(lam)}; pass "
+            "one, or set rlsd_lambda to 0 for GRPO."
         )
     if teacher_weight is not None and teacher_hidden is None:
         raise ValueError(
@@ -308,7 +337,7 @@ def fused_linear_rlsd_loss(
             {"hidden": hidden, "weight": weight, "bias": bias, "teacher_hidden": teacher_hidden,
              "teacher_weight": teacher_weight}, tokens,
         )
-    if lam == 0:
+    if not use_teacher:
         teacher_hidden = teacher_weight = None
         tokens = tokens._replace(teacher_log_probs=None)
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), completion_ids.reshape(-1)
@@ -316,36 +345,45 @@ def fused_linear_rlsd_loss(
     if teacher_hidden is not None:
         t_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
     t_weight = None if teacher_weight is None else teacher_weight.detach()
-    if choose_impl(impl) == "ref":
+    impl = choose_impl(impl, hidden)
+    if impl == "ref":
+        weight, bias = gather_head(weight, bias, tp_group)
+        if t_weight is not None:
+            t_weight, _ = gather_head(t_weight, None, tp_group)
         check_ids(ids, weight.shape[0])
         loss, log_probs, teacher, entropy = ref.linear_rlsd_loss(
             rows, weight, ids, teacher_hidden=t_rows, teacher_weight=t_weight, bias=bias,
-            rlsd_lambda=lam, config=config, logit_scale=logit_scale,
-            softcap=final_logit_softcapping, want_entropy=return_entropy, **tokens._asdict(),
+            rlsd_lambda=lam, use_teacher=use_teacher, config=config, logit_scale=logit_scale,
+            softcap=final_logit_softcapping, **tokens._asdict(),
+        )
+        log_probs, entropy = log_probs.detach(), entropy.detach()
+        sums = ref.token_sums(
+            log_probs, rlsd_lambda=lam, config=config, entropy=entropy,
+            **tokens._replace(teacher_log_probs=teacher)._asdict(),
         )
     else:
         need = [
             torch.is_grad_enabled() and x is not None and x.requires_grad
             for x in (rows, weight, bias)
         ]
-        loss, log_probs, teacher, entropy, *_ = _fused_op(
+        loss, log_probs, teacher, entropy, _, _, _, sums = _fused_op(
             rows, weight, bias, ids, tokens.advantages, tokens.loss_weights, t_rows,
             tokens.teacher_log_probs, t_weight, tokens.old_log_probs, tokens.ref_log_probs,
-            tokens.reweight_mask, lam, config.rlsd_reweight_clip_range, config.rlsd_delta_source,
-            config.rlsd_negative_only, config.epsilon, config.epsilon_high, config.delta,
-            config.beta, config.entropy_coef, config.temperature, float(logit_scale),
-            final_logit_softcapping, return_entropy, *need, workspace,
+            tokens.reweight_mask, lam, use_teacher, config.rlsd_reweight_clip_range,
+            config.rlsd_delta_source, config.rlsd_negative_only, config.epsilon,
+            config.epsilon_high, config.delta, config.beta, config.entropy_coef,
+            config.temperature, float(logit_scale), final_logit_softcapping, return_entropy,
+            *need, impl, group_name(tp_group), workspace,
         )
-    log_probs, teacher = log_probs.detach(), teacher.detach() if lam > 0 else None
-    entropy = entropy.detach() if return_entropy or config.entropy_coef > 0 else None
     stats = token_stats(
-        log_probs, tokens.advantages, tokens.loss_weights, teacher_log_probs=teacher,
-        old_log_probs=tokens.old_log_probs, ref_log_probs=tokens.ref_log_probs,
-        reweight_mask=tokens.reweight_mask, entropy=entropy, rlsd_lambda=lam, config=config,
+        sums.detach(), (tokens.loss_weights != 0).sum(), lam, dtype,
+        with_kl=ref_log_probs is not None,
+        with_entropy=return_entropy or config.entropy_coef > 0,
     )
     return RLSDLossOutput(
-        loss, log_probs.reshape(shape), None if teacher is None else teacher.reshape(shape),
-        entropy.reshape(shape) if return_entropy else None, stats,
+        loss, log_probs.detach().reshape(shape),
+        teacher.detach().reshape(shape) if use_teacher else None,
+        entropy.detach().reshape(shape) if return_entropy else None, stats,
     )
 
 
@@ -372,50 +410,48 @@ def rlsd_loss(
     Source: arXiv 2604.03128, equations 13 to 15 and algorithm 1.
     """
     check_tensor("log_probs", log_probs)
-    lam = _effective_lambda(rlsd_lambda, config)
-    shape = log_probs.shape
+    dtype, shape = compute_dtype(log_probs.dtype), log_probs.shape
+    lam, use_teacher = _effective_lambda(rlsd_lambda, config, log_probs.device, dtype)
     tokens = _check_tokens(
         shape, ("log_probs", log_probs), advantages, loss_weights, teacher_log_probs,
         old_log_probs, ref_log_probs, reweight_mask, config,
     )
-    if lam > 0 and teacher_log_probs is None:
+    if use_teacher and teacher_log_probs is None:
         raise ValueError(
-            f"teacher_log_probs is needed because lambda is {lam:g}; pass it, or set rlsd_lambda "
-            "to 0 for GRPO."
+            f"teacher_log_probs is needed because lambda is {_show(lam)}; pass it, or set "
+            "rlsd_lambda to 0 for GRPO."
         )
     if config.entropy_coef > 0 and entropy is None:
         raise ValueError(
             f"entropy is needed because entropy_coef is {config.entropy_coef:g}; pass it or set "
             "entropy_coef to 0."
         )
-    dtype = compute_dtype(log_probs.dtype)
     flat, flat_entropy = log_probs.reshape(-1).to(dtype), None
     if entropy is not None:
         check_tensor("entropy", entropy, shape=shape, like=("log_probs", log_probs))
         flat_entropy = entropy.reshape(-1).to(dtype)
-    teacher = tokens.teacher_log_probs if lam > 0 else None
-    if choose_impl(impl) == "ref":
-        loss = ref.rlsd_loss(
-            flat, entropy=flat_entropy, rlsd_lambda=lam, config=config,
-            **tokens._replace(teacher_log_probs=teacher)._asdict(),
-        )
+    if not use_teacher:
+        tokens = tokens._replace(teacher_log_probs=None)
+    impl = choose_impl(impl, log_probs)
+    if impl == "ref":
+        arguments = {"rlsd_lambda": lam, "config": config, **tokens._asdict()}
+        loss = ref.rlsd_loss(flat, entropy=flat_entropy, **arguments)
+        sums = ref.token_sums(flat.detach(), entropy=flat_entropy, **arguments)
     else:
-        loss, *_ = _loss_op(
-            flat, flat_entropy, tokens.advantages, tokens.loss_weights, teacher,
+        loss, _, _, sums = _loss_op(
+            flat, flat_entropy, tokens.advantages, tokens.loss_weights, tokens.teacher_log_probs,
             tokens.old_log_probs, tokens.ref_log_probs, tokens.reweight_mask, lam,
             config.rlsd_reweight_clip_range, config.rlsd_delta_source, config.rlsd_negative_only,
             config.epsilon, config.epsilon_high, config.delta, config.beta, config.entropy_coef,
+            impl,
         )
-    detached = flat.detach()
     stats = token_stats(
-        detached, tokens.advantages, tokens.loss_weights, teacher_log_probs=teacher,
-        old_log_probs=tokens.old_log_probs, ref_log_probs=tokens.ref_log_probs,
-        reweight_mask=tokens.reweight_mask,
-        entropy=None if flat_entropy is None else flat_entropy.detach(), rlsd_lambda=lam,
-        config=config,
+        sums.detach(), (tokens.loss_weights != 0).sum(), lam, dtype,
+        with_kl=ref_log_probs is not None, with_entropy=entropy is not None,
     )
+    teacher = tokens.teacher_log_probs
     return RLSDLossOutput(
-        loss, detached.reshape(shape), None if teacher is None else teacher.reshape(shape),
+        loss, flat.detach().reshape(shape), None if teacher is None else teacher.reshape(shape),
         None if entropy is None else entropy.detach(), stats,
     )
 

@@ -1,15 +1,12 @@
-"""Training metrics from per-token tensors, written on the specification's own functions.
+"""Training metrics from the token sums that every implementation returns (config.TOKEN_SUMS).
 
 Every metric is a sum over a set of tokens divided by that set's size; `merge_stats` adds the sets
-of micro-batches or ranks. Cost: a few elementwise passes over N scalars.
+of micro-batches or ranks.
 """
-
-import math
 
 import torch
 
-from . import ref
-from .config import MAX_LOG_RATIO
+from .config import TOKEN_SUMS
 
 # metric -> the count it is a mean over; rlsd/delta_std is handled apart.
 _MEAN_OVER = {
@@ -32,72 +29,43 @@ _MEAN_OVER = {
 _COUNTS = tuple(dict.fromkeys(_MEAN_OVER.values()))
 
 
-def token_stats(
-    log_probs, advantages, loss_weights, *, teacher_log_probs, old_log_probs, ref_log_probs,
-    reweight_mask, entropy, rlsd_lambda, config,
-):
-    """Metrics of method section 5 from (N,) tensors: sums over token sets, divided by counts."""
-    old = log_probs if old_log_probs is None else old_log_probs
-    unmasked = loss_weights != 0
-    active = unmasked & (advantages != 0)
-    chosen = active & ref.reweighted_tokens(
-        advantages, rlsd_negative_only=config.rlsd_negative_only, reweight_mask=reweight_mask
-    )
-    if teacher_log_probs is None:
-        chosen = torch.zeros_like(chosen)
-    positive = advantages > 0
+def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy):
+    """Metrics of method section 5 as a dict of 0-dim tensors.
+
+    sums: (len(TOKEN_SUMS),) fp64; unmasked: number of unmasked tokens, 0-dim; a mean over no token
+    is NaN. The two flags leave out what no input was given for.
+    """
+    of = dict(zip(TOKEN_SUMS, sums.unbind(), strict=True))
+    active = of["active_pos"] + of["active_neg"]
+    reweighted = of["reweighted_pos"] + of["reweighted_neg"]
     counts = {
-        "tokens/reweighted": chosen,
-        "tokens/reweighted_pos": chosen & positive,
-        "tokens/reweighted_neg": chosen & ~positive,
-        "tokens/active_pos": active & positive,
-        "tokens/active_neg": active & ~positive,
-        "tokens/unmasked": unmasked,
+        "tokens/reweighted": reweighted, "tokens/reweighted_pos": of["reweighted_pos"],
+        "tokens/reweighted_neg": of["reweighted_neg"], "tokens/active_pos": of["active_pos"],
+        "tokens/active_neg": of["active_neg"], "tokens/unmasked": unmasked.double(),
         "tokens/active": active,
     }
-    zero = torch.zeros_like(log_probs)
-    delta, a_hat = zero, advantages
-    if teacher_log_probs is not None:
-        student = old if config.rlsd_delta_source == "old_log_probs" else log_probs
-        delta = teacher_log_probs - student
-        a_hat = ref.rlsd_advantages(
-            advantages, student, teacher_log_probs, rlsd_lambda=rlsd_lambda,
-            rlsd_reweight_clip_range=config.rlsd_reweight_clip_range,
-            rlsd_negative_only=config.rlsd_negative_only, reweight_mask=reweight_mask,
-        )
-    signed = torch.sign(advantages) * delta
-    eps_w = config.rlsd_reweight_clip_range
-    low, high = math.log1p(-eps_w) if eps_w < 1 else -math.inf, math.log1p(eps_w)
-    ratio = torch.exp((log_probs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
-    capped = (advantages < 0) & (ratio > (math.inf if config.delta is None else config.delta))
-    values = {
-        "rlsd/delta_mean": delta,
-        "rlsd/delta_mean_pos": delta,
-        "rlsd/delta_mean_neg": delta,
-        "rlsd/weight_mean_pos": a_hat / advantages,
-        "rlsd/weight_mean_neg": a_hat / advantages,
-        "rlsd/clip_low_frac": signed < low,
-        "rlsd/clip_high_frac": signed > high,
-        "rlsd/effective_lambda": zero + rlsd_lambda,
+    totals = {
+        "rlsd/delta_mean": of["delta_pos"] + of["delta_neg"],
+        "rlsd/delta_mean_pos": of["delta_pos"],
+        "rlsd/delta_mean_neg": of["delta_neg"],
+        "rlsd/weight_mean_pos": of["weight_pos"],
+        "rlsd/weight_mean_neg": of["weight_neg"],
+        "rlsd/clip_low_frac": of["weight_clip_low"],
+        "rlsd/clip_high_frac": of["weight_clip_high"],
+        "rlsd/effective_lambda": rlsd_lambda * counts["tokens/unmasked"],
         "rlsd/active_token_frac": active,
-        "clip_ratio/low_mean": (advantages < 0) & (ratio < 1 - config.epsilon),
-        "clip_ratio/high_mean": positive & (ratio > 1 + config.epsilon_high),
-        "clip_ratio/dual_mean": capped,
-        "kl": zero if ref_log_probs is None else ref.k3_kl(log_probs, ref_log_probs),
-        "entropy": zero if entropy is None else entropy,
-        "policy_kl": old - log_probs,
+        "clip_ratio/low_mean": of["ratio_clip_low"],
+        "clip_ratio/high_mean": of["ratio_clip_high"],
+        "clip_ratio/dual_mean": of["ratio_clip_dual"],
+        "policy_kl": of["policy_kl"],
     }
-    if ref_log_probs is None:
-        del values["kl"]
-    if entropy is None:
-        del values["entropy"]
-    stats = {name: mask.sum() for name, mask in counts.items()}
-    for name, value in values.items():
-        where = counts[_MEAN_OVER[name]]
-        stats[name] = torch.where(where, value.to(zero.dtype), zero).sum() / where.sum()
-    deviation = torch.where(chosen, delta - stats["rlsd/delta_mean"], zero)
-    stats["rlsd/delta_std"] = ((deviation**2).sum() / chosen.sum()).sqrt()
-    return stats
+    totals |= {"kl": of["kl"]} if with_kl else {}
+    totals |= {"entropy": of["entropy"]} if with_entropy else {}
+    stats = {name: total / counts[_MEAN_OVER[name]] for name, total in totals.items()}
+    variance = of["delta_squared"] / reweighted - stats["rlsd/delta_mean"] ** 2
+    stats["rlsd/delta_std"] = variance.clamp(min=0).sqrt()
+    stats = {name: value.to(dtype) for name, value in stats.items()}
+    return {name: count.long() for name, count in counts.items()} | stats
 
 
 def merge_stats(many):

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from .config import LOG_FLOOR, MAX_LOG_RATIO, compute_dtype
+from .config import LOG_FLOOR, MAX_LOG_RATIO, TOKEN_SUMS, compute_dtype
 
 
 def linear_log_probs(
@@ -86,71 +86,120 @@ def live_tokens(loss_weights, advantages, config):
     return live
 
 
+def token_sums(
+    log_probs, advantages, loss_weights, *, teacher_log_probs, old_log_probs, ref_log_probs,
+    reweight_mask, entropy, rlsd_lambda, config,
+):
+    """What the metrics are made of: config.TOKEN_SUMS over tokens (N,), fp64."""
+    old = log_probs if old_log_probs is None else old_log_probs
+    active = (loss_weights != 0) & (advantages != 0)
+    pos, neg = active & (advantages > 0), active & (advantages < 0)
+    delta, a_hat, chosen = torch.zeros_like(log_probs), advantages, torch.zeros_like(active)
+    if teacher_log_probs is not None:
+        chosen = active & reweighted_tokens(
+            advantages, rlsd_negative_only=config.rlsd_negative_only, reweight_mask=reweight_mask
+        )
+        student = old if config.rlsd_delta_source == "old_log_probs" else log_probs
+        delta = teacher_log_probs - student
+        a_hat = rlsd_advantages(
+            advantages, student, teacher_log_probs, rlsd_lambda=rlsd_lambda,
+            rlsd_reweight_clip_range=config.rlsd_reweight_clip_range,
+            rlsd_negative_only=config.rlsd_negative_only, reweight_mask=reweight_mask,
+        )
+    eps_w = config.rlsd_reweight_clip_range
+    signed = torch.sign(advantages) * delta
+    low, high = math.log1p(-eps_w) if eps_w < 1 else -math.inf, math.log1p(eps_w)
+    ratio = torch.exp((log_probs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    dual = math.inf if config.delta is None else config.delta
+    kl = torch.zeros_like(log_probs) if ref_log_probs is None else k3_kl(log_probs, ref_log_probs)
+    ones = torch.ones_like(log_probs)
+    terms = {
+        "reweighted_pos": (chosen & pos, ones), "reweighted_neg": (chosen & neg, ones),
+        "active_pos": (pos, ones), "active_neg": (neg, ones),
+        "delta_pos": (chosen & pos, delta), "delta_neg": (chosen & neg, delta),
+        "delta_squared": (chosen, delta.double() ** 2),
+        "weight_pos": (pos, a_hat / advantages), "weight_neg": (neg, a_hat / advantages),
+        "weight_clip_low": (chosen & (signed < low), ones),
+        "weight_clip_high": (chosen & (signed > high), ones),
+        "ratio_clip_low": (neg & (ratio < 1 - config.epsilon), ones),
+        "ratio_clip_high": (pos & (ratio > 1 + config.epsilon_high), ones),
+        "ratio_clip_dual": (neg & (ratio > dual), ones),
+        "kl": (active, kl), "entropy": (active, ones * 0 if entropy is None else entropy),
+        "policy_kl": (active, old - log_probs),
+    }
+    return torch.stack(
+        [torch.where(terms[name][0], terms[name][1], 0).double().sum() for name in TOKEN_SUMS]
+    )
+
+
 def rlsd_loss(
     log_probs, advantages, loss_weights, *, teacher_log_probs, old_log_probs, ref_log_probs,
     reweight_mask, entropy, rlsd_lambda, config,
 ):
-    """L from inputs (N,); returns a scalar that autograd differentiates."""
+    """L from inputs (N,); returns a scalar that autograd differentiates.
+
+    Tokens that are not live are replaced by zeros: whatever they hold, they add exactly 0.
+    """
     live = live_tokens(loss_weights, advantages, config)
 
     def pick(per_token):
-        return None if per_token is None else per_token[live]
+        return None if per_token is None else torch.where(live, per_token, 0)
 
-    log_probs, advantages = log_probs[live], advantages[live]
-    old = log_probs.detach() if old_log_probs is None else old_log_probs[live]
+    log_probs, advantages, loss_weights = pick(log_probs), pick(advantages), pick(loss_weights)
+    old = log_probs.detach() if old_log_probs is None else pick(old_log_probs)
     a_hat = advantages
     if teacher_log_probs is not None:
         a_hat = rlsd_advantages(
             advantages,
             old if config.rlsd_delta_source == "old_log_probs" else log_probs,
-            teacher_log_probs[live],
+            pick(teacher_log_probs),
             rlsd_lambda=rlsd_lambda,
             rlsd_reweight_clip_range=config.rlsd_reweight_clip_range,
             rlsd_negative_only=config.rlsd_negative_only,
-            reweight_mask=pick(reweight_mask),
+            reweight_mask=reweight_mask,
         )
     per_token = surrogate(
         log_probs, old, a_hat,
         epsilon=config.epsilon, epsilon_high=config.epsilon_high, delta=config.delta,
     )
     if config.beta > 0:
-        per_token = per_token + config.beta * k3_kl(log_probs, ref_log_probs[live])
+        per_token = per_token + config.beta * k3_kl(log_probs, pick(ref_log_probs))
     if config.entropy_coef > 0:
-        per_token = per_token - config.entropy_coef * entropy[live]
-    return (loss_weights[live] * per_token).sum()
+        per_token = per_token - config.entropy_coef * pick(entropy)
+    return (loss_weights * per_token).sum()
 
 
 def linear_rlsd_loss(
     hidden, weight, completion_ids, advantages, loss_weights, *, teacher_hidden,
     teacher_log_probs, teacher_weight, old_log_probs, ref_log_probs, reweight_mask, bias,
-    rlsd_lambda, config, logit_scale, softcap, want_entropy,
+    rlsd_lambda, use_teacher, config, logit_scale, softcap,
 ):
     """Both passes over the head, then L: loss, log_probs, teacher_log_probs, entropy.
 
-    Rows that are not live are dropped first and keep 0 in every output; so does the teacher where
-    no token is re-weighted. An id outside [0, V) gives NaN for its row.
+    Rows that are not live enter as zeros and keep 0 in every output; so does the teacher where no
+    token is re-weighted. An id outside [0, V) gives NaN for its row.
     """
     safe = completion_ids.clamp(0, weight.shape[0] - 1)
     head = {
         "bias": bias, "temperature": config.temperature, "logit_scale": logit_scale,
         "final_logit_softcapping": softcap,
     }
+
+    def score(h, w, rows):
+        lp, ent = linear_log_probs(torch.where(rows.unsqueeze(-1), h, 0), w, safe, **head)
+        lp = lp.masked_fill(safe != completion_ids, math.nan)
+        return torch.where(rows, lp, 0), torch.where(rows, ent, 0)
+
     live = live_tokens(loss_weights, advantages, config)
-    zeros = torch.zeros_like(advantages)
-    lp, ent = linear_log_probs(hidden[live], weight, safe[live], **head)
-    lp = lp.masked_fill((safe != completion_ids)[live], math.nan)
-    log_probs, entropy = zeros.masked_scatter(live, lp), zeros.masked_scatter(live, ent)
-    teacher = None
-    if rlsd_lambda > 0 and teacher_hidden is not None:
+    log_probs, entropy = score(hidden, weight, live)
+    teacher = teacher_log_probs if use_teacher else None
+    if use_teacher and teacher_hidden is not None:
         scored = live & reweighted_tokens(
             advantages, rlsd_negative_only=config.rlsd_negative_only, reweight_mask=reweight_mask
         )
         with torch.no_grad():
             t_weight = weight if teacher_weight is None else teacher_weight
-            t_lp, _ = linear_log_probs(teacher_hidden[scored], t_weight, safe[scored], **head)
-        teacher = zeros.masked_scatter(scored, t_lp.to(zeros.dtype))
-    elif rlsd_lambda > 0:
-        teacher = teacher_log_probs
+            teacher = score(teacher_hidden, t_weight, scored)[0].to(log_probs.dtype)
     loss = rlsd_loss(
         log_probs, advantages, loss_weights, teacher_log_probs=teacher,
         old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, reweight_mask=reweight_mask,

@@ -1,12 +1,40 @@
 """Sizes that were chosen by measurement or arithmetic, in one place."""
 
-# Beyond the gradients an op holds one or two row chunks of logits. 256 MiB is 441 rows of
-# V = 151936 in fp32: tall enough that the head's weight is read a few dozen times, not thousands.
-DEFAULT_WORKSPACE_BYTES = 256 * 1024**2
+# Columns of the head that the PyTorch implementation takes at a time.
+SCORE_TILE = 4096
+# Fewest rows worth a logits GEMM of their own beside E for all rows: at 2048 rows of V = 151936 the
+# fp32 chunk is 1.2 GB and the GEMM still fills the device.
+MIN_CHUNK = 2048
+# Rows beyond which a taller logits GEMM gains nothing.
+MAX_CHUNK = {"cpu": 1024, "cuda": 8192}
+# Beyond the gradients an op holds E = exp(z - c) and a chunk of logits.
+# CPU: 256 MiB are 441 rows of V = 151936 in fp32, tall enough that the head is read a few dozen
+# times, not thousands. CUDA: 3.5 GiB hold E of 8192 x 151936 in bf16 (2.3 GiB), which makes dW one
+# GEMM without an fp32 copy, and 2000 rows of fp32 logits; with gradients that stays below 5 GiB.
+WORKSPACE_BYTES = {"cpu": 256 * 1024**2, "cuda": 3584 * 1024**2}
 
 
-def rows_per_chunk(num_rows, vocab_size, itemsize, buffers, max_workspace_bytes):
-    """Rows whose `buffers` logit buffers fit the workspace; at least one row, evenly filled."""
-    fit = max(1, max_workspace_bytes // (buffers * vocab_size * itemsize))
+def default_workspace_bytes(device_type):
+    """max_workspace_bytes where the caller names none."""
+    return WORKSPACE_BYTES.get(device_type, WORKSPACE_BYTES["cpu"])
+
+
+def rows_per_chunk(num_rows, row_bytes, max_workspace_bytes):
+    """Rows of row_bytes that fit the workspace; at least one row, evenly filled chunks."""
+    fit = max(1, max_workspace_bytes // max(1, row_bytes))
     chunks = -(-num_rows // fit)
-    return -(-num_rows // chunks)
+    return -(-num_rows // max(1, chunks))
+
+
+def fits_at_once(num_rows, stored, scratch, max_workspace_bytes):
+    """Whether `stored` bytes of all rows and `scratch` bytes of MIN_CHUNK rows fit."""
+    return num_rows * stored + min(num_rows, MIN_CHUNK) * scratch <= max_workspace_bytes
+
+
+def plan_rows(num_rows, stored, scratch, max_workspace_bytes, max_chunk):
+    """Rows held at once for their gradient, and rows scored at once, from their bytes per row."""
+    group = num_rows
+    if not fits_at_once(num_rows, stored, scratch, max_workspace_bytes):
+        group = rows_per_chunk(num_rows, stored + scratch, max_workspace_bytes)
+    left = max_workspace_bytes - group * stored
+    return group, min(max_chunk, rows_per_chunk(group, scratch, left))

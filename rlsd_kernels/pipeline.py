@@ -1,0 +1,444 @@
+"""One pass over the head, written once for every implementation: what runs, and on which rows.
+
+    c = log-sum-exp guessed from the rollout's log-prob      E = exp(z - c), s = sum_j E_j
+    log p(y) = z_y - c - log s                               g = dL/dlog p(y), N scalars
+    E_y := (p_y - 1) s,  v = -g / s                          dh = v (E W),  dW = E^T (v h)
+
+8 NHV FLOP with a teacher (6 with a frozen head) where recomputing ops need 10; E is held for as
+many rows as the workspace allows. Rows without effect on loss or gradient never reach a GEMM. With
+a vocabulary shard only (N,) sums and dh cross ranks. `kernels` is an implementation module.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from . import gemm, tuning
+from .config import TOKEN_SUMS, RLSDLossConfig, compute_dtype
+
+MAX_GUESS = 40.0  # the rollout's log-prob as a guess is trusted down to e^-40
+NO_GUESS = 8.0  # without one the target is taken to lie 8 nats below the log-sum-exp
+FP16_SCALE = 2048.0  # times p (1 + |log p + H|) <= 14 stays below fp16's 65504
+
+
+class Head(NamedTuple):
+    """z = softcap(logit_scale (h W^T + b)) / temperature; weight may be one rank's shard."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def slope(self):
+        """dz / d(h W^T), without the softcap's factor."""
+        return self.logit_scale / self.temperature
+
+
+class Shard:
+    """This rank's part of the vocabulary: rows [offset, offset + len(weight)) of `vocab`."""
+
+    def __init__(self, weight, group_name):
+        self.offset, self.vocab, self.sum, self.max = 0, len(weight), None, None
+        if group_name is not None:
+            self.offset, self.vocab = _shard_layout(group_name, len(weight))
+            self.sum = functools.partial(_all_reduce, group_name, dist.ReduceOp.SUM)
+            self.max = functools.partial(_all_reduce, group_name, dist.ReduceOp.MAX)
+
+
+def _all_reduce(group_name, op, x):
+    group = dist.distributed_c10d._resolve_process_group(group_name)
+    dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+@functools.lru_cache
+def _shard_layout(group_name, rows):
+    """First row of this rank's shard and the whole vocabulary; ranks hold it in order."""
+    group = dist.distributed_c10d._resolve_process_group(group_name)
+    sizes = [0] * dist.get_world_size(group)
+    dist.all_gather_object(sizes, rows, group=group)
+    return sum(sizes[: dist.get_rank(group)]), sum(sizes)
+
+
+def full_precision(function):
+    """Runs a stage with autocast off: it would round logits and probabilities to 16 bits."""
+
+    @functools.wraps(function)
+    def wrapped(kernels, hidden, *args, **kwargs):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return function(kernels, hidden, *args, **kwargs)
+
+    return wrapped
+
+
+def _indices(rows):
+    """Indices of the True rows, or None for all: if all are, or while a CUDA graph is captured,
+    when no count may come back to the host."""
+    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    index = rows.nonzero().squeeze(-1)
+    return None if len(index) == len(rows) else index
+
+
+def _take(x, index):
+    return x if x is None or index is None else x[index]
+
+
+def _slices(start, stop, step):
+    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+
+
+class Scored(NamedTuple):
+    """What a row's pass over the head leaves, each (M,) in compute dtype."""
+
+    log_probs: torch.Tensor
+    lse: torch.Tensor
+    s: torch.Tensor  # row sum of E
+    slope: torch.Tensor  # of the softcap at the target
+    entropy: torch.Tensor  # (0,) unless wanted
+
+
+def _concatenate(parts, empty):
+    if not parts:
+        return Scored(*[empty] * len(Scored._fields))
+    return Scored(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def gradient_source(weight, entropy_gradient):
+    """What dlogits are formed from: E as it is, or the logits kept for the strict row stage."""
+    return "logits" if entropy_gradient or gemm.operand_dtype(weight) == torch.float16 else "exp"
+
+
+def _row_bytes(kernels, weight, keep):
+    """Bytes per row held for the gradient, and bytes per row of a chunk being scored."""
+    dtype, operand, vocab = compute_dtype(weight.dtype), gemm.operand_dtype(weight), len(weight)
+    stored = 0 if keep is None else vocab * operand.itemsize
+    if keep == "logits" and operand != dtype:
+        stored += vocab * dtype.itemsize
+    return stored, kernels.scratch_bytes(vocab, dtype.itemsize, keep, operand == dtype)
+
+
+def keeps_exponentials(kernels, weight, n, max_workspace_bytes):
+    """Whether backward of linear_log_probs forms gradients from a kept E instead of anew."""
+    if gradient_source(weight, False) != "exp":
+        return False
+    stored, scratch = _row_bytes(kernels, weight, "exp")
+    return tuning.fits_at_once(n, stored, scratch, max_workspace_bytes)
+
+
+class Rows:
+    """Rows of one head under a plan: scored chunk by chunk, differentiated group by group."""
+
+    def __init__(self, kernels, head, shard, n, *, keep, max_workspace_bytes, plan=None):
+        """keep: None, "exp" or "logits", what the gradient of these n rows is formed from."""
+        self.kernels, self.head, self.shard, self.keep = kernels, head, shard, keep
+        weight = head.weight
+        self.dtype, self.operand = compute_dtype(weight.dtype), gemm.operand_dtype(weight)
+        if plan is None:
+            plan = tuning.plan_rows(
+                max(n, 1), *_row_bytes(kernels, weight, keep), max_workspace_bytes,
+                tuning.MAX_CHUNK[weight.device.type],
+            )
+        self.group, self.chunk = self.plan = plan
+        self.e = self.z = None
+        if keep is not None:
+            self.e = weight.new_empty(self.group, len(weight), dtype=self.operand)
+        if keep == "logits":
+            in_place = self.operand == self.dtype
+            self.z = self.e if in_place else torch.empty_like(self.e, dtype=self.dtype)
+        self.scorer = kernels.Scorer(*head, self.chunk, shard.sum, shard.max)
+
+    def targets(self, h, local):
+        """z_y and the slope 1 - tanh^2 of its softcap (1 without one), each (M,)."""
+        head = self.head
+        x = self.kernels.target_logits(h, head.weight, local)
+        if head.bias is not None:
+            hit = (local >= 0) & (local < len(head.bias))
+            b = head.bias[local.clamp(0, len(head.bias) - 1)].to(self.dtype)
+            x = x + torch.where(hit, b, 0)
+        if self.shard.sum is not None:
+            x = self.shard.sum(x)
+        if head.softcap is None:
+            return x * head.slope, torch.ones_like(x)
+        tanh = torch.tanh(x * (head.logit_scale / head.softcap))
+        return tanh * (head.softcap / head.temperature), 1 - tanh * tanh
+
+    def score(self, h, ids, old_log_probs, *, want_entropy=False):
+        """Scored of rows h (M, H), at most a group; E or logits stay in the buffers."""
+        stored = {None: None, "exp": self.e, "logits": self.z}[self.keep]
+        return _concatenate(
+            [
+                self._score(
+                    h[r].to(self.operand), ids[r], _take(old_log_probs, r),
+                    None if stored is None else stored[r], want_entropy,
+                )
+                for r in _slices(0, len(h), self.chunk)
+            ], h.new_empty(0, dtype=self.dtype),
+        )
+
+    def score_all(self, h, ids, old_log_probs, *, want_entropy=False):
+        """Scored of any number of rows, in the same groups and chunks as a gradient would take."""
+        return _concatenate(
+            [
+                self.score(h[r], ids[r], _take(old_log_probs, r), want_entropy=want_entropy)
+                for r in _slices(0, len(h), self.group)
+            ], h.new_empty(0, dtype=self.dtype),
+        )
+
+    def _score(self, h, ids, old_log_probs, out, want_entropy):
+        z_y, slope = self.targets(h, ids - self.shard.offset)
+        if old_log_probs is None:
+            c = z_y + NO_GUESS
+        else:
+            c = z_y - old_log_probs.clamp(-MAX_GUESS, 0).nan_to_num(nan=-NO_GUESS)
+        c, s, t = self.scorer.score(h, c, out=out, keep=self.keep, want_entropy=want_entropy)
+        log_s = s.log()
+        log_probs = ((z_y - c) - log_s).clamp_(max=0)
+        log_probs.masked_fill_((ids < 0) | (ids >= self.shard.vocab), math.nan)
+        entropy = log_s - t / s if want_entropy else s.new_empty(0)
+        return Scored(log_probs, c + log_s, s, slope, entropy)
+
+    def fix_targets(self, e, ids, scored):
+        """E_y := (p_y - 1) s, with the softcap's slope like the rest of the row."""
+        at_target = torch.expm1(scored.log_probs) * scored.s * scored.slope
+        self.kernels.fix_targets(e, ids - self.shard.offset, at_target)
+
+    def logit_gradient(self, ids, scored, g, g_entropy):
+        """The gradient at the raw logits of the rows just scored, as v (M,) and e (M, V): v e."""
+        n, slope = len(ids), self.head.slope
+        e = self.e[:n]
+        if self.keep == "exp":
+            self.fix_targets(e, ids, scored)
+            return -g / scored.s * slope, e
+        # fp16 holds neither small coefficients nor small probabilities.
+        size, scale = torch.ones_like(g), 1.0
+        if self.operand == torch.float16:
+            size = g.abs() if g_entropy is None else g.abs() + g_entropy.abs()
+            size, scale = torch.where(size > 0, size, 1), FP16_SCALE
+        self.scorer.logit_gradient(
+            self.z[:n], e, ids - self.shard.offset, scored.lse, -g / size,
+            None if g_entropy is None else -g_entropy / size,
+            None if g_entropy is None else scored.entropy, scale,
+        )
+        return size * (slope / scale), e
+
+
+class Gradients:
+    """dh by rows; dW and db summed over groups of rows and rounded once, at the end."""
+
+    def __init__(self, hidden, head, shard, dx_dtype, need, one_group, size=None):
+        """size: 0-dim, the rough size of the rows' coefficients where e comes in fp16."""
+        self.weight, self.shard, self.size = head.weight, shard, None
+        if size is not None:
+            self.size = torch.where(size > 0, size, 1) / FP16_SCALE
+        self.need_dx, self.need_dw, self.need_db = need
+        dtype, operand = compute_dtype(self.weight.dtype), gemm.operand_dtype(self.weight)
+        # One GEMM over all rows accumulates in fp32 by itself: no fp32 copy of dW.
+        sums = operand if one_group and operand == torch.bfloat16 else dtype
+        self.dx = torch.zeros_like(hidden if self.need_dx else hidden.new_empty(0), dtype=dx_dtype)
+        vocab, width = self.weight.shape
+        self.dw = self.weight.new_zeros((vocab, width) if self.need_dw else 0, dtype=sums)
+        self.db = self.weight.new_zeros(vocab if self.need_db else 0, dtype=dtype)
+
+    def add(self, index, h, v, e):
+        """Rows h (M, H) of hidden[index] whose gradient at the raw logits is v e."""
+        if self.need_dx:
+            dx = gemm.dx(e, self.weight).mul_(v.unsqueeze(-1))
+            if self.shard.sum is not None:
+                dx = self.shard.sum(dx)
+            self.dx[index] = dx.to(self.dx.dtype)
+        if self.size is not None:
+            v = v / self.size
+        if self.need_dw:
+            gemm.add_dw(self.dw, e, (v.unsqueeze(-1) * h).to(e.dtype))
+        if self.need_db:
+            gemm.add_dw(self.db.unsqueeze(-1), e, v.unsqueeze(-1).to(e.dtype))
+
+    def cast(self, dw_dtype, db_dtype):
+        dw, db = self.dw, self.db
+        if self.size is not None:
+            dw, db = dw.mul_(self.size), db.mul_(self.size)
+        return self.dx, dw.to(dw_dtype), db.to(db_dtype)
+
+
+def stored_dtype(dtype):
+    """Dtype of gradients formed before the upstream gradient is known: fp16 would flush those that
+    a loss scale is about to lift."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@full_precision
+def linear_log_probs_fwd(
+    kernels, hidden, head, completion_ids, old_log_probs, shard, want_entropy, keep,
+    max_workspace_bytes,
+):
+    """log p(y) (N,), entropy (N,) or (0,), and if kept for backward E (N, V) and s (N,)."""
+    n = len(hidden)
+    rows = Rows(
+        kernels, head, shard, n, keep="exp" if keep else None,
+        max_workspace_bytes=max_workspace_bytes,
+    )
+    scored = rows.score_all(hidden, completion_ids, old_log_probs, want_entropy=want_entropy)
+    e, s = hidden.new_empty(0, dtype=rows.operand), hidden.new_empty(0, dtype=rows.dtype)
+    if keep:
+        e, s = rows.e[:n], scored.s
+        rows.fix_targets(e, completion_ids, scored)
+    return scored.log_probs, scored.entropy, e, s
+
+
+@full_precision
+def linear_log_probs_bwd(
+    kernels, hidden, grad_log_probs, grad_entropy, head, completion_ids, log_probs, e, s,
+    shard, need, max_workspace_bytes,
+):
+    """dh, dW, db of sum(grad_log_probs log p(y) + grad_entropy H), from E or by chunk anew."""
+    dtype, weight = log_probs.dtype, head.weight
+    g = grad_log_probs.to(dtype)
+    g_entropy = None if grad_entropy is None else grad_entropy.to(dtype)
+    g = g.masked_fill(log_probs.isnan(), math.nan)
+    index = _indices(g != 0 if g_entropy is None else (g != 0) | (g_entropy != 0))
+    n = len(hidden) if index is None else len(index)
+    db_dtype = dtype if head.bias is None else head.bias.dtype
+    size = None
+    if gemm.operand_dtype(weight) == torch.float16:
+        size = (g.abs() if g_entropy is None else g.abs() + g_entropy.abs()).amax()
+    if e.numel() > 0 and g_entropy is None:
+        step = n if index is None else tuning.rows_per_chunk(
+            n, e.shape[1] * e.itemsize, max_workspace_bytes
+        )
+        grads = Gradients(hidden, head, shard, hidden.dtype, need, step >= n, size)
+        v = -g / s * head.slope
+        for r in _slices(0, n, step):
+            i = r if index is None else index[r]
+            grads.add(i, hidden[i].to(e.dtype), v[i], e[i])
+        return grads.cast(weight.dtype, db_dtype)
+    rows = Rows(
+        kernels, head, shard, n, keep=gradient_source(weight, g_entropy is not None),
+        max_workspace_bytes=max_workspace_bytes,
+    )
+    grads = Gradients(hidden, head, shard, hidden.dtype, need, rows.group >= n, size)
+    for r in _slices(0, n, rows.group):
+        i = r if index is None else index[r]
+        h, ids = hidden[i].to(rows.operand), completion_ids[i]
+        scored = rows.score(h, ids, log_probs[i], want_entropy=g_entropy is not None)
+        v, dlogits = rows.logit_gradient(ids, scored, g[i], _take(g_entropy, i))
+        grads.add(i, h, v, dlogits)
+    return grads.cast(weight.dtype, db_dtype)
+
+
+@full_precision
+def linear_rlsd_loss(
+    kernels, hidden, head, completion_ids, advantages, loss_weights, *, teacher_hidden,
+    teacher_log_probs, teacher_weight, old_log_probs, ref_log_probs, reweight_mask, rlsd_lambda,
+    use_teacher, config: RLSDLossConfig, shard, want_entropy, need, max_workspace_bytes,
+):
+    """loss (), log_probs (N,), teacher_log_probs (N,), entropy (N,) or (0,), dh, dW, db, sums.
+
+    Gradients are those of the loss itself (upstream gradient 1), in stored_dtype. Rows that are
+    not live keep 0 in every output, and so does the teacher where no token is re-weighted.
+    """
+    weight, dtype = head.weight, compute_dtype(head.weight.dtype)
+    bonus = config.entropy_coef > 0
+    want_entropy = want_entropy or bonus
+    live = loss_weights != 0
+    if config.beta == 0 and not bonus:
+        live = live & (advantages != 0)
+    index = _indices(live)
+    n = len(hidden) if index is None else len(index)
+    rows = Rows(
+        kernels, head, shard, n, keep=gradient_source(weight, bonus) if any(need) else None,
+        max_workspace_bytes=max_workspace_bytes,
+    )
+    teacher = torch.zeros_like(loss_weights)
+    if use_teacher and teacher_hidden is None:
+        teacher = teacher_log_probs.clone()  # an op may not return its input
+    elif use_teacher:
+        chosen = live & (advantages < 0 if config.rlsd_negative_only else advantages != 0)
+        if reweight_mask is not None:
+            chosen = chosen & reweight_mask
+        i = _indices(chosen)
+        # Chunks as tall as the student's and the same guesses: equal hidden states then give
+        # equal bits.
+        t_head = head if teacher_weight is None else head._replace(weight=teacher_weight)
+        t_rows = Rows(
+            kernels, t_head, shard, n, keep=None, max_workspace_bytes=max_workspace_bytes,
+            plan=rows.plan,
+        )
+        scored = t_rows.score_all(
+            _take(teacher_hidden, i), _take(completion_ids, i), _take(old_log_probs, i)
+        )
+        t_log_probs = scored.log_probs.to(dtype)
+        if i is None:
+            teacher = torch.where(chosen, t_log_probs, 0)
+        else:
+            teacher[i] = t_log_probs
+
+    tokens = {
+        "teacher_log_probs": teacher if use_teacher else None, "old_log_probs": old_log_probs,
+        "ref_log_probs": ref_log_probs, "reweight_mask": reweight_mask,
+    }
+    tokens = {name: _take(x, index) for name, x in tokens.items()}
+    advantages, loss_weights = _take(advantages, index), _take(loss_weights, index)
+    g_entropy = -config.entropy_coef * loss_weights if bonus else None
+    size = None
+    if rows.operand == torch.float16:
+        size = loss_weights.abs() * (2 * advantages.abs() + config.beta + config.entropy_coef)
+        size = size.amax() if n else size.sum()
+    grads = Gradients(
+        hidden, head, shard, stored_dtype(hidden.dtype), need, rows.group >= n, size
+    )
+    loss = hidden.new_zeros((), dtype=dtype)
+    sums = hidden.new_zeros(len(TOKEN_SUMS), dtype=torch.float64)
+    log_probs, entropy = [hidden.new_empty(0, dtype=dtype)], [hidden.new_empty(0, dtype=dtype)]
+    for r in _slices(0, n, rows.group):
+        i = r if index is None else index[r]
+        h, ids = hidden[i].to(rows.operand), completion_ids[i]
+        if index is None:  # rows without effect may hold anything
+            h = torch.where(live[r].unsqueeze(-1), h, 0)
+        scored = rows.score(h, ids, _take(old_log_probs, i), want_entropy=want_entropy)
+        token, g, token_sums = kernels.token_rows(
+            scored.log_probs, advantages[r], loss_weights[r], rlsd_lambda, config,
+            entropy=scored.entropy if want_entropy else None,
+            **{name: _take(x, r) for name, x in tokens.items()},
+        )
+        loss, sums = loss + token, sums + token_sums
+        if bonus:
+            loss = loss + (g_entropy[r] * scored.entropy).sum()
+        log_probs.append(scored.log_probs)
+        entropy.append(scored.entropy)
+        if any(need):
+            grads.add(i, h, *rows.logit_gradient(ids, scored, g, _take(g_entropy, r)))
+
+    def spread(parts):
+        values = torch.cat(parts)
+        if index is not None:
+            return values.new_zeros(len(live)).index_copy(0, index, values)
+        return torch.where(live, values, 0)
+
+    return (
+        loss, spread(log_probs), teacher, spread(entropy) if want_entropy else entropy[0],
+        *grads.cast(stored_dtype(weight.dtype), dtype if head.bias is None else
+                    stored_dtype(head.bias.dtype)), sums,
+    )
+
+
+def rlsd_loss(
+    kernels, log_probs, advantages, loss_weights, *, teacher_log_probs, old_log_probs,
+    ref_log_probs, reweight_mask, entropy, rlsd_lambda, config: RLSDLossConfig,
+):
+    """loss (), its gradients by log_probs (N,) and by entropy (N,) or (0,), and the sums."""
+    loss, g, sums = kernels.token_rows(
+        log_probs, advantages, loss_weights, rlsd_lambda, config,
+        teacher_log_probs=teacher_log_probs, old_log_probs=old_log_probs,
+        ref_log_probs=ref_log_probs, reweight_mask=reweight_mask, entropy=entropy,
+    )
+    if config.entropy_coef == 0:
+        return loss, g, log_probs.new_empty(0), sums
+    slope = -config.entropy_coef * loss_weights
+    bonus = torch.where(loss_weights != 0, slope * entropy, 0).sum()
+    return loss + bonus, g, slope, sums
