@@ -196,6 +196,18 @@ def check_ids(completion_ids, vocab_size, *, force=False):
         )
 
 
+@torch.library.custom_op("rlsd::checked_ids", mutates_args=())
+def checked_ids(completion_ids: Tensor, vocab_size: int) -> Tensor:
+    """check_ids as an op, for the reference under torch.compile."""
+    check_ids(completion_ids, vocab_size)
+    return completion_ids.clone()
+
+
+@checked_ids.register_fake
+def _(completion_ids, vocab_size):
+    return torch.empty_like(completion_ids)
+
+
 def autocast_head(hidden, weight, *others):
     """Under autocast a head and hidden states of two dtypes meet in autocast's, as in nn.Linear."""
     if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
@@ -296,7 +308,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_log_probs, grad_entropy, *unused):
     hidden, weight, bias, completion_ids, log_probs, e, s = ctx.saved_tensors
-    temperature, logit_scale, softcap, _, _, impl, group, max_workspace_bytes = ctx.scalars
+    temperature, logit_scale, softcap, want_entropy, _, impl, group, workspace = ctx.scalars
+    if not want_entropy:
+        grad_entropy = None
     if grad_log_probs is None and grad_entropy is None:
         return (None,) * 13
     if grad_log_probs is None:
@@ -304,7 +318,7 @@ def _backward(ctx, grad_log_probs, grad_entropy, *unused):
     need = ctx.needs_input_grad[:3]
     grads = _log_probs_backward_op(
         grad_log_probs, grad_entropy, hidden, weight, bias, completion_ids, log_probs, e, s,
-        temperature, logit_scale, softcap, *need, impl, group, max_workspace_bytes,
+        temperature, logit_scale, softcap, *need, impl, group, workspace,
     )
     return (*(x if n else None for x, n in zip(grads, need, strict=True)), *[None] * 10)
 
@@ -356,7 +370,7 @@ def linear_log_probs(
     impl = choose_impl(impl, hidden)
     if impl == "ref":
         weight, bias = gather_head(weight, bias, tp_group)
-        check_ids(ids, weight.shape[0])
+        ids = checked_ids(ids, weight.shape[0])
         safe = ids.clamp(0, weight.shape[0] - 1)
         log_probs, entropy = ref.linear_log_probs(
             rows, weight, safe, bias=bias, temperature=temperature, logit_scale=logit_scale,

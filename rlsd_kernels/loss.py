@@ -20,6 +20,7 @@ from .logprob import (
     check_ids,
     check_tensor,
     check_weight,
+    checked_ids,
     choose_impl,
     empty_gradients,
     gather_head,
@@ -159,8 +160,12 @@ def _loss_backward(ctx, grad_loss, *unused):
 _loss_op.register_autograd(_loss_backward, setup_context=_loss_setup)
 
 
-def _effective_lambda(rlsd_lambda, config, device, dtype):
-    """0-dim tensor, which no schedule recompiles, and whether the teacher can matter."""
+def _effective_lambda(rlsd_lambda, config, dtype, has_teacher):
+    """0-dim tensor and whether the teacher may matter.
+
+    A number stays on the CPU, where the op reads it without synchronising. Under torch.compile it
+    is not compared with anything: that would compile anew for every step of a schedule.
+    """
     value = config.rlsd_lambda if rlsd_lambda is None else rlsd_lambda
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -168,9 +173,11 @@ def _effective_lambda(rlsd_lambda, config, device, dtype):
                 f"rlsd_lambda must be a number or a tensor of one element, but got shape "
                 f"{tuple(value.shape)}."
             )
-        return value.detach().reshape(()).to(device, dtype), True
+        return value.detach().reshape(()).to(dtype), True
+    if torch.compiler.is_compiling() and rlsd_lambda is not None and has_teacher:
+        return torch.ones((), dtype=dtype) * value, True
     check_number("rlsd_lambda", value, 0, 1)
-    return torch.full((), value, dtype=dtype, device=device), value > 0
+    return torch.full((), value, dtype=dtype), value > 0
 
 
 def _show(lam):
@@ -273,7 +280,8 @@ def fused_linear_rlsd_loss(
         loss_weights: (...) aggregation weight a_t >= 0, 0 = masked; default: 1 / number of tokens.
         reweight_mask: (...) bool, tokens that the teacher may re-weight; default: all.
         rlsd_lambda: overrides config.rlsd_lambda, for schedules: a number, or a tensor of one
-            element (in [0, 1], unchecked) that a captured CUDA graph reads anew at every replay.
+            element; one on the GPU is not checked, and a captured CUDA graph reads it anew at
+            every replay.
         bias, logit_scale, final_logit_softcapping: z = softcap(logit_scale (h W^T + bias)).
         return_entropy: also return the entropy (nats) of live tokens.
         tp_group: process group whose ranks hold the rows of weight, teacher_weight and bias in
@@ -297,7 +305,9 @@ def fused_linear_rlsd_loss(
         final_logit_softcapping, max_workspace_bytes, tp_group,
     )
     dtype = compute_dtype(hidden.dtype)
-    lam, use_teacher = _effective_lambda(rlsd_lambda, config, hidden.device, dtype)
+    lam, use_teacher = _effective_lambda(
+        rlsd_lambda, config, dtype, teacher_hidden is not None or teacher_log_probs is not None
+    )
     shape = completion_ids.shape
     tokens = _check_tokens(
         shape, ("hidden", hidden), advantages, loss_weights, teacher_log_probs, old_log_probs,
@@ -350,7 +360,7 @@ def fused_linear_rlsd_loss(
         weight, bias = gather_head(weight, bias, tp_group)
         if t_weight is not None:
             t_weight, _ = gather_head(t_weight, None, tp_group)
-        check_ids(ids, weight.shape[0])
+        ids = checked_ids(ids, weight.shape[0])
         loss, log_probs, teacher, entropy = ref.linear_rlsd_loss(
             rows, weight, ids, teacher_hidden=t_rows, teacher_weight=t_weight, bias=bias,
             rlsd_lambda=lam, use_teacher=use_teacher, config=config, logit_scale=logit_scale,
@@ -411,7 +421,9 @@ def rlsd_loss(
     """
     check_tensor("log_probs", log_probs)
     dtype, shape = compute_dtype(log_probs.dtype), log_probs.shape
-    lam, use_teacher = _effective_lambda(rlsd_lambda, config, log_probs.device, dtype)
+    lam, use_teacher = _effective_lambda(
+        rlsd_lambda, config, dtype, teacher_log_probs is not None
+    )
     tokens = _check_tokens(
         shape, ("log_probs", log_probs), advantages, loss_weights, teacher_log_probs,
         old_log_probs, ref_log_probs, reweight_mask, config,

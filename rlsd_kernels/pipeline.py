@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from . import gemm, tuning
-from .config import TOKEN_SUMS, RLSDLossConfig, compute_dtype
+from .config import TOKEN_SUMS, RLSDLossConfig, check_number, compute_dtype
 
 MAX_GUESS = 40.0  # the rollout's log-prob as a guess is trusted down to e^-40
 NO_GUESS = 8.0  # without one the target is taken to lie 8 nats below the log-sum-exp
@@ -76,6 +76,15 @@ def full_precision(function):
     return wrapped
 
 
+def _lambda_here(rlsd_lambda, device):
+    """lambda on the device, and whether it may differ from 0; one on a GPU is never read back."""
+    if rlsd_lambda.is_cuda:
+        return rlsd_lambda, True
+    value = rlsd_lambda.item()
+    check_number("rlsd_lambda", value, 0, 1)
+    return torch.full_like(rlsd_lambda, value, device=device), value > 0
+
+
 def _indices(rows):
     """Indices of the True rows, or None for all: if all are, or while a CUDA graph is captured,
     when no count may come back to the host."""
@@ -105,7 +114,7 @@ class Scored(NamedTuple):
 
 def _concatenate(parts, empty):
     if not parts:
-        return Scored(*[empty] * len(Scored._fields))
+        return Scored(*(torch.empty_like(empty) for _ in Scored._fields))
     return Scored(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
@@ -343,6 +352,8 @@ def linear_rlsd_loss(
     not live keep 0 in every output, and so does the teacher where no token is re-weighted.
     """
     weight, dtype = head.weight, compute_dtype(head.weight.dtype)
+    rlsd_lambda, nonzero = _lambda_here(rlsd_lambda, hidden.device)
+    use_teacher = use_teacher and nonzero
     bonus = config.entropy_coef > 0
     want_entropy = want_entropy or bonus
     live = loss_weights != 0
@@ -432,9 +443,10 @@ def rlsd_loss(
     ref_log_probs, reweight_mask, entropy, rlsd_lambda, config: RLSDLossConfig,
 ):
     """loss (), its gradients by log_probs (N,) and by entropy (N,) or (0,), and the sums."""
+    rlsd_lambda, nonzero = _lambda_here(rlsd_lambda, log_probs.device)
     loss, g, sums = kernels.token_rows(
         log_probs, advantages, loss_weights, rlsd_lambda, config,
-        teacher_log_probs=teacher_log_probs, old_log_probs=old_log_probs,
+        teacher_log_probs=teacher_log_probs if nonzero else None, old_log_probs=old_log_probs,
         ref_log_probs=ref_log_probs, reweight_mask=reweight_mask, entropy=entropy,
     )
     if config.entropy_coef == 0:
