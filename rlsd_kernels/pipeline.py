@@ -376,13 +376,10 @@ def linear_rlsd_loss(
         # Chunks as tall as the student's and the same guesses: equal hidden states then give
         # equal bits.
         t_head = head if teacher_weight is None else head._replace(weight=teacher_weight)
-        t_rows = Rows(
+        scored = Rows(
             kernels, t_head, shard, n, keep=None, max_workspace_bytes=max_workspace_bytes,
             plan=rows.plan,
-        )
-        scored = t_rows.score_all(
-            _take(teacher_hidden, i), _take(completion_ids, i), _take(old_log_probs, i)
-        )
+        ).score_all(_take(teacher_hidden, i), _take(completion_ids, i), _take(old_log_probs, i))
         t_log_probs = scored.log_probs.to(dtype)
         if i is None:
             teacher = torch.where(chosen, t_log_probs, 0)

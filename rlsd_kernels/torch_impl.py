@@ -23,8 +23,8 @@ from .tuning import SCORE_TILE
 
 
 def scratch_bytes(vocab, itemsize, keep, in_place):
-    """Bytes per row that a Scorer holds beside what it stores: two tiles."""
-    return 2 * min(vocab, SCORE_TILE) * itemsize
+    """Bytes per row that a Scorer holds beside what it stores: three tiles."""
+    return 3 * min(vocab, SCORE_TILE) * itemsize
 
 
 def _in_shard(ids, vocab):
@@ -52,15 +52,19 @@ class Scorer:
         self.reduce_sum, self.reduce_max = reduce_sum, reduce_max
         self.dtype = compute_dtype(weight.dtype)
 
-    def _tiles(self, h, out=None):
-        """Columns, logits z of each tile in `out` (or scratch), and a second scratch tile."""
+    def _scratch(self, rows, columns):
+        """Three contiguous tiles (rows, columns), allocated once."""
         if self.scratch is None:
-            width = min(len(self.weight), SCORE_TILE)
-            self.scratch = h.new_empty(2, self.chunk_rows * width, dtype=self.dtype)
+            size = self.chunk_rows * min(len(self.weight), SCORE_TILE)
+            self.scratch = self.weight.new_empty(3, size, dtype=self.dtype)
+        return [x[: rows * columns].view(rows, columns) for x in self.scratch]
+
+    def _tiles(self, h, out=None):
+        """Columns, logits z of each tile in `out` (or scratch), and two spare tiles."""
         for j in range(0, len(self.weight), SCORE_TILE):
             w = self.weight[j : j + SCORE_TILE]
             columns = slice(j, j + len(w))
-            first, second = (x[: len(h) * len(w)].view(len(h), len(w)) for x in self.scratch)
+            first, *spare = self._scratch(len(h), len(w))
             z = first if out is None else out[:, columns]
             gemm.logits(h, w, z)
             if self.bias is not None:
@@ -70,7 +74,7 @@ class Scorer:
                 z *= self.softcap / self.temperature
             elif self.logit_scale != self.temperature:
                 z *= self.logit_scale / self.temperature
-            yield columns, z, second
+            yield columns, z, *spare
 
     def _cap_slope(self, z, out):
         """1 - tanh^2, from the capped logits."""
@@ -82,26 +86,24 @@ class Scorer:
         s = c.new_zeros(len(c))
         t = torch.zeros_like(s) if want_entropy else None
         in_place = out is not None and out.dtype == self.dtype
-        for columns, z, spare in self._tiles(h, out if in_place else None):
+        for columns, z, spare, level in self._tiles(h, out if in_place else None):
+            slope = None
             if keep == "logits":
                 if not in_place:
                     out[:, columns] = z
-                shifted = torch.sub(z, c.unsqueeze(-1), out=spare)
-            elif keep == "exp" and self.softcap is not None:
-                slope = self._cap_slope(z, spare)
-                shifted = z.sub_(c.unsqueeze(-1))
+                e = torch.sub(z, c.unsqueeze(-1), out=spare)
             else:
-                shifted = z.sub_(c.unsqueeze(-1))
+                if keep == "exp" and self.softcap is not None:
+                    slope = self._cap_slope(z, spare)
+                e = z.sub_(c.unsqueeze(-1))
+            if want_entropy:  # a bias of -inf forbids a token: keep 0 * inf out
+                torch.clamp(e, min=LOG_FLOOR, out=level)
+            e.exp_()
             if want_entropy:
-                # A copy apart from `spare`, which may hold the slope of the softcap.
-                level = shifted.clamp(min=LOG_FLOOR)  # a bias of -inf: keep 0 * inf out
-                e = shifted.exp_()
-                t += torch.linalg.vecdot(e, level)
-            else:
-                e = shifted.exp_()
+                t += level.mul_(e).sum(-1)
             s += e.sum(-1)
             if keep == "exp":
-                if self.softcap is not None:
+                if slope is not None:
                     e *= slope
                 if not in_place:
                     out[:, columns] = e
@@ -113,7 +115,7 @@ class Scorer:
 
     def _row_max(self, h):
         m = h.new_full((len(h),), -math.inf, dtype=self.dtype)
-        for _, z, _ in self._tiles(h):
+        for _, z, *_ in self._tiles(h):
             m = torch.maximum(m, z.amax(-1))
         if self.reduce_max is not None:
             self.reduce_max(m)
@@ -154,8 +156,9 @@ class Scorer:
             at_target *= self._cap_slope(z_y, torch.empty_like(z_y)).squeeze(-1)
         for j in range(0, z.shape[1], SCORE_TILE):
             tile = z[:, j : j + SCORE_TILE]
-            log_p = tile - lse.unsqueeze(-1)
-            p = log_p.exp()
+            p, log_p, _ = self._scratch(*tile.shape)
+            torch.sub(tile, lse.unsqueeze(-1), out=log_p)
+            torch.exp(log_p, out=p)
             if g_entropy is None:
                 p *= scale * g.unsqueeze(-1)
             else:

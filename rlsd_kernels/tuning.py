@@ -1,7 +1,7 @@
 """Sizes that were chosen by measurement or arithmetic, in one place."""
 
 # Columns of the head that the PyTorch implementation takes at a time.
-SCORE_TILE = 4096
+SCORE_TILE = 2048
 # Fewest rows worth a logits GEMM of their own beside E for all rows: at 2048 rows of V = 151936 the
 # fp32 chunk is 1.2 GB and the GEMM still fills the device.
 MIN_CHUNK = 2048

@@ -12,7 +12,10 @@ KERNELS = sorted((ROOT / "rlsd_kernels").rglob("*.py"))
 TRAINER = sorted((ROOT / "rlsd").rglob("*.py"))
 IMPLS = {"ref", "torch_impl", "triton_impl", "cuda_impl"}
 # A file imports only files of a later row.
-KERNEL_ORDER = [["loss"], ["logprob"], ["metrics"], sorted(IMPLS), ["config"], ["tuning"]]
+KERNEL_ORDER = [
+    ["loss"], ["logprob"], ["metrics"], ["pipeline"], sorted(IMPLS), ["gemm"], ["config"],
+    ["tuning"],
+]
 TRAINER_ORDER = [
     ["cli"], ["validate"], ["demo"], ["trainer"], ["report"], ["objectives"], ["teacher"],
     ["rollout"], ["checkpoint"], ["rewards"], ["data"], ["prompts"], ["advantages"], ["config"],

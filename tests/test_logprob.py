@@ -252,7 +252,8 @@ def test_opcheck_log_probs(case, keep):
     b = torch.randn(7).to(dtype).requires_grad_() if bias else None
     torch.library.opcheck(
         torch.ops.rlsd.linear_log_probs.default,
-        (hidden, weight, b, ids, None, 1.3, 0.7, softcap, entropy, keep, "torch", None, 2**20),
+        (hidden, weight, b, ids, None, 1.3, 0.7, softcap, entropy, keep, "torch", None,
+         2**20),
     )
 
 
@@ -287,9 +288,10 @@ def test_opcheck_fused(case, teacher):
         (hidden, weight, b, ids, per_token[0], per_token[1].abs(),
          hidden.detach().clone() if teacher == "hidden" else None,
          per_token[3] if teacher == "log-probs" else None, None, per_token[2], None,
-         torch.rand(n) < 0.5, torch.tensor(0.5, dtype=wide), teacher != "none", 0.2, "current", False, 0.2, 0.28,
-         3.0, 0.0, 0.1 if entropy else 0.0, 1.3, 0.7, softcap, entropy, True, True, bias, "torch", None,
-         2**20),
+         torch.rand(n) < 0.5, torch.tensor(0.5, dtype=wide), teacher != "none", 0.2, "current",
+         False, 0.2, 0.28,
+         3.0, 0.0, 0.1 if entropy else 0.0, 1.3, 0.7, softcap, entropy, True, True, bias,
+         "torch", None, 2**20),
     )
 
 
