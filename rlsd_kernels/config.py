@@ -14,7 +14,7 @@ DELTA_SOURCES = ("current", "old_log_probs")
 # exp(80) still fits fp32: bounds ratios so that no inf * 0 can appear in a backward pass.
 MAX_LOG_RATIO = 80.0
 # A row whose sum of exp(z - c) leaves these bounds had a bad guess c and is done again with its
-# true maximum: before fp32 overflows or, with entropy = log s - t / s, before that difference cancels.
+# true maximum: before fp32 overflows or, with entropy = log s - t / s, that difference cancels.
 ROW_SUM_BOUNDS = (1e-30, 1e30)
 ENTROPY_ROW_SUM_BOUNDS = (1e-8, 1e8)
 # What an implementation adds up over the tokens that it is given, in fp64 and in this order; a
