@@ -1,6 +1,7 @@
 """Fused RLSD loss (arXiv 2604.03128) over the LM head; imports with torch alone."""
 
 from .config import RLSDLossConfig
+from .distillation import linear_distillation_loss
 from .logprob import available_impls, linear_log_probs
 from .loss import (
     FusedLinearRLSDLoss,
@@ -20,6 +21,7 @@ __all__ = [
     "aggregation_weights",
     "available_impls",
     "fused_linear_rlsd_loss",
+    "linear_distillation_loss",
     "linear_log_probs",
     "merge_stats",
     "rlsd_advantages",

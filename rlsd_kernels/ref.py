@@ -206,3 +206,42 @@ def linear_rlsd_loss(
         entropy=entropy, rlsd_lambda=rlsd_lambda, config=config,
     )
     return loss, log_probs, teacher, entropy
+
+
+def linear_distillation_loss(
+    hidden, weight, teacher_hidden, loss_weights, *, teacher_weight, bias, teacher_bias,
+    divergence, alpha, temperature, logit_scale, final_logit_softcapping,
+):
+    """sum_t a_t D(P_T, P_S) over the full vocabulary, gradient through the student only.
+
+    D is KL(P_T||P_S), KL(P_S||P_T) or alpha KL(P_T||M) + (1 - alpha) KL(P_S||M) with
+    M = alpha P_T + (1 - alpha) P_S. Without teacher_weight the teacher has the student's head.
+    """
+    live = loss_weights != 0
+
+    def log_softmax(h, w, b):
+        dtype = compute_dtype(w.dtype)
+        with torch.autocast(h.device.type, enabled=False):
+            z = h[live].to(dtype) @ w.to(dtype).T
+        z = logit_scale * (z if b is None else z + b.to(dtype))
+        if final_logit_softcapping is not None:
+            z = final_logit_softcapping * torch.tanh(z / final_logit_softcapping)
+        z = z / temperature
+        return torch.log_softmax(z if b is None else z.clamp(min=LOG_FLOOR), dim=-1)
+
+    def kl(log_a, log_b):
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+    s = log_softmax(hidden, weight, bias)
+    with torch.no_grad():
+        if teacher_weight is None:
+            teacher_weight, teacher_bias = weight, bias
+        t = log_softmax(teacher_hidden, teacher_weight, teacher_bias).to(s.dtype)
+    if divergence == "forward_kl":
+        value = kl(t, s)
+    elif divergence == "reverse_kl":
+        value = kl(s, t)
+    else:
+        m = torch.logaddexp(t + math.log(alpha), s + math.log1p(-alpha))
+        value = alpha * kl(t, m) + (1 - alpha) * kl(s, m)
+    return (loss_weights[live] * value).sum()

@@ -13,7 +13,10 @@ TRAINER = sorted((ROOT / "rlsd").rglob("*.py"))
 IMPLS = {"ref", "torch_impl", "triton_impl", "cuda_impl"}
 # A file imports only files of a later row.
 KERNEL_ORDER = [
-    ["loss"], ["logprob"], ["metrics"], ["pipeline"], sorted(IMPLS), ["gemm"], ["config"],
+KERNEL_ORDER = [
+    ["loss", "distillation"], ["logprob"], ["metrics"], ["pipeline"], sorted(IMPLS), ["gemm"],
+    ["config"], ["tuning"],
+]
     ["tuning"],
 ]
 TRAINER_ORDER = [

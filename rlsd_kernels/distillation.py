@@ -1,0 +1,383 @@
+"""Full-vocabulary distillation over the LM head: forward KL, reverse KL or generalised JSD.
+
+    L = sum_t a_t D(P_T, P_S),   P = softmax(softcap(logit_scale (h W^T + b)) / temperature)
+    D = KL(P_T||P_S),  KL(P_S||P_T),  or  alpha KL(P_T||M) + (1 - alpha) KL(P_S||M)
+    with M = alpha P_T + (1 - alpha) P_S,  and at the student's logits
+    dD/dz = p_S - p_T,   or   c p_S (r - sum(p_S r)) with r = log p_S/p_T, c = 1  (reverse KL)
+                                                     and r = log p_S/m, c = 1 - alpha  (JSD)
+
+One pass by chunks of rows, gradients formed in forward: student and teacher forward, dh and dW are
+8 NHV FLOP (6 with a frozen head). One chunk of logits per model is held, where plain PyTorch keeps
+several N x V tensors for backward, and masked rows never reach a GEMM.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import gemm, ref
+from .config import LOG_FLOOR, check_number, compute_dtype
+from .logprob import check_tensor, check_weight, choose_impl
+from .tuning import DEFAULT_WORKSPACE_BYTES, rows_per_chunk
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+# Logits taken through the elementwise part at a time, whole rows. On a CPU 2**18 keeps its
+# temporaries in the cache: 7 ns per logit for the KLs, against 21 for a chunk of 341 rows at once
+# (one core, V = 49152). On a GPU a group must outweigh the launches of some thirty kernels.
+GROUP_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
+# Lifts small entries of dz off fp16's floor (6e-8); dz itself is seldom beyond a few nats.
+FP16_LIFT = 256.0
+
+
+def stored_dtype(dtype):
+    """Dtype of gradients formed before the upstream gradient is known: fp16 would flush those that
+    a loss scale is about to lift."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def finish_logits(z, bias, temperature, logit_scale, softcap):
+    """In place: h W^T to softcap(logit_scale (h W^T + bias)) / temperature, -inf to LOG_FLOOR."""
+    if bias is not None:
+        z += bias
+    if softcap is not None:
+        z.mul_(logit_scale / softcap).tanh_().mul_(softcap / temperature)
+    elif logit_scale != temperature:
+        z *= logit_scale / temperature
+    if bias is not None:  # a bias of -inf forbids a token: keeps inf - inf out
+        z.clamp_(min=LOG_FLOOR)
+    return z
+
+
+def through_logits(dz, z, bias, temperature, logit_scale, softcap):
+    """In place: gradient at the finished logits z to the gradient at h W^T + bias."""
+    if softcap is not None:
+        dz.addcmul_(dz, (z * (temperature / softcap)).square_(), value=-1)
+    elif bias is not None:
+        dz.masked_fill_(z == LOG_FLOOR, 0)
+    if logit_scale != temperature:
+        dz *= logit_scale / temperature
+    return dz
+
+
+def row_divergence(log_p, log_q, divergence, alpha, need_dz):
+    """D of each row (R,) and dD/dz (R, V) or None, from log p_S and log p_T, both overwritten.
+
+    The KLs add the difference of both distributions, which sums to 0: every term is then >= 0 and
+    rounded log-sum-exps cancel, so that a KL of 1e-6 keeps its digits in fp32.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    d = log_q.sub_(log_p)
+    if divergence == "forward_kl":
+        dz = p - q
+        return q.mul_(d).add_(dz).sum(-1), dz if need_dz else None
+    if divergence == "reverse_kl":
+        r = d.neg_()
+        value = torch.addcmul(q.sub_(p), p, r).sum(-1)
+        mean, slope = value, 1.0
+    else:
+        # log m = max(log p, log q) + log1p(small expm1(-|d|)): exactly log p at equality, where
+        # the logaddexp of two logs that carry log alpha would be off by a rounding.
+        small = torch.full_like(d, alpha).masked_fill_(d > 0, 1 - alpha)
+        log_m = d.abs().neg_().expm1_().mul_(small).log1p_()
+        q.mul_(log_m - d.clamp(max=0)).mul_(-alpha)  # alpha q log(q / m)
+        r = log_m.add_(d.clamp_(min=0)).neg_()
+        p_r = p * r
+        value = torch.add(q, p_r, alpha=1 - alpha).sum(-1)
+        mean, slope = p_r.sum(-1), 1 - alpha
+    if not need_dz:
+        return value, None
+    return value, r.sub_(mean.unsqueeze(-1)).mul_(p).mul_(slope)
+
+
+def distill(
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, loss_weights, *,
+    divergence, alpha, temperature, logit_scale, softcap, need_dx, need_dw, need_db,
+    max_workspace_bytes,
+):
+    """loss (), dh, dW, db in stored_dtype, of upstream gradient 1; empty where not needed."""
+    dtype, t_dtype = compute_dtype(hidden.dtype), compute_dtype(teacher_weight.dtype)
+    (n, width), vocab = hidden.shape, weight.shape[0]
+    dx = hidden.new_zeros((n, width) if need_dx else 0, dtype=stored_dtype(hidden.dtype))
+    dw = weight.new_zeros((vocab, width) if need_dw else 0, dtype=dtype)
+    db = weight.new_zeros(vocab if need_db else 0, dtype=dtype)
+    values = []
+    # alpha rounded to 0 or 1 would take the log of 0.
+    alpha = min(max(alpha, torch.finfo(dtype).eps), 1 - torch.finfo(dtype).eps)
+    head = (temperature, logit_scale, softcap)
+    need_dz = need_dx or need_dw or need_db
+
+    live = loss_weights.nonzero().squeeze(-1)
+    if len(live):
+        # Rows enter dz with weights of at most 1, which 16-bit operands can hold; the rest of
+        # a_t, about 1 / N, is applied to fp32 results.
+        rest = loss_weights.abs().amax()
+        share = loss_weights / rest
+        itemsize = max(dtype.itemsize, t_dtype.itemsize)
+        step = rows_per_chunk(len(live), vocab, itemsize, 2, max_workspace_bytes)
+        group = max(1, GROUP_ELEMENTS.get(hidden.device.type, 2**23) // vocab)
+        # Once for all chunks: on a CPU fresh pages cost 10 to 15 % of the GEMM that fills them.
+        student = hidden.new_empty(step, vocab, dtype=dtype)
+        teacher = hidden.new_empty(step, vocab, dtype=t_dtype)
+        operand = gemm.operand_dtype(weight)
+        if operand == torch.float16:
+            share, rest = share * FP16_LIFT, rest / FP16_LIFT
+        for rows in live.split(step):
+            h = hidden[rows].to(operand)
+            zs = gemm.logits(h, weight, student[: len(rows)])
+            zt = gemm.logits(
+                teacher_hidden[rows].to(gemm.operand_dtype(teacher_weight)), teacher_weight,
+                teacher[: len(rows)],
+            )
+            for z, t, some in zip(zs.split(group), zt.split(group), rows.split(group), strict=True):
+                finish_logits(z, bias, *head)
+                log_q = finish_logits(t, teacher_bias, *head).log_softmax(-1).to(dtype)
+                value, dz = row_divergence(z.log_softmax(-1), log_q, divergence, alpha, need_dz)
+                values.append(loss_weights[some] * value)
+                if need_dz:
+                    through_logits(dz, z, bias, *head)
+                    torch.mul(dz, share[some].unsqueeze(-1), out=z)
+            if not need_dz:
+                continue
+            if need_db:
+                db += zs.sum(0)
+            # The teacher's logits are spent: their memory takes the 16-bit operand of a GPU GEMM.
+            e = zs if operand == dtype else zt.view(operand)[:, :vocab].copy_(zs)
+            if need_dx:
+                dx[rows] = (gemm.dx(e, weight) * rest).to(dx.dtype)
+            if need_dw:
+                gemm.add_dw(dw, e, h)
+        dw, db = dw.mul_(rest), db.mul_(rest)
+    loss = torch.cat(values).sum() if values else hidden.new_zeros((), dtype=dtype)
+    return loss, dx, dw.to(stored_dtype(weight.dtype)), db.to(stored_dtype(_db_dtype(weight, bias)))
+
+
+def _db_dtype(weight, bias):
+    return (weight if bias is None else bias).dtype
+
+
+@torch.library.custom_op("rlsd::linear_distillation_loss", mutates_args=())
+def _distillation_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
+    teacher_weight: Tensor | None, teacher_bias: Tensor | None, loss_weights: Tensor,
+    alpha: Tensor, divergence: str, temperature: float, logit_scale: float,
+    softcap: float | None, need_dx: bool, need_dw: bool, need_db: bool, max_workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    own = teacher_weight is None
+    with torch.autocast(hidden.device.type, enabled=False):  # it would make 16-bit GEMMs
+        return distill(
+            hidden, weight, bias, teacher_hidden, weight if own else teacher_weight,
+            bias if own else teacher_bias, loss_weights, divergence=divergence,
+            alpha=alpha.item(), temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            need_dx=need_dx, need_dw=need_dw, need_db=need_db,
+            max_workspace_bytes=max_workspace_bytes,
+        )
+
+
+@_distillation_op.register_fake
+def _(
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, loss_weights, alpha,
+    divergence, temperature, logit_scale, softcap, need_dx, need_dw, need_db, workspace,
+):
+    return (
+        hidden.new_empty((), dtype=compute_dtype(hidden.dtype)),
+        hidden.new_empty(hidden.shape if need_dx else 0, dtype=stored_dtype(hidden.dtype)),
+        weight.new_empty(weight.shape if need_dw else 0, dtype=stored_dtype(weight.dtype)),
+        weight.new_empty(
+            weight.shape[0] if need_db else 0, dtype=stored_dtype(_db_dtype(weight, bias))
+        ),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.num_inputs = len(inputs)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, *unused):
+    if grad_loss is None:
+        return (None,) * ctx.num_inputs
+    upstream = grad_loss.reshape(1)  # not 0-dim: the product is fp32 and rounded once
+    grads = [
+        torch.mul(x, upstream, out=torch.empty_like(x, dtype=dtype)) if needed else None
+        for x, dtype, needed in zip(
+            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+        )
+    ]
+    return (*grads, *[None] * (ctx.num_inputs - 3))
+
+
+_distillation_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _choose(impl):
+    """"torch" or "ref": choose_impl speaks for the RLSD ops, which have more implementations."""
+    if impl in ("triton", "cuda"):
+        raise ValueError(
+            f"impl={impl!r} cannot run: linear_distillation_loss has no such implementation yet; "
+            "use impl='auto' or impl='torch'."
+        )
+    return "torch" if impl == "auto" else choose_impl(impl)
+
+
+def _check(
+    tensors, divergence, alpha, loss_weights, temperature, logit_scale, softcap,
+    max_workspace_bytes, tp_group,
+):
+    """Every check but finiteness on `tensors` = dict of the dense inputs; the workspace size."""
+    for name, value in tensors.items():
+        # By name: importing torch.distributed.tensor for this alone is slow.
+        if type(value).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a DTensor, which linear_distillation_loss cannot shard; pass "
+                f"{name}.full_tensor()."
+            )
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = tensors.values()
+    check_tensor("hidden", hidden)
+    if hidden.dim() < 2:
+        raise ValueError(
+            f"hidden must have shape (..., H) with at least two dimensions, but got "
+            f"{tuple(hidden.shape)}."
+        )
+    like = ("hidden", hidden)
+    check_tensor("weight", weight, like=like)
+    check_weight("weight", weight, hidden)
+    check_tensor("teacher_hidden", teacher_hidden, like=like)
+    if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden must have leading shape {tuple(hidden.shape[:-1])} like hidden, but "
+            f"got {tuple(teacher_hidden.shape)}; score the very same tokens."
+        )
+    if teacher_weight is None:
+        check_weight("weight", weight, teacher_hidden, "teacher_hidden")
+    else:
+        check_tensor("teacher_weight", teacher_weight, like=like)
+        check_weight("teacher_weight", teacher_weight, teacher_hidden, "teacher_hidden")
+        if teacher_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"teacher_weight has {teacher_weight.shape[0]} rows but weight has "
+                f"{weight.shape[0]}; student and teacher need one vocabulary."
+            )
+    if teacher_bias is not None and teacher_weight is None:
+        raise ValueError(
+            "teacher_bias is given without teacher_weight, which it belongs to; pass both, or "
+            "neither for a teacher with the student's head."
+        )
+    for name, value in (("bias", bias), ("teacher_bias", teacher_bias)):
+        if value is not None:
+            check_tensor(name, value, shape=weight.shape[:1], like=like, why=" (V,)")
+    if loss_weights is not None:
+        check_tensor(
+            "loss_weights", loss_weights, shape=hidden.shape[:-1], like=like,
+            why=" (hidden's without its last dimension)",
+        )
+    if divergence not in DIVERGENCES:
+        raise ValueError(
+            f"divergence must be one of {', '.join(DIVERGENCES)}, but got {divergence!r}."
+        )
+    check_number("alpha", alpha, 0, 1)
+    if divergence == "jsd" and not 0 < alpha < 1:
+        raise ValueError(
+            f"alpha must lie strictly between 0 and 1 for divergence='jsd', which vanishes at "
+            f"{alpha!r}; use divergence='forward_kl' (what others run at 0) or 'reverse_kl' (at 1)."
+        )
+    check_number("temperature", temperature, 0, low_open=True)
+    check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        check_number("final_logit_softcapping", softcap, 0, low_open=True)
+    if tp_group is not None:
+        raise ValueError(
+            "tp_group (a vocabulary-sharded head) is not supported by linear_distillation_loss; "
+            "gather the head and pass tp_group=None."
+        )
+    if max_workspace_bytes is None:
+        return DEFAULT_WORKSPACE_BYTES
+    if isinstance(max_workspace_bytes, bool) or not isinstance(max_workspace_bytes, int):
+        raise TypeError(
+            f"max_workspace_bytes must be an int or None, but got {max_workspace_bytes!r}."
+        )
+    check_number("max_workspace_bytes", max_workspace_bytes, 1)
+    return max_workspace_bytes
+
+
+def linear_distillation_loss(
+    hidden, weight, teacher_hidden, *, teacher_weight=None, divergence="jsd", alpha=0.5,
+    loss_weights=None, temperature=1.0, bias=None, teacher_bias=None, logit_scale=1.0,
+    final_logit_softcapping=None, impl="auto", max_workspace_bytes=None, check_inputs=False,
+    tp_group=None,
+):
+    """Full-vocabulary KL or JSD of a student from a teacher, without the N x V logits of either.
+
+    For forward_kl, equals `(loss_weights[..., None] * F.kl_div((hidden @ weight.T).log_softmax(-1),
+    (teacher_hidden @ teacher_weight.T).log_softmax(-1), reduction="none", log_target=True)).sum()`.
+
+    Args:
+        hidden: (..., H) student's last hidden states, fp64, fp32, bf16 or fp16; gets a gradient
+            if it requires one.
+        weight: (V, H) LM head, hidden's dtype; no work is done for it unless it needs a gradient.
+        teacher_hidden: (..., H_t) the teacher's states at the same tokens; never gets a gradient.
+        teacher_weight: (V, H_t) the teacher's head, teacher_hidden's dtype, over the student's
+            vocabulary; default: weight and bias, detached.
+        divergence: "forward_kl" is KL(P_T||P_S), "reverse_kl" is KL(P_S||P_T), "jsd" is
+            alpha KL(P_T||M) + (1 - alpha) KL(P_S||M) with M = alpha P_T + (1 - alpha) P_S.
+        alpha: strictly between 0 and 1, only used by jsd; the `beta` of TRL's GKD and of Liger's
+            JSD. Their beta=0 and beta=1 run forward and reverse KL: ask for those by name here,
+            because the JSD itself goes to 0 at both ends.
+        loss_weights: (...) aggregation weight a_t >= 0, 0 = masked; default: 1 / number of tokens.
+        temperature, logit_scale, final_logit_softcapping: scalars of both models' logits,
+            `softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`. The loss is not
+            multiplied by temperature squared.
+        bias: (V,) of the student; gets a gradient if it requires one. teacher_bias: (V,), only
+            with teacher_weight. A token that -inf forbids to both models adds nothing; forbidden
+            to one alone it counts as a log-prob of -1e30, so an infinite KL is huge, not NaN.
+        impl: "auto" or "torch" (chunked, any device), "ref" (the naive specification).
+        max_workspace_bytes: bound on the logit chunks held at once.
+        check_inputs: also reject non-finite inputs (synchronises).
+        tp_group: must be None, heads sharded over the vocabulary are not supported.
+
+    Returns: loss, a scalar in nats in fp32 (fp64 for fp64).
+    Raises: TypeError or ValueError in one sentence on wrong types, shapes, dtypes, devices, values.
+    Source: arXiv 2306.13649 (GKD), with its generalised JSD; both models see the same tokens.
+    """
+    tensors = {
+        "hidden": hidden, "weight": weight, "bias": bias, "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight, "teacher_bias": teacher_bias,
+    }
+    workspace = _check(
+        tensors, divergence, alpha, loss_weights, temperature, logit_scale,
+        final_logit_softcapping, max_workspace_bytes, tp_group,
+    )
+    impl, shape = _choose(impl), hidden.shape[:-1]
+    if loss_weights is None:
+        loss_weights = hidden.new_full(shape, 1 / max(1, math.prod(shape)), dtype=torch.float64)
+    a_t = loss_weights.detach().reshape(-1).to(compute_dtype(hidden.dtype))
+    if check_inputs:
+        for name, value in {**tensors, "loss_weights": a_t}.items():
+            if value is not None and not torch.isfinite(value).all():
+                raise ValueError(
+                    f"{name} has non-finite values; find the row with torch.isfinite before the "
+                    "loss."
+                )
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    t_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
+    t_weight, t_bias = (
+        None if x is None else x.detach() for x in (teacher_weight, teacher_bias)
+    )
+    if impl == "ref":
+        return ref.linear_distillation_loss(
+            rows, weight, t_rows, a_t, teacher_weight=t_weight, bias=bias, teacher_bias=t_bias,
+            divergence=divergence, alpha=alpha, temperature=temperature, logit_scale=logit_scale,
+            final_logit_softcapping=final_logit_softcapping,
+        )
+    need = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)
+    ]
+    # alpha as a tensor: torch.compile would specialise on each value of a float in a schedule.
+    alpha = torch.full((), alpha, dtype=torch.float64, device="cpu")
+    loss, *_ = _distillation_op(
+        rows, weight, bias, t_rows, t_weight, t_bias, a_t, alpha, divergence, float(temperature),
+        float(logit_scale), final_logit_softcapping, *need, workspace,
+    )
+    return loss
