@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import gemm, ref
-from .config import LOG_FLOOR, check_number, compute_dtype
+from .config import LOG_FLOOR, MAX_LOG_RATIO, check_number, compute_dtype
 from .logprob import check_tensor, check_weight, choose_impl
 from .tuning import DEFAULT_WORKSPACE_BYTES, rows_per_chunk
 
@@ -52,7 +52,8 @@ def finish_logits(z, bias, temperature, logit_scale, softcap):
 def through_logits(dz, z, bias, temperature, logit_scale, softcap):
     """In place: gradient at the finished logits z to the gradient at h W^T + bias."""
     if softcap is not None:
-        dz.addcmul_(dz, (z * (temperature / softcap)).square_(), value=-1)
+        top = softcap / temperature  # 1 - tanh^2 as (top - z)(top + z) / top^2: less cancellation
+        dz.mul_((top - z).mul_(z + top)).mul_(1 / top**2)
     elif bias is not None:
         dz.masked_fill_(z == LOG_FLOOR, 0)
     if logit_scale != temperature:
@@ -76,14 +77,14 @@ def row_divergence(log_p, log_q, divergence, alpha, need_dz):
         value = torch.addcmul(q.sub_(p), p, r).sum(-1)
         mean, slope = value, 1.0
     else:
-        # log m = max(log p, log q) + log1p(small expm1(-|d|)): exactly log p at equality, where
-        # the logaddexp of two logs that carry log alpha would be off by a rounding.
-        small = torch.full_like(d, alpha).masked_fill_(d > 0, 1 - alpha)
-        log_m = d.abs().neg_().expm1_().mul_(small).log1p_()
-        q.mul_(log_m - d.clamp(max=0)).mul_(-alpha)  # alpha q log(q / m)
-        r = log_m.add_(d.clamp_(min=0)).neg_()
+        # r = log p/m and u = log q/m from d alone: exactly 0 at equality, and relative precision
+        # for any alpha, where the logaddexp of M is off by the rounding of log p. Where the clamp
+        # binds, the probability that the logarithm is multiplied by is below exp(-80).
+        almost_one = 1 - torch.finfo(d.dtype).eps  # log1p(-1) would be -inf
+        u = d.neg().clamp_(max=MAX_LOG_RATIO).expm1_().mul_(min(1 - alpha, almost_one)).log1p_()
+        r = d.clamp_(max=MAX_LOG_RATIO).expm1_().mul_(min(alpha, almost_one)).log1p_().neg_()
         p_r = p * r
-        value = torch.add(q, p_r, alpha=1 - alpha).sum(-1)
+        value = q.mul_(u).mul_(-alpha).add_(p_r, alpha=1 - alpha).sum(-1)
         mean, slope = p_r.sum(-1), 1 - alpha
     if not need_dz:
         return value, None
@@ -102,8 +103,6 @@ def distill(
     dw = weight.new_zeros((vocab, width) if need_dw else 0, dtype=dtype)
     db = weight.new_zeros(vocab if need_db else 0, dtype=dtype)
     values = []
-    # alpha rounded to 0 or 1 would take the log of 0.
-    alpha = min(max(alpha, torch.finfo(dtype).eps), 1 - torch.finfo(dtype).eps)
     head = (temperature, logit_scale, softcap)
     need_dz = need_dx or need_dw or need_db
 
@@ -375,7 +374,8 @@ def linear_distillation_loss(
         torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)
     ]
     # alpha as a tensor: torch.compile would specialise on each value of a float in a schedule.
-    alpha = torch.full((), alpha, dtype=torch.float64, device="cpu")
+    # A product, not torch.full, which it specialises on as well.
+    alpha = torch.ones((), dtype=torch.float64, device="cpu") * alpha
     loss, *_ = _distillation_op(
         rows, weight, bias, t_rows, t_weight, t_bias, a_t, alpha, divergence, float(temperature),
         float(logit_scale), final_logit_softcapping, *need, workspace,
