@@ -345,6 +345,16 @@ def test_extreme_logits(divergence, softcap):
     assert all(torch.isfinite(x).all() for x in got.values()) and truth["d_weight"].any()
 
 
+@pytest.mark.parametrize("alpha", [1e-9, 1 - 1e-9])
+def test_extreme_logits_with_extreme_alpha_stay_finite(alpha):
+    # 1 - alpha is 1 in fp32 and expm1(-|d|) is -1: together the log of 0.
+    p = make(35, 301, 24, std=100.0)
+    got = run(p, alpha=alpha)
+    truth = run(cast(p, torch.float64), "ref", alpha=alpha)
+    assert all(torch.isfinite(x).all() for x in got.values())
+    assert abs(got["loss"] / truth["loss"] - 1) < 0.5
+
+
 @pytest.mark.parametrize("shift", [100.0, -100.0])
 def test_shifted_logits(shift):
     p = make(35, 301, 24)
