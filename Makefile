@@ -1,14 +1,17 @@
 # make demo   train a tiny model by GRPO, RLSD and a control, and draw the curves
 # make test   the test-suite;  make test-slow  with the slow tests too
 # make lint   ruff;  make bench  the benchmark;  make clean  remove what these made
+# make bench-cpu   the benchmark beside other libraries, in .venv-bench: minutes on an idle machine
 # Each sets up its own virtual environment in .venv first. PYTHON=python3.12 make ... chooses one.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_VENV ?= .venv-bench
+BENCH_READY := $(BENCH_VENV)/.ready
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench bench-cpu clean
 
 demo: $(READY)
 	$(BIN)/rlsd train
@@ -25,6 +28,10 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest bench/bench_loss.py -q --benchmark-only --benchmark-columns=median,min,rounds
 
+bench-cpu: $(BENCH_READY)
+	$(BENCH_VENV)/bin/python -m bench.bench_loss --out bench/results/cpu
+	$(BENCH_VENV)/bin/python -m bench.plot bench/results/cpu --readme
+
 $(READY): constraints.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "rlsd needs Python 3.10 to 3.13; choose one with PYTHON=..."; exit 1; }
@@ -35,6 +42,13 @@ $(READY): constraints.txt pyproject.toml setup.py
 		-e '.[train,rewards,data,log,dev]'
 	@touch $@
 
+$(BENCH_READY): constraints.txt bench/requirements.txt
+	@echo "==> creating $(BENCH_VENV) with the libraries to compare with (a few minutes, once)"
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(BENCH_VENV)/bin/python -m pip install --quiet -c constraints.txt -r bench/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(BENCH_VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
