@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from bench import common, plot
-from bench.providers import PROVIDERS
+from bench.providers import PROVIDERS, Provider
 
 # Head frozen or not, share of live rows.
 BLOCKS = ((False, 1.0), (True, 1.0), (False, 0.5))
 PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "triton", "numpy")
 
 
-@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda p: p.name.replace(" ", "-"))
+@pytest.mark.parametrize("provider", PROVIDERS, ids=Provider.id)
 @pytest.mark.parametrize("head", ["full", "frozen"])
 def test_step(benchmark, provider, head):
     reason = provider.obstacle()

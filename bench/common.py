@@ -167,8 +167,8 @@ def token_loss(problem, log_probs, teacher_log_probs):
 
 def errors(got, truth, live):
     """Deviations from fp64 over the live rows: log_prob (max, nats, student and teacher),
-    ratio_off (share of ratios exp(log p - truth) outside 1 +- 1 %), loss, d_hidden and d_weight
-    (relative, Frobenius; d_weight None for a frozen head)."""
+    ratio_off (share of ratios exp(log p - truth) outside 1 +- 1 %), loss (absolute: both signs of
+    A cancel in it), d_hidden and d_weight (relative, Frobenius; d_weight None if frozen)."""
     off = torch.stack(
         [(got[k].double() - truth[k])[live] for k in ("log_probs", "teacher_log_probs")]
     )
@@ -181,7 +181,7 @@ def errors(got, truth, live):
     return {
         "log_prob": float(off.abs().max()),
         "ratio_off": float((off[0].exp() - 1).abs().gt(0.01).double().mean()),
-        "loss": relative("loss"), "d_hidden": relative("d_hidden"),
+        "loss": float((got["loss"] - truth["loss"]).abs()), "d_hidden": relative("d_hidden"),
         "d_weight": relative("d_weight"),
     }
 

@@ -36,6 +36,9 @@ class Provider:
     modules: tuple[str, ...] = ()
     compiled: bool = False
 
+    def id(self):
+        return self.name.replace(",", "").replace(" ", "-")
+
     def obstacle(self):
         """None, or one sentence why this provider cannot run here."""
         for module in self.modules:
