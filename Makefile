@@ -1,7 +1,7 @@
 # make demo   train a tiny model by GRPO, RLSD and a control, and draw the curves
 # make test   the test-suite;  make test-slow  with the slow tests too
 # make lint   ruff;  make bench  the benchmark;  make clean  remove what these made
-# make bench-cpu   the benchmark beside other libraries, in .venv-bench: minutes on an idle machine
+# make bench-cpu   the benchmark beside other libraries, in .venv-bench: half an idle hour
 # Each sets up its own virtual environment in .venv first. PYTHON=python3.12 make ... chooses one.
 
 PYTHON ?= python3

@@ -292,18 +292,19 @@ def peak_extra_bytes(function):
 
 
 def environment(packages):
-    """What a reader needs to judge the numbers: CPU, threads, load, versions, commit."""
+    """What a reader needs to judge the numbers: CPU, threads, load, versions, commit (Linux)."""
 
     def git(*args):
-        run = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
-        return run.stdout.strip()
+        run = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+        return run.stdout.strip() if run.returncode == 0 else None  # an unpacked archive has none
 
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         model = next(
             (line.split(":")[1].strip() for line in file if line.startswith("model name")),
             platform.processor(),
         )
-    changed = git("status", "--porcelain", "--", ".", ":!bench/results")
+    # Results of an earlier run and the README's copy of them do not change what is measured.
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
     versions = {"rlsd": __version__}
     for name in packages:
         try:

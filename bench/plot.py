@@ -13,7 +13,8 @@ from bench.providers import EAGER, OURS
 
 BARE = "bare GEMMs"
 COLUMNS = (
-    "step, ms (p20-p80)", "x of eager", "% of bare GEMMs", "peak extra, MiB", "% of eager's",
+    "step, ms (p20-p80)", "speed, x of eager", "speed, % of bare GEMMs", "peak extra, MiB",
+    "% of eager's",
 )
 ACCURACY = ("NHV", "max log-prob error", "ratios off > 1 %", "dH error", "dW error")
 MARKERS = ("<!-- bench/results/cpu -->", "<!-- end of bench/results/cpu -->")
@@ -73,10 +74,10 @@ def table(results):
     text = [
         "# One RLSD step on a CPU\n",
         "hidden, teacher hidden, W, ids, old log-probs, A, loss weights -> loss, dH, dW; providers"
-        f" interleaved over {results['rounds']} rounds in one process, medians. Times of eager and"
-        " of the bare GEMMs divided by the provider's: larger is better. Bare GEMMs: the 8 NHV (6"
-        " with a frozen head) of the live rows alone. Peak extra: resident memory beyond the"
-        " inputs, gradients included. NHV: GEMM FLOPs / (rows x H x V), read off the profiler."
+        f" interleaved over {results['rounds']} rounds in one process, medians. Speeds: the time"
+        " of eager (the first row) or of the bare GEMMs divided by the provider's. Bare GEMMs: the"
+        " 8 NHV (6 with a frozen head) of the live rows alone. Peak extra: resident memory beyond"
+        " the inputs, gradients included. NHV: GEMM FLOPs / (rows x H x V), read off the profiler."
         " Errors: against fp64 on the same inputs; dH, dW relative (Frobenius).\n",
         *(block_table(results, block) for block in results["blocks"]),
         "### Providers\n",
@@ -87,7 +88,7 @@ def table(results):
         logits = "the input's dtype" if p["logits"] == "input's" else p["logits"]
         lines.append([p["name"], f"`{p['call']}`", version, logits])
     text.append(rows_of(lines) + "\n")
-    commit = env["git"][:12] + (" with uncommitted changes" if env["dirty"] else "")
+    commit = (env["git"] or "unknown")[:12] + (" with uncommitted changes" if env["dirty"] else "")
     text.append(
         f"{env['cpu']}, {env['threads']} threads of {env['cores']} cores, {env['cpu_capability']};"
         f" load before {env['load_before']}. Python {env['python']}; {versions}. Commit {commit}.\n"
@@ -98,7 +99,7 @@ def table(results):
 def readme_rows(results):
     """What the README quotes: time and memory of the first block, one short line each."""
     block = results["blocks"][0]
-    lines = [["", "step, ms", "of bare GEMMs", "peak extra, MiB", "NHV"],
+    lines = [["", "step, ms", "speed, % of bare GEMMs", "peak extra, MiB", "NHV"],
              ["---", *["--:"] * 4]]
     for name, found in block["providers"].items():
         _, _, bare, mib, _ = _times(block, found)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -22,6 +23,15 @@ def marked(provider):
     return pytest.param(provider, id=provider.id(), marks=marks)
 
 
+def skip_if_absent(provider):
+    if reason := provider.obstacle():
+        assert provider.modules or provider.compiled, reason  # these need nothing but torch
+        pytest.skip(reason)
+
+
+needs_proc = pytest.mark.skipif(
+    sys.platform != "linux", reason="the benchmark reads memory and CPU from Linux's /proc"
+)
 MARKED = [marked(provider) for provider in PROVIDERS]
 
 
@@ -52,8 +62,7 @@ def specification(problem):
 @pytest.mark.parametrize("live", [1.0, 0.5])
 @pytest.mark.parametrize("provider", MARKED)
 def test_every_provider_computes_the_specification(provider, live, frozen_head, dtype):
-    if reason := provider.obstacle():
-        pytest.skip(reason)
+    skip_if_absent(provider)
     torch._dynamo.reset()
     case = dataclasses.replace(CASE, dtype=dtype)
     problem = common.make_problem(case, frozen_head=frozen_head, live=live)
@@ -71,8 +80,7 @@ def test_every_provider_computes_the_specification(provider, live, frozen_head, 
 @pytest.mark.parametrize("frozen_head", [False, True], ids=["full", "frozen"])
 @pytest.mark.parametrize("provider", MARKED)
 def test_stated_gemm_work_is_what_runs(provider, frozen_head):
-    if reason := provider.obstacle():
-        pytest.skip(reason)
+    skip_if_absent(provider)
     torch._dynamo.reset()
     stated = provider.nhv_frozen if frozen_head else provider.nhv
     assert bench_loss.gemm_work(CASE, provider, frozen_head, 1.0) == stated
@@ -149,6 +157,7 @@ def test_summary_is_in_ms():
     }
 
 
+@needs_proc
 def test_peak_memory_of_a_known_allocation():
     mib = 262144  # fp32 elements
     resident = torch.ones(40 * mib)
@@ -198,6 +207,7 @@ def results():
     return json.loads(json.dumps(data))
 
 
+@needs_proc
 def test_table_is_derived_from_the_results(results):
     for found in results["blocks"][0]["providers"].values():
         assert len(found["time"]["rounds"]) == 5 and found["peak_bytes"] >= 0
@@ -218,6 +228,7 @@ def test_table_is_derived_from_the_results(results):
             assert line.count("|") == plot.block_table(results, block).splitlines()[2].count("|")
 
 
+@needs_proc
 def test_plot_is_drawn(results, tmp_path):
     plot.plot_times(results, tmp_path / "times.png")
     assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
