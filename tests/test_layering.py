@@ -13,11 +13,8 @@ TRAINER = sorted((ROOT / "rlsd").rglob("*.py"))
 IMPLS = {"ref", "torch_impl", "triton_impl", "cuda_impl"}
 # A file imports only files of a later row.
 KERNEL_ORDER = [
-KERNEL_ORDER = [
-    ["loss", "distillation"], ["logprob"], ["metrics"], ["pipeline"], sorted(IMPLS), ["gemm"],
+    ["distillation", "loss"], ["logprob"], ["metrics"], ["pipeline"], sorted(IMPLS), ["gemm"],
     ["config"], ["tuning"],
-]
-    ["tuning"],
 ]
 TRAINER_ORDER = [
     ["cli"], ["validate"], ["demo"], ["trainer"], ["report"], ["objectives"], ["teacher"],
