@@ -12,6 +12,10 @@ MAX_CHUNK = {"cpu": 1024, "cuda": 8192}
 # times, not thousands. CUDA: 3.5 GiB hold E of 8192 x 151936 in bf16 (2.3 GiB), which makes dW one
 # GEMM without an fp32 copy, and 2000 rows of fp32 logits; with gradients that stays below 5 GiB.
 WORKSPACE_BYTES = {"cpu": 256 * 1024**2, "cuda": 3584 * 1024**2}
+# Triton: "A" is cuBLAS into an fp32 chunk and a streaming exp; "B" one GEMM with the exp inside.
+SCORE_TIER = "A"
+# One token per thread and step, 18 fp64 accumulators in registers, 16 steps for 8192 tokens.
+TOKEN_TILES = {"BLOCK_M": 512, "num_warps": 16}
 
 
 def default_workspace_bytes(device_type):
@@ -38,3 +42,27 @@ def plan_rows(num_rows, stored, scratch, max_workspace_bytes, max_chunk):
         group = rows_per_chunk(num_rows, stored + scratch, max_workspace_bytes)
     left = max_workspace_bytes - group * stored
     return group, min(max_chunk, rows_per_chunk(group, scratch, left))
+
+
+def exp_tiles(vocab_size, *, store=False):
+    """Launch of a kernel that streams one row: 16 fp32 per thread are four 16-byte loads in flight;
+    a store halves that, so that the registers of two vectors fit four blocks on an SM."""
+    block = min(2048 if store else 4096, max(128, 1 << (vocab_size - 1).bit_length()))
+    return {"BLOCK_V": block, "num_warps": max(1, min(8, block // 512))}
+
+
+def gemm_tiles(arch, itemsize, hidden_size):
+    """Launch of the GEMM with the exp epilogue, by compute capability (80, 90, 100).
+
+    A 128 x 256 tile is what two warpgroups hold in registers and needs 48 KiB of shared memory per
+    stage of 64 x 2 bytes; sm_80 (and its consumer kin with 99 KiB) gets 128 x 128 x 32.
+    """
+    if arch >= 90:
+        tiles = {"BLOCK_M": 128, "BLOCK_V": 256, "BLOCK_H": 128 // itemsize, "GROUP_M": 16,
+                 "num_warps": 8, "num_stages": 4}
+    else:
+        tiles = {"BLOCK_M": 128, "BLOCK_V": 128, "BLOCK_H": 64 // itemsize, "GROUP_M": 8,
+                 "num_warps": 8, "num_stages": 4}
+    if hidden_size <= tiles["BLOCK_H"] * 4:  # too few steps to fill a deep pipeline
+        tiles["num_stages"] = 2
+    return tiles

@@ -1,0 +1,589 @@
+"""Triton kernels: rows of logits through exp, the strict logit gradient, and the RLSD token maths.
+
+    x = h W^T,   z = softcap(logit_scale (x + bias)) / temperature,   s = sum_j exp(z_j - c)
+
+c is a guess of the log-sum-exp, so one pass needs no row maximum: per row 4V bytes are read and 2V
+(bf16 E) written, or none. Rows whose sum a bad guess spoiled are redone with the true maximum by
+kernels that are always launched and return at once elsewhere: nothing waits for the host. Tier A
+takes x from cuBLAS (2 M H V FLOP) through an fp32 chunk; tier B has the exp as the epilogue of its
+own GEMM and needs no chunk. Sums are in a fixed order: results repeat bitwise on a device.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import gemm, tuning
+from .config import MAX_LOG_RATIO, TOKEN_SUMS
+
+STORE_NONE, STORE_EXP, STORE_LOGITS = 0, 1, 2
+LOG_RATIO_LIMIT = tl.constexpr(MAX_LOG_RATIO)
+SUM_MIN, SUM_MAX = tl.constexpr(tuning.SUM_MIN), tl.constexpr(tuning.SUM_MAX)
+
+
+@triton.jit
+def _trusted(s):
+    """False for NaN, infinities, 0 and sums too close to the ends of fp32."""
+    return (s >= SUM_MIN) & (s <= SUM_MAX)
+
+
+@triton.jit
+def _tanh(a):
+    """tanh to 1e-7 and 1 - tanh^2, by q = exp(-2|a|); a series where 1 - q would cancel."""
+    q = tl.exp(-2.0 * tl.abs(a))
+    tanh = (1.0 - q) / (1.0 + q)
+    b = tl.minimum(a * a, 1.0)
+    series = 1.0 + b * (-1 / 3 + b * (2 / 15 + b * (-17 / 315 + b * (62 / 2835))))
+    tanh = tl.where(tl.abs(a) < 0.25, a * series, tl.where(a < 0, -tanh, tanh))
+    return tanh, 4.0 * q / ((1.0 + q) * (1.0 + q))
+
+
+@triton.jit
+def _epilogue(x, pre, post, HAS_CAP: tl.constexpr):
+    """Raw logits (bias added) to z and dz/dx of the softcap."""
+    if HAS_CAP:
+        tanh, dcap = _tanh(x * pre)
+        return tanh * post, dcap
+    else:
+        return x * pre, 1.0
+
+
+@triton.jit
+def _load_logits(x, bias, offs, V, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        logits = tl.load(x + offs, mask=offs < V, other=0.0)
+        if HAS_BIAS:
+            logits += tl.load(bias + offs, mask=offs < V, other=0.0).to(tl.float32)
+    else:
+        logits = tl.load(x + offs)
+        if HAS_BIAS:
+            logits += tl.load(bias + offs).to(tl.float32)
+    return logits
+
+
+@triton.jit
+def _exp_tile(
+    x, bias, out, offs, V, c, pre, post, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr, STORE: tl.constexpr, MASKED: tl.constexpr,
+):
+    """exp(z - c) and exp(z - c) (z - c) of one tile; stores what STORE says."""
+    z, dcap = _epilogue(_load_logits(x, bias, offs, V, HAS_BIAS, MASKED), pre, post, HAS_CAP)
+    d = z - c
+    e = tl.exp(d)
+    if MASKED:
+        e = tl.where(offs < V, e, 0.0)
+    if STORE != 0:
+        kept = e * dcap if STORE == 1 else z
+        if MASKED:
+            tl.store(out + offs, kept.to(out.dtype.element_ty), mask=offs < V)
+        else:
+            tl.store(out + offs, kept.to(out.dtype.element_ty))
+    if WANT_ENTROPY:
+        ed = tl.where(e == 0.0, 0.0, e * d)  # a forbidden token has d = -inf
+    else:
+        ed = e
+    return e, ed
+
+
+@triton.jit
+def _exp_kernel(
+    x, bias, c, s, t, out, total, V, stride_x, stride_out, pre, post, HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr, WANT_ENTROPY: tl.constexpr, STORE: tl.constexpr,
+    ONLY_FLAGGED: tl.constexpr, BLOCK_V: tl.constexpr,
+):
+    """One row per program; ONLY_FLAGGED leaves rows alone whose sum in `total` is trusted."""
+    row = tl.program_id(0).to(tl.int64)
+    if ONLY_FLAGGED:
+        if _trusted(tl.load(total + row)):
+            return
+    x += row * stride_x
+    out += row * stride_out
+    shift = tl.load(c + row)
+    offs = tl.arange(0, BLOCK_V)
+    sum_e = tl.zeros([BLOCK_V], tl.float32)
+    sum_ed = tl.zeros([BLOCK_V], tl.float32)
+    full = V // BLOCK_V * BLOCK_V
+    for start in range(0, full, BLOCK_V):  # whole tiles need no mask: 16-byte loads at any V
+        e, ed = _exp_tile(x, bias, out, start + offs, V, shift, pre, post, HAS_BIAS, HAS_CAP,
+                          WANT_ENTROPY, STORE, False)
+        sum_e += e
+        if WANT_ENTROPY:
+            sum_ed += ed
+    if full < V:
+        e, ed = _exp_tile(x, bias, out, full + offs, V, shift, pre, post, HAS_BIAS, HAS_CAP,
+                          WANT_ENTROPY, STORE, True)
+        sum_e += e
+        if WANT_ENTROPY:
+            sum_ed += ed
+    tl.store(s + row, tl.sum(sum_e, 0))
+    if WANT_ENTROPY:
+        tl.store(t + row, tl.sum(sum_ed, 0))
+
+
+@triton.jit
+def _row_max_kernel(
+    x, bias, c, total, V, stride_x, pre, post, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """c := the row's largest z, for rows whose sum in `total` is not trusted."""
+    row = tl.program_id(0).to(tl.int64)
+    if _trusted(tl.load(total + row)):
+        return
+    x += row * stride_x
+    offs = tl.arange(0, BLOCK_V)
+    top = tl.full([BLOCK_V], -float("inf"), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        z, _ = _epilogue(
+            _load_logits(x, bias, start + offs, V, HAS_BIAS, True), pre, post, HAS_CAP
+        )
+        top = tl.maximum(top, tl.where(start + offs < V, z, -float("inf")))
+    tl.store(c + row, tl.max(top, 0))
+
+
+@triton.jit
+def _gradient_tile(
+    z, out, offs, V, target, lse, g, g_entropy, entropy, scale, inv_post, HAS_CAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
+):
+    logits = tl.load(z + offs, mask=offs < V, other=0.0) if MASKED else tl.load(z + offs)
+    log_p = logits - lse
+    p = tl.exp(log_p)
+    dz = g * (p - tl.where(offs == target, 1.0, 0.0))
+    if HAS_ENTROPY:
+        dz += g_entropy * tl.where(p == 0.0, 0.0, p * (log_p + entropy))
+    if HAS_CAP:
+        tanh = logits * inv_post
+        dz *= (1.0 - tanh) * (1.0 + tanh)
+    dz = tl.where((g == 0.0) & (g_entropy == 0.0), 0.0, dz * scale)
+    if MASKED:
+        tl.store(out + offs, dz.to(out.dtype.element_ty), mask=offs < V)
+    else:
+        tl.store(out + offs, dz.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _logit_gradient_kernel(
+    z, out, ids, lse, g, g_entropy, entropy, V, stride_z, stride_out, scale, inv_post,
+    HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+):
+    """scale (g (p - onehot) + g_entropy p (log p + H)) dcap, a row per program; out may be z."""
+    row = tl.program_id(0).to(tl.int64)
+    z += row * stride_z
+    out += row * stride_out
+    target = tl.load(ids + row)
+    lse_i, g_i = tl.load(lse + row), tl.load(g + row)
+    ge_i, h_i = 0.0, 0.0
+    if HAS_ENTROPY:
+        ge_i, h_i = tl.load(g_entropy + row), tl.load(entropy + row)
+    offs = tl.arange(0, BLOCK_V)
+    full = V // BLOCK_V * BLOCK_V
+    for start in range(0, full, BLOCK_V):
+        _gradient_tile(z, out, start + offs, V, target, lse_i, g_i, ge_i, h_i, scale, inv_post,
+                       HAS_CAP, HAS_ENTROPY, False)
+    if full < V:
+        _gradient_tile(z, out, full + offs, V, target, lse_i, g_i, ge_i, h_i, scale, inv_post,
+                       HAS_CAP, HAS_ENTROPY, True)
+
+
+@triton.jit
+def _target_logits_kernel(
+    h, weight, ids, out, V, H, stride_h, stride_w, BLOCK_H: tl.constexpr
+):
+    """h_i . W[ids_i] in fp32; 0 for an id that this head (or shard) does not hold."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(ids + row).to(tl.int64)
+    held = (target >= 0) & (target < V)
+    h += row * stride_h
+    weight += tl.where(held, target, 0) * stride_w
+    acc = tl.zeros([BLOCK_H], tl.float32)
+    end = tl.where(held, H, 0)
+    for start in range(0, H, BLOCK_H):
+        offs = start + tl.arange(0, BLOCK_H)
+        a = tl.load(h + offs, mask=offs < end, other=0.0).to(tl.float32)
+        acc += a * tl.load(weight + offs, mask=offs < end, other=0.0).to(tl.float32)
+    tl.store(out + row, tl.sum(acc, 0))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _fix_targets_kernel(e, ids, values, M, V, stride_e, BLOCK_M: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    target = tl.load(ids + rows, mask=rows < M, other=-1).to(tl.int64)
+    held = (target >= 0) & (target < V)
+    value = tl.load(values + rows, mask=rows < M, other=0.0)
+    tl.store(e + rows * stride_e + target, value.to(e.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _clamp(x, low, high):
+    """NaN stays NaN, unlike with tl.minimum."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def _exp_minus_line(d):
+    """exp(d) - 1 - d without cancellation near 0."""
+    s = 1 + d / 8
+    s = 1 + d / 7 * s
+    s = 1 + d / 6 * s
+    s = 1 + d / 5 * s
+    s = 1 + d / 4 * s
+    s = 1 + d / 3 * s
+    return tl.where(tl.abs(d) < 0.5, 0.5 * d * d * s, tl.exp(d) - 1 - d)
+
+
+@triton.jit
+def _add(total, chosen, value):
+    """Selects before it adds, so that a NaN outside the set cannot enter."""
+    return total + tl.where(chosen, value, 0.0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _token_kernel(
+    log_probs, advantages, loss_weights, teacher, old, ref, mask, entropy, rlsd_lambda, loss, g,
+    sums, M, weight_low, weight_high, blame_low, blame_high, praise_high, ratio_low, ratio_high,
+    ratio_dual, beta, HAS_TEACHER: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KL_LOSS: tl.constexpr,
+    DELTA_FROM_OLD: tl.constexpr, NEGATIVE_ONLY: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """All tokens in one program: loss, g = dloss/dlog p(y), and config.TOKEN_SUMS in fp64."""
+    zero = tl.zeros([BLOCK_M], tl.float64)
+    reweighted_pos, reweighted_neg, active_pos, active_neg = zero, zero, zero, zero
+    delta_pos, delta_neg, delta_squared, weight_pos, weight_neg = zero, zero, zero, zero, zero
+    clip_low, clip_high, below, above, dual = zero, zero, zero, zero, zero
+    sum_kl, sum_entropy, sum_policy_kl, sum_loss = zero, zero, zero, zero
+    for start in range(0, M, BLOCK_M):
+        # M < 2^31 tokens, one fp32 each: the offsets fit 32 bits
+        offs = start + tl.arange(0, BLOCK_M)
+        inside = offs < M
+        lp = tl.load(log_probs + offs, mask=inside, other=0.0)
+        a = tl.load(advantages + offs, mask=inside, other=0.0)
+        w = tl.load(loss_weights + offs, mask=inside, other=0.0)
+        active, pos, neg = (w != 0.0) & (a != 0.0), a > 0.0, a < 0.0
+        active_pos = _add(active_pos, active & pos, 1.0)
+        active_neg = _add(active_neg, active & neg, 1.0)
+        before = lp
+        if HAS_OLD:
+            before = tl.load(old + offs, mask=inside, other=0.0)
+            sum_policy_kl = _add(sum_policy_kl, active, before - lp)
+        a_hat = a
+        if HAS_TEACHER:
+            lam = tl.load(rlsd_lambda).to(tl.float32)
+            chosen = neg if NEGATIVE_ONLY else a != 0.0
+            if HAS_MASK:
+                chosen = chosen & (tl.load(mask + offs, mask=inside, other=0) != 0)
+            delta = tl.load(teacher + offs, mask=inside, other=0.0)
+            delta = delta - before if DELTA_FROM_OLD else delta - lp
+            signed = tl.where(neg, -delta, delta)
+            factor = (1.0 - lam) + lam * tl.exp(_clamp(signed, weight_low, weight_high))
+            a_hat = tl.where(chosen, a * factor, a)
+            chosen = chosen & active
+            reweighted_pos = _add(reweighted_pos, chosen & pos, 1.0)
+            reweighted_neg = _add(reweighted_neg, chosen & neg, 1.0)
+            delta_pos = _add(delta_pos, chosen & pos, delta)
+            delta_neg = _add(delta_neg, chosen & neg, delta)
+            delta_squared = _add(delta_squared, chosen, delta * delta)
+            clip_low = _add(clip_low, chosen & (signed < weight_low), 1.0)
+            clip_high = _add(clip_high, chosen & (signed > weight_high), 1.0)
+        weight = a_hat / tl.where(a == 0.0, 1.0, a)
+        weight_pos = _add(weight_pos, active & pos, weight)
+        weight_neg = _add(weight_neg, active & neg, weight)
+
+        # A_hat keeps A's sign, so PPO's min and the dual clip are one clamp of the log-ratio.
+        log_ratio = lp - before
+        praised = a_hat > 0.0
+        low = tl.where(praised, -LOG_RATIO_LIMIT, blame_low)
+        high = tl.where(praised, praise_high, blame_high)
+        token = -a_hat * tl.exp(_clamp(log_ratio, low, high))
+        slope = tl.where((log_ratio < low) | (log_ratio > high), 0.0, token)
+        ratio = tl.exp(_clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+        below = _add(below, active & neg & (ratio < ratio_low), 1.0)
+        above = _add(above, active & pos & (ratio > ratio_high), 1.0)
+        dual = _add(dual, active & neg & (ratio > ratio_dual), 1.0)
+        live = active
+        if HAS_REF:
+            d = tl.load(ref + offs, mask=inside, other=0.0) - lp
+            bounded = tl.where(d > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, d)
+            kl = _exp_minus_line(bounded)
+            sum_kl = _add(sum_kl, active, kl)
+            if HAS_KL_LOSS:
+                live = w != 0.0
+                token += beta * kl
+                slope -= beta * tl.where(d > LOG_RATIO_LIMIT, 0.0, kl + bounded)
+        if HAS_ENTROPY:
+            h = tl.load(entropy + offs, mask=inside, other=0.0)
+            sum_entropy = _add(sum_entropy, active, h)
+        sum_loss = _add(sum_loss, live, w * token)
+        tl.store(g + offs, tl.where(live, w * slope, 0.0), mask=inside)
+    tl.store(loss, tl.sum(sum_loss, 0).to(tl.float32))
+    tl.store(sums, tl.sum(reweighted_pos, 0))
+    tl.store(sums + 1, tl.sum(reweighted_neg, 0))
+    tl.store(sums + 2, tl.sum(active_pos, 0))
+    tl.store(sums + 3, tl.sum(active_neg, 0))
+    tl.store(sums + 4, tl.sum(delta_pos, 0))
+    tl.store(sums + 5, tl.sum(delta_neg, 0))
+    tl.store(sums + 6, tl.sum(delta_squared, 0))
+    tl.store(sums + 7, tl.sum(weight_pos, 0))
+    tl.store(sums + 8, tl.sum(weight_neg, 0))
+    tl.store(sums + 9, tl.sum(clip_low, 0))
+    tl.store(sums + 10, tl.sum(clip_high, 0))
+    tl.store(sums + 11, tl.sum(below, 0))
+    tl.store(sums + 12, tl.sum(above, 0))
+    tl.store(sums + 13, tl.sum(dual, 0))
+    tl.store(sums + 14, tl.sum(sum_kl, 0))
+    tl.store(sums + 15, tl.sum(sum_entropy, 0))
+    tl.store(sums + 16, tl.sum(sum_policy_kl, 0))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gemm_exp_kernel(
+    h, weight, bias, c, partial, out, M, V, H, stride_h, stride_w, stride_out, pre, post,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, EVEN_H: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    """Persistent: each program takes every num_programs-th tile of exp(h W^T - c); row sums go to
+    partial (vocabulary tiles, M), E to out."""
+    tiles_m, tiles_v = tl.cdiv(M, BLOCK_M), tl.cdiv(V, BLOCK_V)
+    for tile in range(tl.program_id(0), tiles_m * tiles_v, tl.num_programs(0)):
+        # GROUP_M row tiles share each tile of W while it is in L2.
+        group = tile // (GROUP_M * tiles_v)
+        height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+        inner = tile % (GROUP_M * tiles_v)
+        tile_m, tile_v = group * GROUP_M + inner % height, inner // height
+        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        offs_h = tl.arange(0, BLOCK_H)
+        # Beyond the edge: the last row and column again, so that the loads need no mask.
+        safe_rows, safe_columns = tl.minimum(rows, M - 1), tl.minimum(columns, V - 1)
+        h_tile = h + safe_rows.to(tl.int64)[:, None] * stride_h + offs_h[None, :]
+        w_tile = weight + safe_columns.to(tl.int64)[:, None] * stride_w + offs_h[None, :]
+        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        for start in range(0, H, BLOCK_H):
+            if EVEN_H:
+                a, b = tl.load(h_tile), tl.load(w_tile)
+            else:
+                held = (start + offs_h < H)[None, :]
+                a, b = tl.load(h_tile, mask=held, other=0.0), tl.load(w_tile, mask=held, other=0.0)
+            acc = tl.dot(a, b.to(a.dtype).T, acc, input_precision="ieee")
+            h_tile += BLOCK_H
+            w_tile += BLOCK_H
+        if HAS_BIAS:
+            acc += tl.load(bias + safe_columns).to(tl.float32)[None, :]
+        z, dcap = _epilogue(acc, pre, post, HAS_CAP)
+        e = tl.exp(z - tl.load(c + safe_rows)[:, None])
+        e = tl.where((columns < V)[None, :], e, 0.0)
+        tl.store(partial + tile_v.to(tl.int64) * M + rows, tl.sum(e, 1), mask=rows < M)
+        if STORE:
+            place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
+            inside = (rows < M)[:, None] & (columns < V)[None, :]
+            tl.store(place, (e * dcap).to(out.dtype.element_ty), mask=inside)
+
+
+def _unit_stride(x):
+    """x itself unless the elements of a row lie apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def target_logits(h, weight, ids):
+    """Raw h_i . W[ids_i] in fp32, (M,); 0 where the id is outside [0, V)."""
+    h, weight, ids = _unit_stride(h), _unit_stride(weight), ids.contiguous()
+    (m, hidden), vocab = h.shape, weight.shape[0]
+    out = torch.empty(m, dtype=torch.float32, device=h.device)
+    if m:
+        block = min(1024, max(16, triton.next_power_of_2(hidden)))
+        with torch.cuda.device_of(h):
+            _target_logits_kernel[(m,)](
+                h, weight, ids, out, vocab, hidden, h.stride(0), weight.stride(0), BLOCK_H=block,
+                num_warps=4,
+            )
+    return out
+
+
+def fix_targets(e, ids, values):
+    """In place e[i, ids[i]] = values[i] where 0 <= ids[i] < V."""
+    m, vocab = e.shape
+    if m:
+        with torch.cuda.device_of(e):
+            _fix_targets_kernel[(triton.cdiv(m, 128),)](
+                e, ids.contiguous(), values.contiguous(), m, vocab, e.stride(0), BLOCK_M=128,
+                num_warps=4,
+            )
+
+
+def token_rows(
+    log_probs, advantages, loss_weights, rlsd_lambda, config, *, teacher_log_probs=None,
+    old_log_probs=None, ref_log_probs=None, reweight_mask=None, entropy=None,
+):
+    """loss (), g (M,) and the TOKEN_SUMS in fp64; entropy only feeds its sum."""
+    given = [log_probs, advantages, loss_weights, teacher_log_probs, old_log_probs, ref_log_probs,
+             reweight_mask, entropy]
+    given = [log_probs if x is None else x.contiguous() for x in given]
+    g = torch.empty_like(given[0])
+    loss = g.new_empty(())
+    sums = g.new_empty(len(TOKEN_SUMS), dtype=torch.float64)
+    eps_w, dual = config.rlsd_reweight_clip_range, config.delta
+    bounds = (
+        math.log1p(-eps_w) if eps_w < 1 else -math.inf,
+        math.log1p(eps_w),
+        math.log1p(-config.epsilon) if config.epsilon < 1 else -MAX_LOG_RATIO,
+        MAX_LOG_RATIO if dual is None else min(math.log(dual), MAX_LOG_RATIO),
+        math.log1p(config.epsilon_high),
+        1 - config.epsilon,
+        1 + config.epsilon_high,
+        math.inf if dual is None else float(dual),
+        float(config.beta),
+    )
+    with torch.cuda.device_of(g):
+        _token_kernel[(1,)](
+            *given, rlsd_lambda, loss, g, sums, len(g), *bounds,
+            HAS_TEACHER=teacher_log_probs is not None, HAS_OLD=old_log_probs is not None,
+            HAS_REF=ref_log_probs is not None, HAS_MASK=reweight_mask is not None,
+            HAS_ENTROPY=entropy is not None, HAS_KL_LOSS=config.beta > 0,
+            DELTA_FROM_OLD=config.rlsd_delta_source == "old_log_probs",
+            NEGATIVE_ONLY=config.rlsd_negative_only, **tuning.TOKEN_TILES,
+        )
+    return loss, g, sums
+
+
+class Scorer:
+    """Streams rows of one head through exp; owns the fp32 logit chunk.
+
+    reduce_sum and reduce_max all-reduce an (M,) tensor in place over the holders of the other
+    vocabulary shards and return it. tier and tiles override tuning.py, for benchmarks.
+    """
+
+    def __init__(
+        self, weight, bias, temperature, logit_scale, softcap, chunk_rows, reduce_sum=None,
+        reduce_max=None, *, tier=None, tiles=None,
+    ):
+        self.weight, self.bias, self.chunk_rows = weight, bias, chunk_rows
+        self.vocab, self.hidden = weight.shape
+        self.capped = softcap is not None
+        # z = post tanh(pre x) under softcap, else pre x
+        self.pre = logit_scale / (softcap if self.capped else temperature)
+        self.post = softcap / temperature if self.capped else 1.0
+        self.reduce_sum = reduce_sum or (lambda x: x)
+        self.reduce_max = reduce_max or (lambda x: x)
+        self.tier = tier or tuning.SCORE_TIER
+        self.tiles = tiles
+        self._scratch = None
+
+    def score(self, h, c, *, out=None, keep=None, want_entropy=False):
+        """c, s, t of rows h (M, H); t is None unless wanted, and see STORE_* for `keep`."""
+        in_gemm = self.tier == "B" and self.weight.itemsize == 2 and len(h) > 0
+        if in_gemm and keep != "logits" and not want_entropy:
+            return self._score_in_gemm(h, c, out if keep == "exp" else None)
+        return self._score_in_chunk(h, c, out, keep, want_entropy)
+
+    def _score_in_chunk(self, h, c, out, keep, want_entropy):
+        """Tier A: three or four streaming passes over the chunk, no host sync."""
+        c = c.clone(memory_format=torch.contiguous_format)
+        s = torch.empty_like(c)
+        t = torch.empty_like(c) if want_entropy else None
+        store = {None: STORE_NONE, "exp": STORE_EXP, "logits": STORE_LOGITS}[keep]
+        # An fp32 `out` holds the logits itself; its exp waits until every c is settled.
+        in_place = keep is not None and out.dtype == torch.float32
+        deferred = in_place and store == STORE_EXP
+        x = gemm.logits(h, self.weight, out if in_place else self._chunk(len(h)))
+        row = (self.bias, self.pre, self.post, self.capped)
+        again = (None, 1.0, 1.0, False) if store == STORE_LOGITS else row  # x is z by then
+        first = STORE_NONE if deferred else store
+        self._exp(x, row, c, s, t, out, first)
+        s = self.reduce_sum(s)
+        if len(c):
+            with torch.cuda.device_of(x):
+                bias, pre, post, capped = again
+                _row_max_kernel[(len(c),)](
+                    x, x if bias is None else bias, c, s, self.vocab, x.stride(0), pre, post,
+                    HAS_BIAS=bias is not None, HAS_CAP=capped, **tuning.exp_tiles(self.vocab),
+                )
+        c = self.reduce_max(c)
+        exact = torch.zeros_like(s)
+        second = STORE_EXP if first == STORE_EXP else STORE_NONE
+        self._exp(x, again, c, exact, t, out, second, total=s)
+        s = torch.where(_trusted_rows(s), s, self.reduce_sum(exact))
+        if deferred:
+            self._exp(x, row, c, torch.empty_like(s), None, out, STORE_EXP)
+        return c, s, self.reduce_sum(t) if want_entropy else None
+
+    def _chunk(self, rows):
+        if self._scratch is None:
+            # 16-byte aligned rows at any V: the loads stay vectors.
+            width = triton.cdiv(self.vocab, 16) * 16
+            self._scratch = torch.empty(
+                self.chunk_rows, width, dtype=torch.float32, device=self.weight.device
+            )
+        return self._scratch[:rows, : self.vocab]
+
+    def _exp(self, x, epilogue, c, s, t, out, store, total=None):
+        bias, pre, post, capped = epilogue
+        if not len(c):
+            return
+        out = x if store == STORE_NONE else out
+        with torch.cuda.device_of(x):
+            _exp_kernel[(len(c),)](
+                x, x if bias is None else bias, c, s, s if t is None else t, out,
+                s if total is None else total, self.vocab, x.stride(0), out.stride(0), pre, post,
+                HAS_BIAS=bias is not None, HAS_CAP=capped, WANT_ENTROPY=t is not None,
+                STORE=store, ONLY_FLAGGED=total is not None,
+                **tuning.exp_tiles(self.vocab, store=store != STORE_NONE),
+            )
+
+    def _score_in_gemm(self, h, c, out):
+        """Tier B. It asks the host once whether any row is flagged, so no CUDA graph can hold it;
+        flagged rows go through tier A."""
+        h, weight = _unit_stride(h), _unit_stride(self.weight)
+        c = c.clone(memory_format=torch.contiguous_format)
+        m = len(h)
+        tiles = self.tiles or tuning.gemm_tiles(_arch(h), h.itemsize, self.hidden)
+        tiles_v = triton.cdiv(self.vocab, tiles["BLOCK_V"])
+        partial = torch.empty(tiles_v, m, dtype=torch.float32, device=h.device)
+        e = partial if out is None else out
+        grid = (min(_processors(h), tiles_v * triton.cdiv(m, tiles["BLOCK_M"])),)
+        with torch.cuda.device_of(h):
+            _gemm_exp_kernel[grid](
+                h, weight, partial if self.bias is None else self.bias, c, partial, e, m,
+                self.vocab, self.hidden, h.stride(0), weight.stride(0), e.stride(0), self.pre,
+                self.post, HAS_BIAS=self.bias is not None, HAS_CAP=self.capped,
+                STORE=out is not None, EVEN_H=self.hidden % tiles["BLOCK_H"] == 0, **tiles,
+            )
+        s = self.reduce_sum(partial.sum(0))
+        flagged = (~_trusted_rows(s)).nonzero().squeeze(-1)
+        if len(flagged):
+            redone = None if out is None else out[flagged]
+            c[flagged], s[flagged], _ = self._score_in_chunk(
+                h[flagged], c[flagged], redone, None if out is None else "exp", False
+            )
+            if out is not None:
+                out[flagged] = redone
+        return c, s, None
+
+    def logit_gradient(self, z, out, ids, lse, g, g_entropy, entropy, scale):
+        """out = scale (g (p - onehot) + g_entropy p (log p + H)) dcap with p = exp(z - lse)."""
+        m, vocab = z.shape
+        if not m:
+            return
+        has_entropy = g_entropy is not None and entropy is not None
+        rows = (ids, lse, g, g_entropy if has_entropy else g, entropy if has_entropy else g)
+        rows = [x.contiguous() for x in rows]
+        with torch.cuda.device_of(z):
+            _logit_gradient_kernel[(m,)](
+                z, out, *rows, vocab, z.stride(0), out.stride(0), scale, 1 / self.post,
+                HAS_CAP=self.capped, HAS_ENTROPY=has_entropy,
+                **tuning.exp_tiles(vocab, store=True),
+            )
+
+
+def _trusted_rows(s):
+    return (s >= tuning.SUM_MIN) & (s <= tuning.SUM_MAX)
+
+
+def _arch(x):
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    return 10 * major + minor
+
+
+def _processors(x):
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
