@@ -340,11 +340,11 @@ def _token_kernel(
 @triton.jit(do_not_specialize=["M"])
 def _gemm_exp_kernel(
     h, weight, bias, c, partial, out, M, V, H, stride_h, stride_w, stride_out, pre, post,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, EVEN_H: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """Persistent: each program takes every num_programs-th tile of exp(h W^T - c); row sums go to
-    partial (vocabulary tiles, M), E to out."""
+    partial (vocabulary tiles, M), E to out. H is a multiple of BLOCK_H."""
     tiles_m, tiles_v = tl.cdiv(M, BLOCK_M), tl.cdiv(V, BLOCK_V)
     for tile in range(tl.program_id(0), tiles_m * tiles_v, tl.num_programs(0)):
         # GROUP_M row tiles share each tile of W while it is in L2.
@@ -360,12 +360,8 @@ def _gemm_exp_kernel(
         h_tile = h + safe_rows.to(tl.int64)[:, None] * stride_h + offs_h[None, :]
         w_tile = weight + safe_columns.to(tl.int64)[:, None] * stride_w + offs_h[None, :]
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        for start in range(0, H, BLOCK_H):
-            if EVEN_H:
-                a, b = tl.load(h_tile), tl.load(w_tile)
-            else:
-                held = (start + offs_h < H)[None, :]
-                a, b = tl.load(h_tile, mask=held, other=0.0), tl.load(w_tile, mask=held, other=0.0)
+        for _ in range(0, H, BLOCK_H):
+            a, b = tl.load(h_tile), tl.load(w_tile)
             acc = tl.dot(a, b.to(a.dtype).T, acc, input_precision="ieee")
             h_tile += BLOCK_H
             w_tile += BLOCK_H
@@ -472,10 +468,19 @@ class Scorer:
 
     def score(self, h, c, *, out=None, keep=None, want_entropy=False):
         """c, s, t of rows h (M, H); t is None unless wanted, and see STORE_* for `keep`."""
-        in_gemm = self.tier == "B" and self.weight.itemsize == 2 and len(h) > 0
-        if in_gemm and keep != "logits" and not want_entropy:
-            return self._score_in_gemm(h, c, out if keep == "exp" else None)
+        if self.tier == "B" and keep != "logits" and not want_entropy and len(h):
+            tiles = self._gemm_tiles(h, out)
+            if tiles is not None:
+                return self._score_in_gemm(h, c, out, tiles)
         return self._score_in_chunk(h, c, out, keep, want_entropy)
+
+    def _gemm_tiles(self, h, out):
+        """Tiles of the tier B kernel; None for what only tier A takes: fp32 weights, and sizes at
+        which its loads would need masks and its stores would be scalar (the registers spill)."""
+        tiles = self.tiles or tuning.gemm_tiles(_arch(h), self.weight.itemsize, self.capped)
+        even = self.hidden % tiles["BLOCK_H"] == 0 and self.vocab % 16 == 0
+        even = even and (out is None or out.stride(0) % 16 == 0)
+        return tiles if even and self.weight.itemsize == 2 else None
 
     def _score_in_chunk(self, h, c, out, keep, want_entropy):
         """Tier A: three or four streaming passes over the chunk, no host sync."""
@@ -531,13 +536,12 @@ class Scorer:
                 **tuning.exp_tiles(self.vocab, store=store != STORE_NONE),
             )
 
-    def _score_in_gemm(self, h, c, out):
+    def _score_in_gemm(self, h, c, out, tiles):
         """Tier B. It asks the host once whether any row is flagged, so no CUDA graph can hold it;
         flagged rows go through tier A."""
         h, weight = _unit_stride(h), _unit_stride(self.weight)
         c = c.clone(memory_format=torch.contiguous_format)
         m = len(h)
-        tiles = self.tiles or tuning.gemm_tiles(_arch(h), h.itemsize, self.hidden)
         tiles_v = triton.cdiv(self.vocab, tiles["BLOCK_V"])
         partial = torch.empty(tiles_v, m, dtype=torch.float32, device=h.device)
         e = partial if out is None else out
@@ -547,7 +551,7 @@ class Scorer:
                 h, weight, partial if self.bias is None else self.bias, c, partial, e, m,
                 self.vocab, self.hidden, h.stride(0), weight.stride(0), e.stride(0), self.pre,
                 self.post, HAS_BIAS=self.bias is not None, HAS_CAP=self.capped,
-                STORE=out is not None, EVEN_H=self.hidden % tiles["BLOCK_H"] == 0, **tiles,
+                STORE=out is not None, **tiles,
             )
         s = self.reduce_sum(partial.sum(0))
         flagged = (~_trusted_rows(s)).nonzero().squeeze(-1)

@@ -51,18 +51,17 @@ def exp_tiles(vocab_size, *, store=False):
     return {"BLOCK_V": block, "num_warps": max(1, min(8, block // 512))}
 
 
-def gemm_tiles(arch, itemsize, hidden_size):
+def gemm_tiles(arch, itemsize, softcap):
     """Launch of the GEMM with the exp epilogue, by compute capability (80, 90, 100).
 
-    A 128 x 256 tile is what two warpgroups hold in registers and needs 48 KiB of shared memory per
-    stage of 64 x 2 bytes; sm_80 (and its consumer kin with 99 KiB) gets 128 x 128 x 32.
+    A 128 x 256 tile fills the registers of two warpgroups and needs 48 KiB of shared memory per
+    stage of 128 bytes of H. The tanh of a softcap would spill there (bench/results/aot), so it gets
+    half the width; sm_80 and consumer parts (99 KiB of shared memory) get 128 x 128 x 64 bytes.
     """
-    if arch >= 90:
-        tiles = {"BLOCK_M": 128, "BLOCK_V": 256, "BLOCK_H": 128 // itemsize, "GROUP_M": 16,
-                 "num_warps": 8, "num_stages": 4}
-    else:
-        tiles = {"BLOCK_M": 128, "BLOCK_V": 128, "BLOCK_H": 64 // itemsize, "GROUP_M": 8,
-                 "num_warps": 8, "num_stages": 4}
-    if hidden_size <= tiles["BLOCK_H"] * 4:  # too few steps to fill a deep pipeline
-        tiles["num_stages"] = 2
+    tiles = {"BLOCK_M": 128, "BLOCK_V": 128, "BLOCK_H": 64 // itemsize, "GROUP_M": 8,
+             "num_warps": 8, "num_stages": 4}
+    if 90 <= arch < 120:
+        tiles |= {"BLOCK_H": 128 // itemsize, "GROUP_M": 16}
+        if not softcap:
+            tiles["BLOCK_V"] = 256
     return tiles

@@ -1,5 +1,6 @@
 """Seeds, poisoned memory and no network for every test."""
 
+import importlib.util
 import ipaddress
 import os
 import random
@@ -13,6 +14,34 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined, so before any test imports one.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _round_to_bf16_like_a_gpu():
+    """Triton's interpreter truncates fp32 to bf16, twice the error of the rounding on a GPU."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    plain = {("fp32", "bf16"), ("bf16", "fp32")}
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+    def converted(x, source, target, rounding):
+        if (source.name, target.name) not in plain:
+            return convert(x, source, target, rounding)
+        x = np.array(x, order="C")  # bits: the interpreter holds bf16 as uint16
+        x = torch.from_numpy(x.view(np.uint16 if source.name == "bf16" else np.float32))
+        y = x.view(torch_dtype[source.name]).to(torch_dtype[target.name])
+        bits = torch.uint16 if target.name == "bf16" else torch.uint32
+        return y.view(bits).numpy()
+
+    interpreter._convert_float = converted
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    _round_to_bf16_like_a_gpu()
 
 
 def pytest_configure(config):
