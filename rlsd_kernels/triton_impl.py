@@ -514,6 +514,8 @@ class Scorer:
         return c, s, self.reduce_sum(t) if want_entropy else None
 
     def _chunk(self, rows):
+        if rows > self.chunk_rows:
+            raise ValueError(f"score takes at most {self.chunk_rows} rows at a time, not {rows}.")
         if self._scratch is None:
             # 16-byte aligned rows at any V: the loads stay vectors.
             width = triton.cdiv(self.vocab, 16) * 16

@@ -126,6 +126,22 @@ def test_score_heads(head, keep, want_entropy):
     case.check(c, s, t, out, keep)
 
 
+def test_softcap_is_exact_to_fp32():
+    """Both branches of tanh and its slope, at logits that are exact: H = 1 and h = 1."""
+    x = torch.cat([torch.linspace(-12, 12, 3001), torch.logspace(-6, 0, 500), torch.zeros(1)])
+    x = x.to(DEVICE)
+    one = torch.ones(1, 1, device=DEVICE)
+    scorer = triton_impl.Scorer(x[:, None].contiguous(), None, 1.0, 1.0, 1.0, 1)
+    out, e = torch.empty(1, len(x), device=DEVICE), torch.empty(1, len(x), device=DEVICE)
+    exact = torch.tanh(x.double())
+    scorer.score(one, one[0] * 8, out=out, keep="logits")
+    assert ((out[0] - exact).abs() <= 3e-7 * exact.abs()).all(), worst(out[0], exact)[1]
+    scorer.score(one, one[0] * 8, out=e, keep="exp")
+    slope = e[0].double() / (exact - 8).exp()
+    error, sentence = worst(slope, 1 - exact**2)
+    assert error <= 2e-6, sentence
+
+
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("off", [-200, -80, -10, 0, 10, 80, 200])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
@@ -177,6 +193,8 @@ def test_the_chunk_is_allocated_once_and_only_where_needed():
     assert scratch.shape == (5, 144)  # rows start at multiples of 16 elements
     case.score(guess, "exp-bf16")
     assert case.scorer._scratch is scratch
+    with pytest.raises(ValueError, match="at most 5 rows at a time, not 6"):
+        case.scorer.score(case.h.repeat(2, 1), guess.repeat(2))
     case.h, guess = case.h[:0], guess[:0]
     assert [x.shape for x in case.score(guess, want_entropy=True)[:3]] == [(0,)] * 3
 
