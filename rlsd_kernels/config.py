@@ -13,10 +13,10 @@ import torch
 DELTA_SOURCES = ("current", "old_log_probs")
 # exp(80) still fits fp32: bounds ratios so that no inf * 0 can appear in a backward pass.
 MAX_LOG_RATIO = 80.0
-# A row whose sum of exp(z - c) leaves these bounds had a bad guess c and is done again with its
-# true maximum: before fp32 overflows or, with entropy = log s - t / s, that difference cancels.
-ROW_SUM_BOUNDS = (1e-30, 1e30)
-ENTROPY_ROW_SUM_BOUNDS = (1e-8, 1e8)
+# A row whose sum of exp(z - c) leaves these bounds had a bad guess c, by 18 nats, and is done again
+# with its true maximum. Inside, no term that counts is flushed to zero, neither E W nor 1 / s can
+# leave fp32, and the entropy log s - t / s is no difference of large numbers.
+ROW_SUM_BOUNDS = (1e-8, 1e8)
 # What an implementation adds up over the tokens that it is given, in fp64 and in this order; a
 # token is active if it is unmasked with A != 0, pos and neg go by the sign of A (see metrics.py).
 TOKEN_SUMS = (
@@ -34,6 +34,11 @@ LOG_FLOOR = -1e30
 def compute_dtype(dtype):
     """The dtype in which inputs of `dtype` are computed: fp64 stays, everything else is fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def capturing(x):
+    """Whether a CUDA graph is being captured, when no number may come back to the host."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_number(name, value, low=-math.inf, high=math.inf, *, low_open=False):

@@ -18,8 +18,17 @@ from torch import Tensor
 
 from . import gemm, ref
 from .config import LOG_FLOOR, MAX_LOG_RATIO, check_number, compute_dtype
-from .logprob import check_tensor, check_weight, choose_impl
-from .tuning import DEFAULT_WORKSPACE_BYTES, rows_per_chunk
+from .logprob import (
+    autocast_head,
+    check_finite,
+    check_logit_scalars,
+    check_tensor,
+    check_weight,
+    check_workspace,
+    choose_impl,
+)
+from .pipeline import stored_dtype
+from .tuning import rows_per_chunk
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 # Logits taken through the elementwise part at a time, whole rows. On a CPU 2**18 keeps its
@@ -28,12 +37,6 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 GROUP_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
 # Lifts small entries of dz off fp16's floor (6e-8); dz itself is seldom beyond a few nats.
 FP16_LIFT = 256.0
-
-
-def stored_dtype(dtype):
-    """Dtype of gradients formed before the upstream gradient is known: fp16 would flush those that
-    a loss scale is about to lift."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def finish_logits(z, bias, temperature, logit_scale, softcap):
@@ -113,7 +116,7 @@ def distill(
         rest = loss_weights.abs().amax()
         share = loss_weights / rest
         itemsize = max(dtype.itemsize, t_dtype.itemsize)
-        step = rows_per_chunk(len(live), vocab, itemsize, 2, max_workspace_bytes)
+        step = rows_per_chunk(len(live), 2 * vocab * itemsize, max_workspace_bytes)
         group = max(1, GROUP_ELEMENTS.get(hidden.device.type, 2**23) // vocab)
         # Once for all chunks: on a CPU fresh pages cost 10 to 15 % of the GEMM that fills them.
         student = hidden.new_empty(step, vocab, dtype=dtype)
@@ -211,14 +214,14 @@ def _backward(ctx, grad_loss, *unused):
 _distillation_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _choose(impl):
+def _choose(impl, tensor):
     """"torch" or "ref": choose_impl speaks for the RLSD ops, which have more implementations."""
     if impl in ("triton", "cuda"):
         raise ValueError(
             f"impl={impl!r} cannot run: linear_distillation_loss has no such implementation yet; "
             "use impl='auto' or impl='torch'."
         )
-    return "torch" if impl == "auto" else choose_impl(impl)
+    return choose_impl("torch" if impl == "auto" else impl, tensor)
 
 
 def _check(
@@ -226,13 +229,6 @@ def _check(
     max_workspace_bytes, tp_group,
 ):
     """Every check but finiteness on `tensors` = dict of the dense inputs; the workspace size."""
-    for name, value in tensors.items():
-        # By name: importing torch.distributed.tensor for this alone is slow.
-        if type(value).__name__ == "DTensor":
-            raise TypeError(
-                f"{name} is a DTensor, which linear_distillation_loss cannot shard; pass "
-                f"{name}.full_tensor()."
-            )
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = tensors.values()
     check_tensor("hidden", hidden)
     if hidden.dim() < 2:
@@ -282,23 +278,13 @@ def _check(
             f"alpha must lie strictly between 0 and 1 for divergence='jsd', which vanishes at "
             f"{alpha!r}; use divergence='forward_kl' (what others run at 0) or 'reverse_kl' (at 1)."
         )
-    check_number("temperature", temperature, 0, low_open=True)
-    check_number("logit_scale", logit_scale)
-    if softcap is not None:
-        check_number("final_logit_softcapping", softcap, 0, low_open=True)
+    check_logit_scalars(temperature, logit_scale, softcap)
     if tp_group is not None:
         raise ValueError(
             "tp_group (a vocabulary-sharded head) is not supported by linear_distillation_loss; "
             "gather the head and pass tp_group=None."
         )
-    if max_workspace_bytes is None:
-        return DEFAULT_WORKSPACE_BYTES
-    if isinstance(max_workspace_bytes, bool) or not isinstance(max_workspace_bytes, int):
-        raise TypeError(
-            f"max_workspace_bytes must be an int or None, but got {max_workspace_bytes!r}."
-        )
-    check_number("max_workspace_bytes", max_workspace_bytes, 1)
-    return max_workspace_bytes
+    return check_workspace(max_workspace_bytes, hidden)
 
 
 def linear_distillation_loss(
@@ -340,6 +326,9 @@ def linear_distillation_loss(
     Raises: TypeError or ValueError in one sentence on wrong types, shapes, dtypes, devices, values.
     Source: arXiv 2306.13649 (GKD), with its generalised JSD; both models see the same tokens.
     """
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = autocast_head(
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias
+    )
     tensors = {
         "hidden": hidden, "weight": weight, "bias": bias, "teacher_hidden": teacher_hidden,
         "teacher_weight": teacher_weight, "teacher_bias": teacher_bias,
@@ -348,17 +337,12 @@ def linear_distillation_loss(
         tensors, divergence, alpha, loss_weights, temperature, logit_scale,
         final_logit_softcapping, max_workspace_bytes, tp_group,
     )
-    impl, shape = _choose(impl), hidden.shape[:-1]
+    impl, shape = _choose(impl, hidden), hidden.shape[:-1]
     if loss_weights is None:
         loss_weights = hidden.new_full(shape, 1 / max(1, math.prod(shape)), dtype=torch.float64)
     a_t = loss_weights.detach().reshape(-1).to(compute_dtype(hidden.dtype))
     if check_inputs:
-        for name, value in {**tensors, "loss_weights": a_t}.items():
-            if value is not None and not torch.isfinite(value).all():
-                raise ValueError(
-                    f"{name} has non-finite values; find the row with torch.isfinite before the "
-                    "loss."
-                )
+        check_finite({**tensors, "loss_weights": a_t})
     rows = hidden.reshape(-1, hidden.shape[-1])
     t_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
     t_weight, t_bias = (

@@ -16,7 +16,6 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from . import pipeline, ref, torch_impl
 from .config import check_number, compute_dtype
@@ -101,7 +100,7 @@ def check_tensor(name, value, *, shape=None, like=None, kind="float", why=""):
     """Raise TypeError or ValueError in one sentence unless value is the tensor that is needed."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, but got {type(value).__name__}.")
-    if isinstance(value, DTensor):
+    if type(value).__name__ == "DTensor":  # importing its class takes seconds
         raise TypeError(
             f"{name} is a DTensor; call this inside the module's forward, where FSDP2 has gathered "
             "it, or pass full_tensor(), or a vocabulary shard's to_local() with tp_group."
@@ -147,23 +146,41 @@ def check_head(
         check_tensor(
             "bias", bias, shape=weight.shape[:1], like=("hidden", hidden), why=" (V,)"
         )
-    check_number("temperature", temperature, 0, low_open=True)
-    check_number("logit_scale", logit_scale)
-    if final_logit_softcapping is not None:
-        check_number("final_logit_softcapping", final_logit_softcapping, 0, low_open=True)
+    check_logit_scalars(temperature, logit_scale, final_logit_softcapping)
     if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
         raise TypeError(
             "tp_group must be a torch.distributed.ProcessGroup whose ranks hold the head's rows "
             f"in order, or None, but got {type(tp_group).__name__}."
         )
+    return check_workspace(max_workspace_bytes, hidden)
+
+
+def check_logit_scalars(temperature, logit_scale, final_logit_softcapping):
+    check_number("temperature", temperature, 0, low_open=True)
+    check_number("logit_scale", logit_scale)
+    if final_logit_softcapping is not None:
+        check_number("final_logit_softcapping", final_logit_softcapping, 0, low_open=True)
+
+
+def check_workspace(max_workspace_bytes, tensor):
+    """The bound in bytes, the device's default for None."""
     if max_workspace_bytes is None:
-        return default_workspace_bytes(hidden.device.type)
+        return default_workspace_bytes(tensor.device.type)
     if isinstance(max_workspace_bytes, bool) or not isinstance(max_workspace_bytes, int):
         raise TypeError(
             f"max_workspace_bytes must be an int or None, but got {max_workspace_bytes!r}."
         )
     check_number("max_workspace_bytes", max_workspace_bytes, 1)
     return max_workspace_bytes
+
+
+def check_finite(tensors):
+    """check_inputs=True: no NaN or infinity in any of the named tensors."""
+    for name, value in tensors.items():
+        if value is not None and not torch.isfinite(value).all():
+            raise ValueError(
+                f"{name} has non-finite values; find the row with torch.isfinite before the loss."
+            )
 
 
 def check_weight(name, weight, hidden, hidden_name="hidden"):

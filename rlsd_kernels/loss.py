@@ -16,6 +16,7 @@ from . import pipeline, ref
 from .config import TOKEN_SUMS, RLSDLossConfig, check_number, compute_dtype
 from .logprob import (
     autocast_head,
+    check_finite,
     check_head,
     check_ids,
     check_tensor,
@@ -246,11 +247,7 @@ def _check_finite(tensors, tokens):
         for name, value in tokens._asdict().items()
         if value is not None and value.is_floating_point()
     }
-    for name, value in {**tensors, **per_token}.items():
-        if value is not None and not torch.isfinite(value).all():
-            raise ValueError(
-                f"{name} has non-finite values; find the row with torch.isfinite before the loss."
-            )
+    check_finite({**tensors, **per_token})
 
 
 def fused_linear_rlsd_loss(

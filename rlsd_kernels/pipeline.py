@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from . import gemm, tuning
-from .config import TOKEN_SUMS, RLSDLossConfig, check_number, compute_dtype
+from .config import TOKEN_SUMS, RLSDLossConfig, capturing, check_number, compute_dtype
 
 MAX_GUESS = 40.0  # the rollout's log-prob as a guess is trusted down to e^-40
 NO_GUESS = 8.0  # without one the target is taken to lie 8 nats below the log-sum-exp
@@ -88,7 +88,7 @@ def _lambda_here(rlsd_lambda, device):
 def _indices(rows):
     """Indices of the True rows, or None for all: if all are, or while a CUDA graph is captured,
     when no count may come back to the host."""
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(rows):
         return None
     index = rows.nonzero().squeeze(-1)
     return None if len(index) == len(rows) else index
@@ -266,7 +266,10 @@ class Gradients:
         if self.need_dw:
             gemm.add_dw(self.dw, e, (v.unsqueeze(-1) * h).to(e.dtype))
         if self.need_db:
-            gemm.add_dw(self.db.unsqueeze(-1), e, v.unsqueeze(-1).to(e.dtype))
+            # In two parts: v rounded to 16 bits alone would add 2^-9 to the error of E.
+            high = v.to(e.dtype)
+            parts = torch.stack([high, (v - high).to(e.dtype)], -1)
+            self.db += gemm.add_dw(self.db.new_zeros(len(self.db), 2), e, parts).sum(-1)
 
     def cast(self, dw_dtype, db_dtype):
         dw, db = self.dw, self.db

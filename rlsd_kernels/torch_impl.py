@@ -12,13 +12,7 @@ import math
 import torch
 
 from . import gemm
-from .config import (
-    ENTROPY_ROW_SUM_BOUNDS,
-    LOG_FLOOR,
-    MAX_LOG_RATIO,
-    ROW_SUM_BOUNDS,
-    compute_dtype,
-)
+from .config import LOG_FLOOR, MAX_LOG_RATIO, ROW_SUM_BOUNDS, capturing, compute_dtype
 from .tuning import SCORE_TILE
 
 
@@ -126,13 +120,12 @@ class Scorer:
 
         keep "exp" stores e times the softcap's slope in out (M, V), "logits" stores z.
         """
-        capturing = h.is_cuda and torch.cuda.is_current_stream_capturing()
-        if capturing:  # no host may look at the flags: take the true maximum of every row
+        if capturing(h):  # no host may look at the flags: take the true maximum of every row
             c = self._row_max(h)
         s, t = self._pass(h, c, out, keep, want_entropy)
-        if capturing:
+        if capturing(h):
             return c, s, t
-        low, high = ENTROPY_ROW_SUM_BOUNDS if want_entropy else ROW_SUM_BOUNDS
+        low, high = ROW_SUM_BOUNDS
         rows = (~((s > low) & (s < high))).nonzero().squeeze(-1)
         if len(rows) == 0:
             return c, s, t

@@ -16,16 +16,16 @@ import triton
 import triton.language as tl
 
 from . import gemm, tuning
-from .config import MAX_LOG_RATIO, TOKEN_SUMS
+from .config import MAX_LOG_RATIO, ROW_SUM_BOUNDS, TOKEN_SUMS
 
 STORE_NONE, STORE_EXP, STORE_LOGITS = 0, 1, 2
 LOG_RATIO_LIMIT = tl.constexpr(MAX_LOG_RATIO)
-SUM_MIN, SUM_MAX = tl.constexpr(tuning.SUM_MIN), tl.constexpr(tuning.SUM_MAX)
+SUM_MIN, SUM_MAX = (tl.constexpr(x) for x in ROW_SUM_BOUNDS)
 
 
 @triton.jit
 def _trusted(s):
-    """False for NaN, infinities, 0 and sums too close to the ends of fp32."""
+    """False for NaN and for the sums of a bad guess."""
     return (s >= SUM_MIN) & (s <= SUM_MAX)
 
 
@@ -377,6 +377,12 @@ def _gemm_exp_kernel(
             tl.store(place, (e * dcap).to(out.dtype.element_ty), mask=inside)
 
 
+def scratch_bytes(vocab, itemsize, keep, in_place):
+    """Bytes per row of the fp32 chunk; none where an fp32 `out` takes the logits itself."""
+    stored_there = keep == "logits" or (keep == "exp" and in_place)
+    return 0 if stored_there else triton.cdiv(vocab, 16) * 16 * itemsize
+
+
 def _unit_stride(x):
     """x itself unless the elements of a row lie apart."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -419,16 +425,12 @@ def token_rows(
     g = torch.empty_like(given[0])
     loss = g.new_empty(())
     sums = g.new_empty(len(TOKEN_SUMS), dtype=torch.float64)
-    eps_w, dual = config.rlsd_reweight_clip_range, config.delta
+    blame_low, praise_high, blame_high = config.log_ratio_bounds
     bounds = (
-        math.log1p(-eps_w) if eps_w < 1 else -math.inf,
-        math.log1p(eps_w),
-        math.log1p(-config.epsilon) if config.epsilon < 1 else -MAX_LOG_RATIO,
-        MAX_LOG_RATIO if dual is None else min(math.log(dual), MAX_LOG_RATIO),
-        math.log1p(config.epsilon_high),
+        *config.log_weight_bounds, blame_low, blame_high, praise_high,
         1 - config.epsilon,
         1 + config.epsilon_high,
-        math.inf if dual is None else float(dual),
+        math.inf if config.delta is None else float(config.delta),
         float(config.beta),
     )
     with torch.cuda.device_of(g):
@@ -583,7 +585,7 @@ class Scorer:
 
 
 def _trusted_rows(s):
-    return (s >= tuning.SUM_MIN) & (s <= tuning.SUM_MAX)
+    return (s >= ROW_SUM_BOUNDS[0]) & (s <= ROW_SUM_BOUNDS[1])
 
 
 def _arch(x):

@@ -1,0 +1,346 @@
+"""The pass over the head with each implementation's kernels: on a GPU's 16-bit operands, without
+host synchronisation, and over vocabulary shards."""
+
+import math
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from problems import NAMES, assert_as_accurate, cast, make_problem, run_fused
+
+from rlsd_kernels import (
+    RLSDLossConfig,
+    available_impls,
+    fused_linear_rlsd_loss,
+    gemm,
+    linear_log_probs,
+    pipeline,
+    rlsd_loss,
+    torch_impl,
+    tuning,
+)
+
+KERNELS = [name for name in ("torch", "triton") if available_impls()[name] == "ok"]
+PER_TOKEN = ("hidden", "weight", "completion_ids", "advantages", "loss_weights", "teacher_hidden")
+# name -> optional inputs, loss options, call options
+CASES = {
+    "on-policy": ((), {}, {}),
+    "off-policy": (("old_log_probs",), {}, {}),
+    "all": (
+        ("old_log_probs", "ref_log_probs", "reweight_mask", "bias"),
+        {"beta": 0.1, "entropy_coef": 0.05, "temperature": 0.7, "rlsd_negative_only": True},
+        {"logit_scale": 0.4, "final_logit_softcapping": 3.0, "return_entropy": True},
+    ),
+    "softcap": (("old_log_probs", "bias"), {}, {"final_logit_softcapping": 2.0}),
+    "no-dual-clip": (("old_log_probs",), {"delta": None, "rlsd_delta_source": "old_log_probs"},
+                     {"return_entropy": True, "logit_scale": 1.7}),
+}
+
+
+def make(case, dtype, n=37, v=1003, h=24):
+    keep, loss, call = CASES[case]
+    p = make_problem(n, v, h, dtype)
+    p["bias"] = torch.randn(v, generator=torch.Generator().manual_seed(1)).to(dtype)
+    options = {"config": RLSDLossConfig(**loss), **call}
+    return {k: x for k, x in p.items() if k in PER_TOKEN or k in keep}, options
+
+
+def relative(got, truth):
+    return float((got.double() - truth.double()).norm() / truth.double().norm())
+
+
+# Rows of logits that fit: a few rows a chunk, all at once. V = 1003 is odd and spans two tiles of
+# the Triton kernels' smallest launch.
+@pytest.mark.parametrize("rows", [7, None], ids="rows{}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=NAMES.get)
+@pytest.mark.parametrize("case", CASES)
+def test_triton_end_to_end(case, dtype, rows):
+    pytest.importorskip("triton")
+    p, options = make(case, dtype)
+    got = run_fused(p, "triton", max_workspace_bytes=rows and rows * 8 * 1003, **options)
+    same = run_fused(p, "ref", **options)
+    assert_as_accurate(got, same, run_fused(cast(p, torch.float64), "ref", **options))
+
+
+@pytest.mark.parametrize("rows", [7, None], ids="rows{}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_triton_log_probs(dtype, rows):
+    pytest.importorskip("triton")
+    p, _ = make("softcap", dtype)
+    results = []
+    for impl, width in (("triton", dtype), ("ref", dtype), ("ref", torch.float64)):
+        leaves = [p[k].to(width).requires_grad_() for k in ("hidden", "weight", "bias")]
+        lp, entropy = linear_log_probs(
+            leaves[0], leaves[1], p["completion_ids"], bias=leaves[2], return_entropy=True,
+            old_log_probs=p["old_log_probs"], final_logit_softcapping=2.0, impl=impl,
+            max_workspace_bytes=rows and rows * 8 * 1003,
+        )
+        grads = torch.autograd.grad((lp * p["advantages"]).sum() + entropy.sum(), leaves)
+        results.append(dict(zip(("lp", "entropy", "d_h", "d_w", "d_b"),
+                                (lp.detach(), entropy.detach(), *grads), strict=True)))
+    assert_as_accurate(*results)
+
+
+@pytest.fixture
+def gpu_operands(monkeypatch):
+    """GEMMs as cuBLAS does them: 16-bit operands, fp32 accumulators and result."""
+
+    def logits(h, weight, out):
+        assert h.dtype == weight.dtype
+        return out.copy_(h.float() @ weight.float().T)
+
+    def dx(e, weight):
+        assert e.dtype == weight.dtype
+        return e.float() @ weight.float()
+
+    def add_dw(dw, e, x):
+        assert e.dtype == x.dtype
+        return dw.copy_(dw.float() + e.float().T @ x.float())
+
+    monkeypatch.setattr(gemm, "operand_dtype", lambda weight: weight.dtype)
+    for function in (logits, dx, add_dw):
+        monkeypatch.setattr(gemm, function.__name__, function)
+
+
+def torch_at_16_bits(p, options):
+    """The step as PyTorch users write it, logits and their gradient in the input dtype."""
+    leaves = {k: p[k].clone().requires_grad_() for k in ("hidden", "weight")}
+    z = (leaves["hidden"] @ leaves["weight"].T).float()
+    lp = z.log_softmax(-1).gather(-1, p["completion_ids"][:, None]).squeeze(-1)
+    t = (p["teacher_hidden"] @ p["weight"].T).float().log_softmax(-1)
+    t = t.gather(-1, p["completion_ids"][:, None]).squeeze(-1)
+    out = rlsd_loss(
+        lp, p["advantages"], teacher_log_probs=t, old_log_probs=p.get("old_log_probs"),
+        loss_weights=p["loss_weights"], impl="ref", **options,
+    )
+    out.loss.backward()
+    return {f"d_{k}": x.grad for k, x in leaves.items()} | {"log_probs": lp.detach()}
+
+
+@pytest.mark.parametrize("rows", [7, 37], ids="rows{}".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAMES.get)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("impl", KERNELS)
+def test_precision_contract_on_16_bit_operands(impl, case, dtype, rows, gpu_operands):
+    p, options = make(case, dtype, v=2003)
+    # E and a chunk of logits of `rows` rows: 2 + 4 bytes, and the kernels' scratch
+    got = run_fused(p, impl, max_workspace_bytes=rows * 20 * 2003, **options)
+    truth = run_fused(cast(p, torch.float64), "ref", **options)
+    live = truth["log_probs"] != 0
+    assert (got["log_probs"] - truth["log_probs"]).abs().max() < 1e-4
+    assert ((got["teacher_log_probs"] - truth["teacher_log_probs"]).abs().max()) < 1e-4
+    assert live.sum() > 20 and got["d_hidden"].dtype == got["d_weight"].dtype == dtype
+    peers = torch_at_16_bits(p, options) if case in ("on-policy", "off-policy") else {}
+    for name in ("d_hidden", "d_weight") + (("d_bias",) if "bias" in p else ()):
+        error = relative(got[name], truth[name])
+        assert error < 4e-3, f"{name}: {error:.2g}"
+        if name in peers:
+            peer = relative(peers[name], truth[name])
+            assert error < 2 * peer, f"{name}: {error:.2g}, PyTorch {peer:.2g}"
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "anew"])
+@pytest.mark.parametrize("impl", KERNELS)
+def test_log_probs_on_16_bit_operands(impl, keep, gpu_operands):
+    p, _ = make("off-policy", torch.bfloat16, v=2003)
+    upstream = torch.randn(37)
+    upstream[::4] = 0
+    results = []
+    for name, width in ((impl, torch.bfloat16), ("ref", torch.float64)):
+        leaves = [p[k].to(width).requires_grad_() for k in ("hidden", "weight")]
+        lp = linear_log_probs(
+            *leaves, p["completion_ids"], impl=name, old_log_probs=p["old_log_probs"],
+            max_workspace_bytes=None if keep else 5 * 20 * 2003,
+        )
+        results.append([lp.detach(), *torch.autograd.grad((lp * upstream).sum(), leaves)])
+    (lp, *grads), (want, *truth) = results
+    assert (lp - want).abs().max() < 1e-4
+    for got, exact in zip(grads, truth, strict=True):
+        assert relative(got, exact) < 4e-3
+
+
+def test_kept_exponentials_save_the_second_logits_gemm(monkeypatch):
+    rows = []
+    real = gemm.logits
+    monkeypatch.setattr(
+        gemm, "logits", lambda h, w, out: rows.append(len(h) * len(w)) or real(h, w, out)
+    )
+    p = make_problem(37, 1003, 24)
+    hidden = p["hidden"].clone().requires_grad_()
+    need = 37 * 4 * (1003 + 3 * 1003)  # E, and three tiles of scratch
+    for workspace, passes in ((need, 1), (need - 1, 2)):
+        rows.clear()
+        lp = linear_log_probs(
+            hidden, p["weight"], p["completion_ids"], impl="torch", max_workspace_bytes=workspace
+        )
+        lp.sum().backward()
+        assert sum(rows) == passes * 37 * 1003
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("offset", [-300.0, -30.0, 30.0, 300.0], ids="off{:+g}".format)
+def test_a_wrong_guess_never_changes_the_result(impl, offset):
+    p, options = make("off-policy", torch.float32, n=19)
+    config = RLSDLossConfig(rlsd_lambda=0.5)
+    # Only the guess is off: delta, ratio and clip read other tensors.
+    for name in ("plain", "guessed"):
+        p["old_log_probs"] = None if name == "plain" else p["teacher_hidden"].sum(-1) * 0 + offset
+        hidden = p["hidden"].clone().requires_grad_()
+        lp = linear_log_probs(
+            hidden, p["weight"], p["completion_ids"], old_log_probs=p["old_log_probs"], impl=impl
+        )
+        (dx,) = torch.autograd.grad((lp * p["advantages"]).sum(), hidden)
+        if name == "plain":
+            want, want_dx = lp, dx
+    assert config.rlsd_lambda == 0.5
+    torch.testing.assert_close(lp, want, atol=5e-6, rtol=0)
+    torch.testing.assert_close(dx, want_dx, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_comes_back_to_the_host_while_a_graph_is_captured(impl, case, monkeypatch):
+    p, options = make(case, torch.float32)
+    expected = run_fused(p, impl, **options)
+    for module in (pipeline, torch_impl):
+        monkeypatch.setattr(module, "capturing", lambda x: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda self: pytest.fail("nonzero synchronises"))
+    live = (p["loss_weights"] != 0) & (p["advantages"] != 0)
+    if case != "all":  # where neither KL nor entropy reads them, dead rows may hold anything
+        for name in ("hidden", "teacher_hidden", "old_log_probs"):
+            if name in p:
+                p[name][~live] = math.nan
+    got = run_fused(p, impl, **options)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=2e-5, atol=1e-6, msg=name)
+
+
+def test_lambda_as_a_tensor():
+    p, options = make("on-policy", torch.float32)
+    expected = run_fused(p, "torch", rlsd_lambda=0.3)
+    for lam in (torch.tensor(0.3), torch.tensor([0.3], dtype=torch.float64)):
+        got = run_fused(p, "torch", rlsd_lambda=lam)
+        assert all(torch.equal(got[k], v) for k, v in expected.items())
+    with pytest.raises(ValueError, match="^rlsd_lambda must be a finite number"):
+        run_fused(p, "torch", rlsd_lambda=torch.tensor(1.5))
+    with pytest.raises(ValueError, match=r"one element, but got shape \(2,\)"):
+        run_fused(p, "torch", rlsd_lambda=torch.ones(2))
+
+
+@pytest.mark.parametrize("impl", [*KERNELS, "ref"])
+def test_autocast_brings_an_fp32_head_to_bf16_hidden_states(impl):
+    p = make_problem(20, 51, 8)
+    p = {k: p[k] for k in PER_TOKEN}
+    p["hidden"], p["teacher_hidden"] = p["hidden"].bfloat16(), p["teacher_hidden"].bfloat16()
+    with pytest.raises(ValueError, match="^weight is torch.float32 but hidden is torch.bfloat16"):
+        run_fused(p, impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run_fused(p, impl)
+    expected = run_fused(p | {"weight": p["weight"].bfloat16()}, impl)
+    assert got["d_weight"].dtype == torch.float32 and got["d_hidden"].dtype == torch.bfloat16
+    for name, value in expected.items():
+        # PyTorch's own backward of the reference rounds in autocast, as everybody's does there.
+        if impl != "ref" or not name.startswith("d_"):
+            assert torch.equal(got[name].to(value.dtype), value), name
+
+
+def test_the_chunk_of_a_gpu_holds_e_of_all_rows(monkeypatch):
+    """plan_rows by the kernels' own bytes: Qwen3-8B's head, 8192 rows, bf16 on a GPU."""
+    pytest.importorskip("triton")
+    triton_impl = pytest.importorskip("rlsd_kernels.triton_impl")
+    weight = torch.empty(151936, 4096, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(gemm, "operand_dtype", lambda weight: weight.dtype)
+    stored, scratch = pipeline._row_bytes(triton_impl, weight, "exp")
+    plan = tuning.plan_rows(8192, stored, scratch, tuning.WORKSPACE_BYTES["cuda"], 8192)
+    assert (stored, scratch) == (2 * 151936, 4 * 151936) and plan == (8192, 2048)
+
+
+SHARDED = ("off-policy", "all")
+
+
+def _shard_worker(rank, world, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    try:
+        torch.save(_sharded_results(rank, world), folder / f"{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _sharded_results(rank, world):
+    """SHARDED cases by every implementation on this rank's shard; uneven shards, V = 53."""
+    bounds = [0, *sorted(torch.randperm(52, generator=torch.Generator().manual_seed(3))[
+        : world - 1].add(1).tolist()), 53]
+    mine = slice(bounds[rank], bounds[rank + 1])
+    results = {"rows": (mine.start, mine.stop)}
+    group = dist.group.WORLD
+    for case in SHARDED:
+        for impl in (*KERNELS, "ref"):
+            p, options = make(case, torch.float32, n=17, v=53, h=8)
+            p = {k: x[mine] if k in ("weight", "bias") else x for k, x in p.items()}
+            out = run_fused(p, impl, tp_group=group, **options)
+            results[case, impl] = {k: v.clone() for k, v in out.items()}
+    p, _ = make("off-policy", torch.float32, n=17, v=53, h=8)
+    for impl in (*KERNELS, "ref"):
+        # a guess so wrong that every row takes the exact path
+        old = torch.full((17,), -40.0)
+        leaves = [p["hidden"].clone().requires_grad_(), p["weight"][mine].clone().requires_grad_()]
+        lp, entropy = linear_log_probs(
+            *leaves, p["completion_ids"], old_log_probs=old, return_entropy=True, impl=impl,
+            tp_group=group,
+        )
+        grads = torch.autograd.grad((lp * p["advantages"]).sum() + entropy.sum(), leaves)
+        names = ("log_probs", "entropy", "d_hidden", "d_weight")
+        values = (lp.detach(), entropy.detach(), *grads)
+        results["log_probs", impl] = dict(zip(names, values, strict=True))
+    try:
+        fused_linear_rlsd_loss(
+            p["hidden"], p["weight"][mine], p["completion_ids"] * 0 + 53, p["advantages"],
+            rlsd_lambda=0.0, tp_group=group,
+        )
+    except ValueError as error:
+        results["error"] = str(error)
+    return results
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("world", [2, 4], ids="ranks{}".format)
+def test_vocabulary_shards_equal_the_whole_head(world, tmp_path):
+    mp.spawn(_shard_worker, args=(world, _free_port(), tmp_path), nprocs=world)
+    ranks = {rank: torch.load(tmp_path / f"{rank}.pt") for rank in range(world)}
+    assert all("[0, 53)" in r["error"] for r in ranks.values())
+
+    for case in (*SHARDED, "log_probs"):
+        if case == "log_probs":
+            p, _ = make("off-policy", torch.float32, n=17, v=53, h=8)
+            leaves = [p["hidden"].requires_grad_(), p["weight"].requires_grad_()]
+            lp, entropy = linear_log_probs(
+                *leaves, p["completion_ids"], return_entropy=True, impl="ref"
+            )
+            grads = torch.autograd.grad((lp * p["advantages"]).sum() + entropy.sum(), leaves)
+            whole = dict(zip(("log_probs", "entropy", "d_hidden", "d_weight"),
+                             (lp.detach(), entropy.detach(), *grads), strict=True))
+        else:
+            p, options = make(case, torch.float32, n=17, v=53, h=8)
+            whole = run_fused(p, "ref", **options)
+        for impl in (*KERNELS, "ref"):
+            for rank, results in ranks.items():
+                got, rows = results[case, impl], slice(*results["rows"])
+                assert got.keys() == whole.keys()
+                for name, value in whole.items():
+                    if name in ("d_weight", "d_bias"):
+                        value = value[rows]
+                    torch.testing.assert_close(
+                        got[name], value, rtol=2e-5, atol=2e-6,
+                        msg=lambda m, where=(case, impl, rank, name): f"{where}: {m}",
+                    )
