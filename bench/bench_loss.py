@@ -8,7 +8,6 @@ Quote ratios within one run, never times of a shared machine.
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,14 +40,6 @@ def test_step(benchmark, provider, head):
     benchmark.pedantic(step, rounds=5, warmup_rounds=1)
 
 
-def gemm_work(case, provider, frozen_head, live):
-    """NHV of one step, on an eighth of the rows: the work is proportional to them."""
-    case = replace(case, rows=max(64, case.rows // 8))
-    problem = common.make_problem(case, frozen_head=frozen_head, live=live)
-    common.gradients(problem, provider.step)  # torch.compile traces now, not under the profiler
-    return common.measured_nhv(case, lambda: common.gradients(problem, provider.step))
-
-
 def run_block(case, providers, *, frozen_head, live, rounds, warmup_s):
     """One table: all providers on one problem. rounds=0 measures accuracy alone."""
     torch._dynamo.reset()  # compiled code of another block's shape does not use up its limit
@@ -57,7 +48,8 @@ def run_block(case, providers, *, frozen_head, live, rounds, warmup_s):
     found = {}
     for provider in providers:
         wrong = common.errors(common.gradients(problem, provider.step), truth, live_rows)
-        nhv = gemm_work(case, provider, frozen_head, live)
+        step = provider.step
+        nhv = common.measured_nhv(case, lambda step=step: common.gradients(problem, step))
         found[provider.name] = {"nhv": round(nhv, 2), "errors": wrong}
     del truth
     block = {
@@ -104,7 +96,7 @@ def main(argv=None):
         "providers": [
             {
                 "name": p.name, "call": p.call, "package": p.package, "logits": p.logits,
-                "nhv": p.nhv, "nhv_frozen": p.nhv_frozen, "not_run": reasons[p.name],
+                "not_run": reasons[p.name],
             }
             for p in PROVIDERS
         ],

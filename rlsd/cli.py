@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from rlsd_kernels import __version__, available_impls
+from rlsd_kernels.logprob import choose_impl
 
 from .config import TrainConfig, UserError, load_yaml, make_config
 
@@ -213,7 +214,7 @@ def doctor(arguments):
         ("matplotlib", "curves"), ("rich", "sample tables"), ("pyarrow", "parquet, completions"),
         ("reasoning-gym", "reasoning-gym: tasks"), ("datasets", "hub datasets"),
         ("math-verify", "reward math_verify"), ("tensorboard", "report_to: tensorboard"),
-        ("triton", "not used by this version"),
+        ("triton", "impl triton, on a GPU"),
     ):
         try:
             state = importlib.metadata.version(name)
@@ -228,11 +229,11 @@ def doctor(arguments):
         print("  no CUDA device; runs on the CPU")
     print(f"  {torch.get_num_threads()} CPU threads; nvcc: {shutil.which('nvcc') or 'not found'}")
     print("\nImplementations of the fused loss")
-    status = available_impls()
-    for name, state in status.items():
+    for name, state in available_impls().items():
         print(f"  {name:<8}{state}")
-    auto = next(name for name, state in status.items() if state == "ok")
-    print(f"  impl='auto' runs {auto!r}, the fastest that is available here")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = choose_impl("auto", torch.empty(0, device=device))
+    print(f"  impl='auto' runs {auto!r} on {device}, the fastest that is available there")
     print("\nIntegrations\n  none in this version; import rlsd_kernels into your own trainer")
     return 0
 

@@ -71,7 +71,8 @@ class Trainer:
                 f"{going_on}."
             )
         self.loss_config = config.loss_config()
-        why_not = available_impls().get(config.impl, "ok")
+        on_gpu = torch.cuda.is_available() and not config.device.startswith("cpu")
+        why_not = available_impls(None if on_gpu else torch.empty(0)).get(config.impl, "ok")
         if why_not != "ok":
             raise UserError(f"impl={config.impl!r} cannot run: {why_not}")
         self.reward_funcs = load_reward_funcs(reward_funcs or config.reward_funcs)

@@ -45,9 +45,12 @@ def _triton_status():
     return "ok"
 
 
-def available_impls():
-    """Dict of implementation name -> "ok", or the reason in one sentence why it cannot run here."""
-    return {
+def available_impls(tensor=None):
+    """Dict of implementation name -> "ok", or the reason in one sentence why it cannot run here.
+
+    With a tensor: on its device, for its dtype.
+    """
+    status = {
         "cuda": (
             "The CUDA implementation is not part of this version of rlsd_kernels; use "
             "impl='torch', which runs anywhere."
@@ -56,6 +59,17 @@ def available_impls():
         "torch": "ok",
         "ref": "ok",
     }
+    if tensor is None:
+        return status
+    why_not = None
+    if tensor.dtype == torch.float64:
+        why_not = "it computes in fp32, but the inputs are fp64; use impl='torch'."
+    elif not tensor.is_cuda and not _triton_interpreted():
+        why_not = f"its kernels need tensors on a GPU, but got {tensor.device}; use impl='torch'."
+    for name in ("cuda", "triton"):
+        if why_not is not None and status[name] == "ok":
+            status[name] = why_not
+    return status
 
 
 def choose_impl(impl, tensor):
@@ -65,30 +79,22 @@ def choose_impl(impl, tensor):
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, but got {impl!r}.")
-    status = available_impls()
-    on_gpu, fp64 = tensor.is_cuda, tensor.dtype == torch.float64
-    why_not = None
-    if fp64:
-        why_not = "it computes in fp32, but the inputs are fp64; use impl='torch'."
-    elif not on_gpu and not _triton_interpreted():
-        why_not = f"its kernels need tensors on a GPU, but got {tensor.device}; use impl='torch'."
-    if impl == "auto":
-        usable = on_gpu and why_not is None
-        ranked = ("cuda", "triton", "torch") if usable else ("torch",)
-        chosen = next(name for name in ranked if status[name] == "ok")
-        if (chosen, on_gpu) not in _announced and not torch.compiler.is_compiling():
-            _announced.add((chosen, on_gpu))
-            passed = [f"{x}: {status[x]}" for x in ranked[: ranked.index(chosen)]]
-            logger.info(
-                "impl='auto' runs %r, the fastest for %s inputs on %s.%s", chosen, tensor.dtype,
-                tensor.device.type, " Passed over " + " ".join(passed) if passed else "",
-            )
-        return chosen
-    if status[impl] != "ok":
-        raise ValueError(f"impl={impl!r} cannot run: {status[impl]}")
-    if impl in ("cuda", "triton") and why_not is not None:
-        raise ValueError(f"impl={impl!r} cannot run: {why_not}")
-    return impl
+    status = available_impls(tensor)
+    if impl != "auto":
+        if status[impl] != "ok":
+            raise ValueError(f"impl={impl!r} cannot run: {status[impl]}")
+        return impl
+    # Triton's interpreter is a debugger, never the fastest.
+    ranked = ("cuda", "triton", "torch") if tensor.is_cuda else ("torch",)
+    chosen = next(name for name in ranked if status[name] == "ok")
+    if (chosen, tensor.is_cuda) not in _announced and not torch.compiler.is_compiling():
+        _announced.add((chosen, tensor.is_cuda))
+        passed = [f"{x}: {status[x]}" for x in ranked[: ranked.index(chosen)]]
+        logger.info(
+            "impl='auto' runs %r, the fastest for %s inputs on %s.%s", chosen, tensor.dtype,
+            tensor.device.type, " Passed over " + " ".join(passed) if passed else "",
+        )
+    return chosen
 
 
 def load_impl(name):

@@ -250,6 +250,7 @@ def test_bad_device(tmp_path, capsys):
 
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
 def test_unavailable_impl_stops_before_the_first_rollout(impl, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(rlsd.trainer, "roll_out", lambda *_: pytest.fail("sampled"))
     assert f"impl='{impl}' cannot run: " in train_fails(capsys, tmp_path, impl=impl)
     assert not (tmp_path / "run").exists()
@@ -424,7 +425,13 @@ def test_plot_to_a_bad_place(finished, tmp_path, capsys):
         assert str(output) in fails(capsys, "plot", finished[0], "--output", output)
 
 
-def test_validate_prints_the_table(capsys):
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """Leaves Triton out: test_validate.py has it, and it takes half a minute."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_validate_prints_the_table(capsys, no_interpreter):
     assert main(["validate"]) == 0
     out = capsys.readouterr().out
     for impl in ("cuda", "triton", "torch", "ref"):
@@ -436,10 +443,10 @@ def test_validate_prints_the_table(capsys):
     assert out.endswith("All within the contract.\n")
 
 
-def test_validate_fails_on_a_wrong_implementation(capsys, monkeypatch):
-    right = torch_impl.token_loss
+def test_validate_fails_on_a_wrong_implementation(capsys, monkeypatch, no_interpreter):
+    right = torch_impl.token_rows
     monkeypatch.setattr(
-        torch_impl, "token_loss", lambda *a, **k: tuple(1.01 * x for x in right(*a, **k))
+        torch_impl, "token_rows", lambda *a, **k: tuple(1.01 * x for x in right(*a, **k))
     )
     assert main(["validate"]) == 1
     out = capsys.readouterr().out

@@ -181,9 +181,9 @@ def test_choose_impl_returns_what_was_asked(impl):
 def test_an_impl_that_cannot_run_says_why(impl, monkeypatch):
     monkeypatch.setattr(
         logprob, "available_impls",
-        lambda: {"cuda": "No CUDA here.", "triton": "No GPU here.", "torch": "ok", "ref": "ok"},
+        lambda tensor: {"cuda": "No CUDA here.", "triton": "No GPU here.", "torch": "ok"},
     )
-    reason = logprob.available_impls()[impl]
+    reason = logprob.available_impls(OnGPU)[impl]
     with pytest.raises(ValueError) as error:
         logprob.choose_impl(impl, OnGPU)
     assert str(error.value) == f"impl={impl!r} cannot run: {reason}"
@@ -192,7 +192,7 @@ def test_an_impl_that_cannot_run_says_why(impl, monkeypatch):
 @pytest.mark.parametrize("tensor, reason", [(CPU, "on a GPU, but got cpu"), (FP64, "are fp64")],
                          ids=["cpu", "fp64"])
 def test_kernels_refuse_tensors_they_cannot_take(tensor, reason, monkeypatch):
-    monkeypatch.setattr(logprob, "available_impls", lambda: dict.fromkeys(logprob.IMPLS, "ok"))
+    monkeypatch.setattr(logprob, "_triton_status", lambda: "ok")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=f"^impl='triton' cannot run: .*{reason}.*\\.$"):
         logprob.choose_impl("triton", tensor)
@@ -212,7 +212,7 @@ def test_unknown_impl(impl):
 def test_auto_takes_the_first_that_runs_and_says_it_once(monkeypatch, caplog):
     monkeypatch.setattr(logprob, "_announced", set())
     status = {"cuda": "No nvcc.", "triton": "Not installed.", "torch": "ok", "ref": "ok"}
-    monkeypatch.setattr(logprob, "available_impls", lambda: status)
+    monkeypatch.setattr(logprob, "available_impls", lambda tensor: status)
     with caplog.at_level(logging.INFO, "rlsd_kernels"):
         assert [logprob.choose_impl("auto", OnGPU) for _ in range(3)] == ["torch"] * 3
         status["triton"] = "ok"
