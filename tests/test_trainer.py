@@ -368,7 +368,7 @@ def test_validate_every_logs_deviations(tmp_path):
 
 @pytest.mark.parametrize("wrong", [0, 1], ids=["loss", "gradient"])
 def test_validate_every_stops_a_wrong_implementation(wrong, tmp_path, monkeypatch):
-    right = torch_impl.token_loss
+    right = torch_impl.token_rows
 
     def off_by_one_percent(*args, **kwargs):
         out = list(right(*args, **kwargs))
@@ -380,7 +380,7 @@ def test_validate_every_stops_a_wrong_implementation(wrong, tmp_path, monkeypatc
 
     def train_step(step):
         if step == 2:
-            monkeypatch.setattr(torch_impl, "token_loss", off_by_one_percent)
+            monkeypatch.setattr(torch_impl, "token_rows", off_by_one_percent)
         return real_step(step)
 
     trainer.train_step = train_step

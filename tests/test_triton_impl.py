@@ -9,7 +9,7 @@ from problems import NAMES, make_problem, worst
 
 pytest.importorskip("triton")
 
-from rlsd_kernels import RLSDLossConfig, metrics, torch_impl, triton_impl, tuning  # noqa: E402
+from rlsd_kernels import RLSDLossConfig, ref, triton_impl, tuning  # noqa: E402
 from rlsd_kernels.config import TOKEN_SUMS  # noqa: E402
 
 # numpy, under the interpreter, warns of what bad guesses are there to provoke
@@ -417,30 +417,14 @@ def double(x):
     return x.double() if torch.is_tensor(x) and x.is_floating_point() else x
 
 
-def expected_sums(base, given, lam, config):
-    """TOKEN_SUMS from the means of metrics.token_stats in fp64."""
-    stats = metrics.token_stats(
-        *map(double, base), **{k: double(given.get(k)) for k in OPTIONAL}, rlsd_lambda=lam,
-        config=config,
-    )
-    stats = {k: float(v) for k, v in stats.items()}
-    n = {k.removeprefix("tokens/"): v for k, v in stats.items() if k.startswith("tokens/")}
-
-    def total(name, over):
-        return stats[name] * n[over] if n[over] and name in stats else 0.0
-
-    squared = stats["rlsd/delta_std"] ** 2 + stats["rlsd/delta_mean"] ** 2
-    return dict(zip(TOKEN_SUMS, (
-        n["reweighted_pos"], n["reweighted_neg"], n["active_pos"], n["active_neg"],
-        total("rlsd/delta_mean_pos", "reweighted_pos"),
-        total("rlsd/delta_mean_neg", "reweighted_neg"),
-        squared * n["reweighted"] if n["reweighted"] else 0.0,
-        total("rlsd/weight_mean_pos", "active_pos"), total("rlsd/weight_mean_neg", "active_neg"),
-        total("rlsd/clip_low_frac", "reweighted"), total("rlsd/clip_high_frac", "reweighted"),
-        total("clip_ratio/low_mean", "active"), total("clip_ratio/high_mean", "active"),
-        total("clip_ratio/dual_mean", "active"), total("kl", "active"),
-        total("entropy", "active"), total("policy_kl", "active"),
-    ), strict=True))
+def specification(base, given, lam, config):
+    """a_t loss_t and g_t of each token, and TOKEN_SUMS, by the reference and autograd in fp64."""
+    given = {k: double(given.get(k)) for k in OPTIONAL} | {"rlsd_lambda": lam, "config": config}
+    log_probs, advantages, weights = (x.double() for x in base)
+    sums = ref.token_sums(log_probs, advantages, weights, **given)
+    leaves = (log_probs.requires_grad_(), weights.requires_grad_())
+    g, token = torch.autograd.grad(ref.rlsd_loss(leaves[0], advantages, leaves[1], **given), leaves)
+    return weights.detach() * token, g, sums
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -457,27 +441,21 @@ def test_token_rows(m, options, inputs):
     again = triton_impl.token_rows(*base, lam, config, **given)
     assert all(map(torch.equal, (loss, g, sums), again))
 
-    exact = {k: double(v) for k, v in given.items() if k != "entropy"}
-    token, slope = torch_impl.token_loss(*map(double, base), config, lam.double(), **exact)
-    live = (base[2] != 0) & ((base[1] != 0) | (config.beta > 0))
-    token, slope = torch.where(live, token, 0), torch.where(live, slope, 0)
+    token, slope, expected = specification(base, given, lam.double(), config)
     size = token.abs().sum()
     assert (loss - token.sum()).abs() <= 2e-5 * size, (loss, token.sum())
     # exp at 100 nats loses 1e-5 of its value in fp32; near 0 the log-probs' own rounding is left
     excess = (g.double() - slope).abs() - 2e-5 * slope.abs() - 2e-6 * base[2].double()
     assert (excess <= 0).all(), worst(g, slope)[1]
-    for name, value, want in zip(
-        TOKEN_SUMS, sums.tolist(), expected_sums(base, given, lam.double(), config).values(),
-        strict=True,
-    ):
+    for name, value, want in zip(TOKEN_SUMS, sums.tolist(), expected.tolist(), strict=True):
         assert abs(value - want) <= 2e-5 * abs(want) + 1e-5, f"{name}: got {value}, want {want}"
 
 
 def test_the_problem_reaches_every_sum():
     base, given = tokens(1300)
     config = RLSDLossConfig(delta=1.5)
-    sums = expected_sums(base, given, 0.5, config)
-    assert not [name for name, value in sums.items() if value == 0]
+    *_, sums = specification(base, given, 0.5, config)
+    assert not [name for name, value in zip(TOKEN_SUMS, sums, strict=True) if value == 0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
