@@ -344,3 +344,19 @@ def test_vocabulary_shards_equal_the_whole_head(world, tmp_path):
                         got[name], value, rtol=2e-5, atol=2e-6,
                         msg=lambda m, where=(case, impl, rank, name): f"{where}: {m}",
                     )
+
+
+def test_dtensors_are_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+        p, _ = make("on-policy", torch.float32, n=5, v=53, h=8)
+        sharded = distribute_tensor(p["weight"], init_device_mesh("cpu", (1,)))
+        sentence = r"^weight is a DTensor; call this inside .* FSDP2 .* tp_group\.$"
+        with pytest.raises(TypeError, match=sentence):
+            linear_log_probs(p["hidden"], sharded, p["completion_ids"])
+        with pytest.raises(TypeError, match=sentence):
+            run_fused(p | {"weight": sharded}, "auto", grads=())
+    finally:
+        dist.destroy_process_group()
