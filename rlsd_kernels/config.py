@@ -41,6 +41,12 @@ def capturing(x):
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def constant_when_compiled(function):
+    """torch.compiler.assume_constant_result without its import of Dynamo, which takes seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def check_number(name, value, low=-math.inf, high=math.inf, *, low_open=False):
     """Raise ValueError in one sentence unless value is a finite number in [low, high]."""
     ok = isinstance(value, Real) and not isinstance(value, bool)

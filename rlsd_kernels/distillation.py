@@ -26,6 +26,9 @@ from .logprob import (
     check_weight,
     check_workspace,
     choose_impl,
+    empty_gradients,
+    needs_grad,
+    register_gradients,
 )
 from .pipeline import stored_dtype
 from .tuning import rows_per_chunk
@@ -151,11 +154,8 @@ def distill(
                 gemm.add_dw(dw, e, h)
         dw, db = dw.mul_(rest), db.mul_(rest)
     loss = torch.cat(values).sum() if values else hidden.new_zeros((), dtype=dtype)
-    return loss, dx, dw.to(stored_dtype(weight.dtype)), db.to(stored_dtype(_db_dtype(weight, bias)))
-
-
-def _db_dtype(weight, bias):
-    return (weight if bias is None else bias).dtype
+    db_dtype = dtype if bias is None else bias.dtype
+    return loss, dx, dw.to(stored_dtype(weight.dtype)), db.to(stored_dtype(db_dtype))
 
 
 @torch.library.custom_op("rlsd::linear_distillation_loss", mutates_args=())
@@ -183,35 +183,11 @@ def _(
 ):
     return (
         hidden.new_empty((), dtype=compute_dtype(hidden.dtype)),
-        hidden.new_empty(hidden.shape if need_dx else 0, dtype=stored_dtype(hidden.dtype)),
-        weight.new_empty(weight.shape if need_dw else 0, dtype=stored_dtype(weight.dtype)),
-        weight.new_empty(
-            weight.shape[0] if need_db else 0, dtype=stored_dtype(_db_dtype(weight, bias))
-        ),
+        *empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db, stored=True),
     )
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-    ctx.num_inputs = len(inputs)
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_loss, *unused):
-    if grad_loss is None:
-        return (None,) * ctx.num_inputs
-    upstream = grad_loss.reshape(1)  # not 0-dim: the product is fp32 and rounded once
-    grads = [
-        torch.mul(x, upstream, out=torch.empty_like(x, dtype=dtype)) if needed else None
-        for x, dtype, needed in zip(
-            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
-        )
-    ]
-    return (*grads, *[None] * (ctx.num_inputs - 3))
-
-
-_distillation_op.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(_distillation_op, slice(1, 4))
 
 
 def _choose(impl, tensor):
@@ -354,9 +330,7 @@ def linear_distillation_loss(
             divergence=divergence, alpha=alpha, temperature=temperature, logit_scale=logit_scale,
             final_logit_softcapping=final_logit_softcapping,
         )
-    need = [
-        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)
-    ]
+    need = [needs_grad(x) for x in (rows, weight, bias)]
     # alpha as a tensor: torch.compile would specialise on each value of a float in a schedule.
     # A product, not torch.full, which it specialises on as well.
     alpha = torch.ones((), dtype=torch.float64, device="cpu") * alpha

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import pipeline, ref, torch_impl
-from .config import check_number, compute_dtype
+from .config import check_number, compute_dtype, constant_when_compiled
 from .tuning import default_workspace_bytes
 
 logger = logging.getLogger("rlsd_kernels")
@@ -30,7 +30,8 @@ def _triton_interpreted():
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-def _triton_status():
+@constant_when_compiled
+def _triton_status(device_index):
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton`, or use impl='torch'."
     if _triton_interpreted():
@@ -40,7 +41,7 @@ def _triton_status():
             "the Triton implementation needs a GPU and none is available here; use impl='torch', "
             "or set TRITON_INTERPRET=1 to test the kernels on the CPU."
         )
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+    if torch.version.hip is None and torch.cuda.get_device_capability(device_index) < (8, 0):
         return "the Triton implementation needs an NVIDIA GPU of sm_80 or later; use impl='torch'."
     return "ok"
 
@@ -55,7 +56,7 @@ def available_impls(tensor=None):
             "The CUDA implementation is not part of this version of rlsd_kernels; use "
             "impl='torch', which runs anywhere."
         ),
-        "triton": _triton_status(),
+        "triton": _triton_status(None if tensor is None else tensor.device.index),
         "torch": "ok",
         "ref": "ok",
     }
@@ -90,7 +91,8 @@ def choose_impl(impl, tensor):
     if (chosen, tensor.is_cuda) not in _announced and not torch.compiler.is_compiling():
         _announced.add((chosen, tensor.is_cuda))
         passed = [f"{x}: {status[x]}" for x in ranked[: ranked.index(chosen)]]
-        logger.info(
+        logger.log(
+            logging.WARNING if passed else logging.INFO,
             "impl='auto' runs %r, the fastest for %s inputs on %s.%s", chosen, tensor.dtype,
             tensor.device.type, " Passed over " + " ".join(passed) if passed else "",
         )
@@ -99,7 +101,11 @@ def choose_impl(impl, tensor):
 
 def load_impl(name):
     """The module that holds the kernels of an implementation; Triton is imported on first use."""
-    return torch_impl if name == "torch" else importlib.import_module(f".{name}_impl", __package__)
+    if name == "triton":
+        from . import triton_impl
+
+        return triton_impl
+    return torch_impl
 
 
 def check_tensor(name, value, *, shape=None, like=None, kind="float", why=""):
@@ -252,6 +258,14 @@ def group_name(tp_group):
     return None if tp_group is None else tp_group.group_name
 
 
+def head_layout(weight, tp_group):
+    """[first row of this rank's shard, vocabulary, rows of the largest shard]."""
+    rows = weight.shape[0]
+    if tp_group is None:
+        return [0, rows, rows]
+    return pipeline.shard_layout(tp_group.group_name, rows, str(weight.device))
+
+
 def gather_head(weight, bias, tp_group):
     """The whole head on every rank, for the reference; gradients reach this rank's rows."""
     if tp_group is None:
@@ -270,9 +284,10 @@ def gather_head(weight, bias, tp_group):
 def _log_probs_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, completion_ids: Tensor,
     old_log_probs: Tensor | None, temperature: float, logit_scale: float, softcap: float | None,
-    want_entropy: bool, keep: bool, impl: str, group_name: str | None, max_workspace_bytes: int,
+    want_entropy: bool, keep: bool, impl: str, layout: list[int], group_name: str | None,
+    max_workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shard = pipeline.Shard(weight, group_name)
+    shard = pipeline.Shard(layout, group_name)
     check_ids(completion_ids, shard.vocab)
     head = pipeline.Head(weight, bias, temperature, logit_scale, softcap)
     return pipeline.linear_log_probs_fwd(
@@ -282,7 +297,7 @@ def _log_probs_op(
 
 
 @_log_probs_op.register_fake
-def _(hidden, weight, bias, ids, old, temp, scale, cap, want_entropy, keep, impl, group, ws):
+def _(hidden, weight, bias, ids, old, temp, scale, cap, want_entropy, keep, *_):
     dtype, n = compute_dtype(hidden.dtype), hidden.shape[0]
     return (
         hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if want_entropy else 0, dtype=dtype),
@@ -298,23 +313,52 @@ def _log_probs_backward_op(
     grad_log_probs: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, completion_ids: Tensor, log_probs: Tensor, e: Tensor, s: Tensor,
     temperature: float, logit_scale: float, softcap: float | None, need_dx: bool, need_dw: bool,
-    need_db: bool, impl: str, group_name: str | None, max_workspace_bytes: int,
+    need_db: bool, impl: str, layout: list[int], group_name: str | None, max_workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = pipeline.Head(weight, bias, temperature, logit_scale, softcap)
     return pipeline.linear_log_probs_bwd(
         load_impl(impl), hidden, grad_log_probs, grad_entropy, head, completion_ids, log_probs, e,
-        s, pipeline.Shard(weight, group_name), (need_dx, need_dw, need_db), max_workspace_bytes,
+        s, pipeline.Shard(layout, group_name), (need_dx, need_dw, need_db), max_workspace_bytes,
     )
 
 
-def empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db):
+def empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db, *, stored=False):
     """Fake dh, dW, db: what the real ops return, an empty tensor for each that is not needed."""
-    return (
-        torch.empty_like(hidden) if need_dx else hidden.new_empty(0),
-        weight.new_empty(weight.shape if need_dw else 0),
-        (weight if bias is None else bias).new_empty(weight.shape[0] if need_db else 0,
-            dtype=compute_dtype(hidden.dtype) if bias is None else bias.dtype),
+    db_dtype = compute_dtype(hidden.dtype) if bias is None else bias.dtype
+    shapes = (
+        (hidden.shape if need_dx else 0, hidden.dtype),
+        (weight.shape if need_dw else 0, weight.dtype),
+        (weight.shape[:1] if need_db else 0, db_dtype),
     )
+    return tuple(
+        hidden.new_empty(shape, dtype=pipeline.stored_dtype(dtype) if stored else dtype)
+        for shape, dtype in shapes
+    )
+
+
+def register_gradients(op, gradients):
+    """Autograd of an op whose first output is the loss and whose outputs [gradients] are dh, dW and
+    db of its first three inputs, formed in forward: backward is one scaling."""
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*output[gradients])
+        ctx.num_inputs = len(inputs)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_loss, *unused):
+        if grad_loss is None:
+            return (None,) * ctx.num_inputs
+        upstream = grad_loss.reshape(1)  # not 0-dim: the product is fp32 and rounded once
+        grads = [
+            torch.mul(x, upstream, out=torch.empty_like(x, dtype=dtype)) if needed else None
+            for x, dtype, needed in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+            )
+        ]
+        return (*grads, *[None] * (ctx.num_inputs - 3))
+
+    op.register_autograd(backward, setup_context=setup)
 
 
 @_log_probs_backward_op.register_fake
@@ -331,19 +375,19 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_log_probs, grad_entropy, *unused):
     hidden, weight, bias, completion_ids, log_probs, e, s = ctx.saved_tensors
-    temperature, logit_scale, softcap, want_entropy, _, impl, group, workspace = ctx.scalars
+    temperature, logit_scale, softcap, want_entropy, _, *last = ctx.scalars
     if not want_entropy:
         grad_entropy = None
     if grad_log_probs is None and grad_entropy is None:
-        return (None,) * 13
+        return (None,) * 14
     if grad_log_probs is None:
         grad_log_probs = torch.zeros_like(log_probs)
     need = ctx.needs_input_grad[:3]
     grads = _log_probs_backward_op(
         grad_log_probs, grad_entropy, hidden, weight, bias, completion_ids, log_probs, e, s,
-        temperature, logit_scale, softcap, *need, impl, group, workspace,
+        temperature, logit_scale, softcap, *need, *last,
     )
-    return (*(x if n else None for x, n in zip(grads, need, strict=True)), *[None] * 10)
+    return (*(x if n else None for x, n in zip(grads, need, strict=True)), *[None] * 11)
 
 
 _log_probs_op.register_autograd(_backward, setup_context=_setup_context)
@@ -401,12 +445,14 @@ def linear_log_probs(
         )
         log_probs = log_probs.masked_fill(safe != ids, math.nan)
     else:
+        layout = head_layout(weight, tp_group)
         keep = needs_grad(rows, weight, bias) and pipeline.keeps_exponentials(
-            load_impl(impl), weight, rows.shape[0], workspace
+            load_impl(impl), weight, layout[2], rows.shape[0], workspace
         )
         log_probs, entropy, *_ = _log_probs_op(
             rows, weight, bias, ids, old_log_probs, float(temperature), float(logit_scale),
-            final_logit_softcapping, return_entropy, keep, impl, group_name(tp_group), workspace,
+            final_logit_softcapping, return_entropy, keep, impl, layout, group_name(tp_group),
+            workspace,
         )
     log_probs = log_probs.reshape(shape)
     return (log_probs, entropy.reshape(shape)) if return_entropy else log_probs

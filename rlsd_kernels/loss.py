@@ -26,7 +26,10 @@ from .logprob import (
     empty_gradients,
     gather_head,
     group_name,
+    head_layout,
     load_impl,
+    needs_grad,
+    register_gradients,
 )
 from .metrics import token_stats
 
@@ -54,10 +57,10 @@ def _fused_op(
     rlsd_lambda: Tensor, use_teacher: bool, eps_w: float, delta_source: str, negative_only: bool,
     epsilon: float, epsilon_high: float, delta: float | None, beta: float, entropy_coef: float,
     temperature: float, logit_scale: float, softcap: float | None, want_entropy: bool,
-    need_dx: bool, need_dw: bool, need_db: bool, impl: str, group_name: str | None,
-    max_workspace_bytes: int,
+    need_dx: bool, need_dw: bool, need_db: bool, impl: str, layout: list[int],
+    group_name: str | None, max_workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shard = pipeline.Shard(weight, group_name)
+    shard = pipeline.Shard(layout, group_name)
     check_ids(completion_ids, shard.vocab)
     config = RLSDLossConfig(
         0.0, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta, entropy_coef,
@@ -82,38 +85,18 @@ def _(
     entropy_coef, temperature, logit_scale, softcap, want_entropy, need_dx, need_dw, need_db, *_,
 ):
     dtype, n = compute_dtype(hidden.dtype), hidden.shape[0]
-    gradients = empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db)
+    gradients = empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db, stored=True)
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n if want_entropy or entropy_coef > 0 else 0, dtype=dtype),
-        *(x.to(pipeline.stored_dtype(x.dtype)) for x in gradients),
+        *gradients,
         hidden.new_empty(len(TOKEN_SUMS), dtype=torch.float64),
     )
 
 
-def _fused_setup(ctx, inputs, output):
-    ctx.save_for_backward(*output[4:7])
-    ctx.num_inputs = len(inputs)
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.set_materialize_grads(False)
-
-
-def _fused_backward(ctx, grad_loss, *unused):
-    if grad_loss is None:
-        return (None,) * ctx.num_inputs
-    upstream = grad_loss.reshape(1)  # not 0-dim: the product is fp32 and rounded once
-    grads = [
-        torch.mul(x, upstream, out=torch.empty_like(x, dtype=dtype)) if needed else None
-        for x, dtype, needed in zip(
-            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
-        )
-    ]
-    return (*grads, *[None] * (ctx.num_inputs - 3))
-
-
-_fused_op.register_autograd(_fused_backward, setup_context=_fused_setup)
+register_gradients(_fused_op, slice(4, 7))
 
 
 @torch.library.custom_op("rlsd::rlsd_loss", mutates_args=())
@@ -161,11 +144,12 @@ def _loss_backward(ctx, grad_loss, *unused):
 _loss_op.register_autograd(_loss_backward, setup_context=_loss_setup)
 
 
-def _effective_lambda(rlsd_lambda, config, dtype, has_teacher):
+def _effective_lambda(rlsd_lambda, config, dtype, device, has_teacher):
     """0-dim tensor and whether the teacher may matter.
 
     A number stays on the CPU, where the op reads it without synchronising. Under torch.compile it
-    is not compared with anything: that would compile anew for every step of a schedule.
+    is not compared with anything: that would compile anew for every step of a schedule. A tensor on
+    the GPU is read by the kernels alone.
     """
     value = config.rlsd_lambda if rlsd_lambda is None else rlsd_lambda
     if isinstance(value, Tensor):
@@ -174,15 +158,18 @@ def _effective_lambda(rlsd_lambda, config, dtype, has_teacher):
                 f"rlsd_lambda must be a number or a tensor of one element, but got shape "
                 f"{tuple(value.shape)}."
             )
-        return value.detach().reshape(()).to(dtype), True
+        if value.device.type != "cpu" and value.device != device:
+            raise ValueError(
+                f"rlsd_lambda is on {value.device} but the rest is on {device}; move it there, or "
+                "to the CPU."
+            )
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return value.detach().reshape(()).to(dtype), True
+        value = value.item()
     if torch.compiler.is_compiling() and rlsd_lambda is not None and has_teacher:
         return torch.ones((), dtype=dtype) * value, True
     check_number("rlsd_lambda", value, 0, 1)
     return torch.full((), value, dtype=dtype), value > 0
-
-
-def _show(lam):
-    return f"{float(lam):g}"
 
 
 class _Tokens(NamedTuple):
@@ -303,7 +290,8 @@ def fused_linear_rlsd_loss(
     )
     dtype = compute_dtype(hidden.dtype)
     lam, use_teacher = _effective_lambda(
-        rlsd_lambda, config, dtype, teacher_hidden is not None or teacher_log_probs is not None
+        rlsd_lambda, config, dtype, hidden.device,
+        teacher_hidden is not None or teacher_log_probs is not None,
     )
     shape = completion_ids.shape
     tokens = _check_tokens(
@@ -314,7 +302,7 @@ def fused_linear_rlsd_loss(
         raise ValueError("Pass teacher_hidden or teacher_log_probs, not both.")
     if use_teacher and teacher_hidden is None and teacher_log_probs is None:
         raise ValueError(
-            f"teacher_hidden or teacher_log_probs is needed because lambda is {_show(lam)}; pass "
+            f"teacher_hidden or teacher_log_probs is needed because lambda is {float(lam):g}; pass "
             "one, or set rlsd_lambda to 0 for GRPO."
         )
     if teacher_weight is not None and teacher_hidden is None:
@@ -339,7 +327,7 @@ def fused_linear_rlsd_loss(
                 "student and teacher need one vocabulary."
             )
     if check_inputs:
-        check_ids(completion_ids, weight.shape[0], force=True)
+        check_ids(completion_ids, head_layout(weight, tp_group)[1], force=True)
         _check_finite(
             {"hidden": hidden, "weight": weight, "bias": bias, "teacher_hidden": teacher_hidden,
              "teacher_weight": teacher_weight}, tokens,
@@ -369,10 +357,7 @@ def fused_linear_rlsd_loss(
             **tokens._replace(teacher_log_probs=teacher)._asdict(),
         )
     else:
-        need = [
-            torch.is_grad_enabled() and x is not None and x.requires_grad
-            for x in (rows, weight, bias)
-        ]
+        need = [needs_grad(x) for x in (rows, weight, bias)]
         loss, log_probs, teacher, entropy, _, _, _, sums = _fused_op(
             rows, weight, bias, ids, tokens.advantages, tokens.loss_weights, t_rows,
             tokens.teacher_log_probs, t_weight, tokens.old_log_probs, tokens.ref_log_probs,
@@ -380,7 +365,7 @@ def fused_linear_rlsd_loss(
             config.rlsd_delta_source, config.rlsd_negative_only, config.epsilon,
             config.epsilon_high, config.delta, config.beta, config.entropy_coef,
             config.temperature, float(logit_scale), final_logit_softcapping, return_entropy,
-            *need, impl, group_name(tp_group), workspace,
+            *need, impl, head_layout(weight, tp_group), group_name(tp_group), workspace,
         )
     stats = token_stats(
         sums.detach(), (tokens.loss_weights != 0).sum(), lam, dtype,
@@ -419,7 +404,7 @@ def rlsd_loss(
     check_tensor("log_probs", log_probs)
     dtype, shape = compute_dtype(log_probs.dtype), log_probs.shape
     lam, use_teacher = _effective_lambda(
-        rlsd_lambda, config, dtype, teacher_log_probs is not None
+        rlsd_lambda, config, dtype, log_probs.device, teacher_log_probs is not None
     )
     tokens = _check_tokens(
         shape, ("log_probs", log_probs), advantages, loss_weights, teacher_log_probs,
@@ -427,7 +412,7 @@ def rlsd_loss(
     )
     if use_teacher and teacher_log_probs is None:
         raise ValueError(
-            f"teacher_log_probs is needed because lambda is {_show(lam)}; pass it, or set "
+            f"teacher_log_probs is needed because lambda is {float(lam):g}; pass it, or set "
             "rlsd_lambda to 0 for GRPO."
         )
     if config.entropy_coef > 0 and entropy is None:

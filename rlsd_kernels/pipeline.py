@@ -17,7 +17,14 @@ import torch
 import torch.distributed as dist
 
 from . import gemm, tuning
-from .config import TOKEN_SUMS, RLSDLossConfig, capturing, check_number, compute_dtype
+from .config import (
+    TOKEN_SUMS,
+    RLSDLossConfig,
+    capturing,
+    check_number,
+    compute_dtype,
+    constant_when_compiled,
+)
 
 MAX_GUESS = 40.0  # the rollout's log-prob as a guess is trusted down to e^-40
 NO_GUESS = 8.0  # without one the target is taken to lie 8 nats below the log-sum-exp
@@ -40,29 +47,53 @@ class Head(NamedTuple):
 
 
 class Shard:
-    """This rank's part of the vocabulary: rows [offset, offset + len(weight)) of `vocab`."""
+    """This rank's part of the vocabulary: its rows from `offset` on of `vocab`. Plans count with
+    `rows` of the largest shard, so that every rank joins the same collectives."""
 
-    def __init__(self, weight, group_name):
-        self.offset, self.vocab, self.sum, self.max = 0, len(weight), None, None
+    def __init__(self, layout, group_name):
+        self.offset, self.vocab, self.rows = layout
+        self.sum = self.max = None
         if group_name is not None:
-            self.offset, self.vocab = _shard_layout(group_name, len(weight))
             self.sum = functools.partial(_all_reduce, group_name, dist.ReduceOp.SUM)
             self.max = functools.partial(_all_reduce, group_name, dist.ReduceOp.MAX)
 
 
+def _resolve(group_name):
+    return dist.distributed_c10d._resolve_process_group(group_name)
+
+
 def _all_reduce(group_name, op, x):
-    group = dist.distributed_c10d._resolve_process_group(group_name)
-    dist.all_reduce(x, op=op, group=group)
+    dist.all_reduce(x, op=op, group=_resolve(group_name))
     return x
 
 
-@functools.lru_cache
-def _shard_layout(group_name, rows):
-    """First row of this rank's shard and the whole vocabulary; ranks hold it in order."""
-    group = dist.distributed_c10d._resolve_process_group(group_name)
-    sizes = [0] * dist.get_world_size(group)
-    dist.all_gather_object(sizes, rows, group=group)
-    return sum(sizes[: dist.get_rank(group)]), sum(sizes)
+_captured_layouts = {}
+
+
+@constant_when_compiled
+def shard_layout(group_name, rows, device):
+    """[offset, vocab, rows of the largest shard]; ranks hold the vocabulary in order.
+
+    It is asked anew each time, because any key that one rank remembers it by may stand for another
+    vocabulary; only a CUDA graph being captured, which cannot ask, takes the last answer.
+    """
+    key = group_name, rows
+    if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if key not in _captured_layouts:
+            raise ValueError("Run the step once with this tp_group before capturing a CUDA graph.")
+        return _captured_layouts[key]
+    group = _resolve(group_name)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
+    dist.all_gather(sizes, torch.full_like(sizes[0], rows), group=group)
+    sizes = torch.cat(sizes).tolist()
+    if 0 in sizes:
+        raise ValueError(
+            f"Every rank of tp_group must hold at least one row of weight, but they hold {sizes}; "
+            "use a smaller group."
+        )
+    layout = [sum(sizes[: group.rank()]), sum(sizes), max(sizes)]
+    _captured_layouts[key] = layout
+    return layout
 
 
 def full_precision(function):
@@ -123,35 +154,47 @@ def gradient_source(weight, entropy_gradient):
     return "logits" if entropy_gradient or gemm.operand_dtype(weight) == torch.float16 else "exp"
 
 
-def _row_bytes(kernels, weight, keep):
+def _row_bytes(kernels, weight, vocab, keep, with_teacher=False):
     """Bytes per row held for the gradient, and bytes per row of a chunk being scored."""
-    dtype, operand, vocab = compute_dtype(weight.dtype), gemm.operand_dtype(weight), len(weight)
+    dtype, operand = compute_dtype(weight.dtype), gemm.operand_dtype(weight)
     stored = 0 if keep is None else vocab * operand.itemsize
     if keep == "logits" and operand != dtype:
         stored += vocab * dtype.itemsize
-    return stored, kernels.scratch_bytes(vocab, dtype.itemsize, keep, operand == dtype)
+    scratch = max(
+        kernels.scratch_bytes(vocab, dtype.itemsize, kept, operand == dtype)
+        for kept in ((keep, None) if with_teacher else (keep,))
+    )
+    return stored, scratch
 
 
-def keeps_exponentials(kernels, weight, n, max_workspace_bytes):
-    """Whether backward of linear_log_probs forms gradients from a kept E instead of anew."""
+def keeps_exponentials(kernels, weight, vocab, n, max_workspace_bytes):
+    """Whether backward of linear_log_probs forms gradients from a kept E instead of anew; vocab:
+    rows of the largest shard."""
     if gradient_source(weight, False) != "exp":
         return False
-    stored, scratch = _row_bytes(kernels, weight, "exp")
+    stored, scratch = _row_bytes(kernels, weight, vocab, "exp")
     return tuning.fits_at_once(n, stored, scratch, max_workspace_bytes)
+
+
+def _largest(x):
+    return x.amax() if len(x) else x.sum()
 
 
 class Rows:
     """Rows of one head under a plan: scored chunk by chunk, differentiated group by group."""
 
-    def __init__(self, kernels, head, shard, n, *, keep, max_workspace_bytes, plan=None):
-        """keep: None, "exp" or "logits", what the gradient of these n rows is formed from."""
+    def __init__(
+        self, kernels, head, shard, n, *, keep, max_workspace_bytes, with_teacher=False, plan=None
+    ):
+        """keep: None, "exp" or "logits", what the gradient of these n rows is formed from;
+        with_teacher: the plan serves a teacher too, scored while these rows hold their memory."""
         self.kernels, self.head, self.shard, self.keep = kernels, head, shard, keep
         weight = head.weight
         self.dtype, self.operand = compute_dtype(weight.dtype), gemm.operand_dtype(weight)
         if plan is None:
             plan = tuning.plan_rows(
-                max(n, 1), *_row_bytes(kernels, weight, keep), max_workspace_bytes,
-                tuning.MAX_CHUNK[weight.device.type],
+                max(n, 1), *_row_bytes(kernels, weight, shard.rows, keep, with_teacher),
+                max_workspace_bytes, tuning.max_chunk(weight.device.type),
             )
         self.group, self.chunk = self.plan = plan
         self.e = self.z = None
@@ -249,7 +292,7 @@ class Gradients:
         dtype, operand = compute_dtype(self.weight.dtype), gemm.operand_dtype(self.weight)
         # One GEMM over all rows accumulates in fp32 by itself: no fp32 copy of dW.
         sums = operand if one_group and operand == torch.bfloat16 else dtype
-        self.dx = torch.zeros_like(hidden if self.need_dx else hidden.new_empty(0), dtype=dx_dtype)
+        self.dx = hidden.new_zeros(hidden.shape if self.need_dx else 0, dtype=dx_dtype)
         vocab, width = self.weight.shape
         self.dw = self.weight.new_zeros((vocab, width) if self.need_dw else 0, dtype=sums)
         self.db = self.weight.new_zeros(vocab if self.need_db else 0, dtype=dtype)
@@ -261,6 +304,7 @@ class Gradients:
             if self.shard.sum is not None:
                 dx = self.shard.sum(dx)
             self.dx[index] = dx.to(self.dx.dtype)
+            del dx  # a chunk of it in fp32, before dW takes its own
         if self.size is not None:
             v = v / self.size
         if self.need_dw:
@@ -312,17 +356,18 @@ def linear_log_probs_bwd(
     dtype, weight = log_probs.dtype, head.weight
     g = grad_log_probs.to(dtype)
     g_entropy = None if grad_entropy is None else grad_entropy.to(dtype)
-    g = g.masked_fill(log_probs.isnan(), math.nan)
+    g = g.masked_fill(log_probs.isnan() & (g != 0), math.nan)
     index = _indices(g != 0 if g_entropy is None else (g != 0) | (g_entropy != 0))
     n = len(hidden) if index is None else len(index)
     db_dtype = dtype if head.bias is None else head.bias.dtype
     size = None
     if gemm.operand_dtype(weight) == torch.float16:
-        size = (g.abs() if g_entropy is None else g.abs() + g_entropy.abs()).amax()
+        size = _largest(g.abs() if g_entropy is None else g.abs() + g_entropy.abs())
     if e.numel() > 0 and g_entropy is None:
-        step = n if index is None else tuning.rows_per_chunk(
-            n, e.shape[1] * e.itemsize, max_workspace_bytes
-        )
+        step, row_bytes = n, shard.rows * e.itemsize
+        if index is not None:  # copies of rows beside E: what it leaves free, or an eighth
+            free = max(max_workspace_bytes - len(e) * row_bytes, max_workspace_bytes // 8)
+            step = tuning.rows_per_chunk(n, row_bytes, free)
         grads = Gradients(hidden, head, shard, hidden.dtype, need, step >= n, size)
         v = -g / s * head.slope
         for r in _slices(0, n, step):
@@ -367,6 +412,7 @@ def linear_rlsd_loss(
     rows = Rows(
         kernels, head, shard, n, keep=gradient_source(weight, bonus) if any(need) else None,
         max_workspace_bytes=max_workspace_bytes,
+        with_teacher=use_teacher and teacher_hidden is not None,
     )
     teacher = torch.zeros_like(loss_weights)
     if use_teacher and teacher_hidden is None:
@@ -399,7 +445,7 @@ def linear_rlsd_loss(
     size = None
     if rows.operand == torch.float16:
         size = loss_weights.abs() * (2 * advantages.abs() + config.beta + config.entropy_coef)
-        size = size.amax() if n else size.sum()
+        size = _largest(size)
     grads = Gradients(
         hidden, head, shard, stored_dtype(hidden.dtype), need, rows.group >= n, size
     )
@@ -409,7 +455,7 @@ def linear_rlsd_loss(
     for r in _slices(0, n, rows.group):
         i = r if index is None else index[r]
         h, ids = hidden[i].to(rows.operand), completion_ids[i]
-        if index is None:  # rows without effect may hold anything
+        if capturing(h):  # rows without effect are still there, and may hold anything
             h = torch.where(live[r].unsqueeze(-1), h, 0)
         scored = rows.score(h, ids, _take(old_log_probs, i), want_entropy=want_entropy)
         token, g, token_sums = kernels.token_rows(
@@ -417,6 +463,8 @@ def linear_rlsd_loss(
             entropy=scored.entropy if want_entropy else None,
             **{name: _take(x, r) for name, x in tokens.items()},
         )
+        if r.stop >= n and rows.keep == "exp":
+            rows.scorer = None  # its chunk of logits, before the gradients take their memory
         loss, sums = loss + token, sums + token_sums
         if bonus:
             loss = loss + (g_entropy[r] * scored.entropy).sum()

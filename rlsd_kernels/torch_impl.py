@@ -129,24 +129,28 @@ class Scorer:
         rows = (~((s > low) & (s < high))).nonzero().squeeze(-1)
         if len(rows) == 0:
             return c, s, t
-        h, redone = h[rows], None if out is None else out.new_empty(len(rows), out.shape[1])
-        exact = self._row_max(h)
-        s_exact, t_exact = self._pass(h, exact, redone, keep, want_entropy)
-        c, s = c.index_copy(0, rows, exact), s.index_copy(0, rows, s_exact)
-        if want_entropy:
-            t = t.index_copy(0, rows, t_exact)
-        if out is not None:
-            out[rows] = redone
+        c = c.clone()
+        for i in rows.split(max(1, self.chunk_rows // 8)):  # a copy that the workspace hardly feels
+            redone = None if out is None else out.new_empty(len(i), out.shape[1])
+            c[i] = self._row_max(h[i])
+            s[i], t_exact = self._pass(h[i], c[i], redone, keep, want_entropy)
+            if want_entropy:
+                t[i] = t_exact
+            if out is not None:
+                out[i] = redone
         return c, s, t
 
     def logit_gradient(self, z, out, ids, lse, g, g_entropy, entropy, scale):
         """out = scale (g (p - onehot(y)) + g_entropy p (log p + H)) slope, p = exp(z - lse)."""
-        hit, safe = _in_shard(ids, z.shape[1])
-        row = torch.arange(len(ids), device=ids.device)
-        at_target = torch.where(hit, scale * g, 0)
+        # In compute dtype, for p - 1 cancels where p is near 1; from z before `out` overwrites it.
+        _, safe = _in_shard(ids, z.shape[1])
+        z_y = z.gather(1, safe.unsqueeze(-1)).squeeze(-1)
+        at_target = g * torch.expm1(z_y - lse)
+        if g_entropy is not None:
+            log_p = (z_y - lse).clamp(min=LOG_FLOOR)
+            at_target += g_entropy * log_p.exp() * (log_p + entropy)
         if self.softcap is not None:
-            z_y = z[row, safe].unsqueeze(-1)
-            at_target *= self._cap_slope(z_y, torch.empty_like(z_y)).squeeze(-1)
+            at_target *= self._cap_slope(z_y, torch.empty_like(z_y))
         for j in range(0, z.shape[1], SCORE_TILE):
             tile = z[:, j : j + SCORE_TILE]
             p, log_p, _ = self._scratch(*tile.shape)
@@ -160,7 +164,7 @@ class Scorer:
             if self.softcap is not None:
                 p *= self._cap_slope(tile, log_p)
             out[:, j : j + SCORE_TILE] = p
-        out[row, safe] -= at_target.to(out.dtype)
+        fix_targets(out, ids, scale * at_target)
 
 
 def fix_targets(e, ids, values):
@@ -180,7 +184,7 @@ def token_rows(
     A > 0: loss = -A_hat min(rho, 1 + epsilon_high);  A < 0: -A_hat clamp(rho, 1 - epsilon, delta).
     """
     positive, negative = advantages > 0, advantages < 0
-    active = (loss_weights != 0) & (positive | negative)
+    active = (loss_weights != 0) & (advantages != 0)
     live = loss_weights != 0 if config.beta > 0 else active
     zero = log_probs.new_zeros(())
     old = log_probs if old_log_probs is None else old_log_probs
@@ -188,7 +192,7 @@ def token_rows(
     chosen = torch.zeros_like(active)
     low_w, high_w = config.log_weight_bounds
     if teacher_log_probs is not None:
-        chosen = active & (negative if config.rlsd_negative_only else positive | negative)
+        chosen = active & negative if config.rlsd_negative_only else active
         if reweight_mask is not None:
             chosen = chosen & reweight_mask
         student = old if config.rlsd_delta_source == "old_log_probs" else log_probs
@@ -203,7 +207,7 @@ def token_rows(
     high = torch.where(positive, zero + high_ratio, zero + dual_ratio)
     log_ratio = log_probs - old
     loss = -a_hat * torch.minimum(torch.maximum(log_ratio, low), high).exp()
-    g = torch.where((log_ratio < low) | (log_ratio > high), 0, loss)
+    g = torch.where((log_ratio < low) | (log_ratio > high), 0 * a_hat, loss)  # NaN stays NaN
     kl = zero
     if ref_log_probs is not None:
         d = ref_log_probs - log_probs

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import gemm, tuning
-from .config import MAX_LOG_RATIO, ROW_SUM_BOUNDS, TOKEN_SUMS
+from .config import MAX_LOG_RATIO, ROW_SUM_BOUNDS, TOKEN_SUMS, capturing
 
 STORE_NONE, STORE_EXP, STORE_LOGITS = 0, 1, 2
 LOG_RATIO_LIMIT = tl.constexpr(MAX_LOG_RATIO)
@@ -297,7 +297,7 @@ def _token_kernel(
         low = tl.where(praised, -LOG_RATIO_LIMIT, blame_low)
         high = tl.where(praised, praise_high, blame_high)
         token = -a_hat * tl.exp(_clamp(log_ratio, low, high))
-        slope = tl.where((log_ratio < low) | (log_ratio > high), 0.0, token)
+        slope = tl.where((log_ratio < low) | (log_ratio > high), 0.0 * a_hat, token)
         ratio = tl.exp(_clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
         below = _add(below, active & neg & (ratio < ratio_low), 1.0)
         above = _add(above, active & pos & (ratio > ratio_high), 1.0)
@@ -428,8 +428,7 @@ def token_rows(
     blame_low, praise_high, blame_high = config.log_ratio_bounds
     bounds = (
         *config.log_weight_bounds, blame_low, blame_high, praise_high,
-        1 - config.epsilon,
-        1 + config.epsilon_high,
+        1 - config.epsilon, 1 + config.epsilon_high,
         math.inf if config.delta is None else float(config.delta),
         float(config.beta),
     )
@@ -456,12 +455,14 @@ class Scorer:
         self, weight, bias, temperature, logit_scale, softcap, chunk_rows, reduce_sum=None,
         reduce_max=None, *, tier=None, tiles=None,
     ):
-        self.weight, self.bias, self.chunk_rows = weight, bias, chunk_rows
+        self.weight, self.chunk_rows = weight, chunk_rows
+        self.bias = None if bias is None else bias.contiguous()
         self.vocab, self.hidden = weight.shape
         self.capped = softcap is not None
         # z = post tanh(pre x) under softcap, else pre x
         self.pre = logit_scale / (softcap if self.capped else temperature)
         self.post = softcap / temperature if self.capped else 1.0
+        self.sharded = reduce_sum is not None
         self.reduce_sum = reduce_sum or (lambda x: x)
         self.reduce_max = reduce_max or (lambda x: x)
         self.tier = tier or tuning.SCORE_TIER
@@ -470,7 +471,9 @@ class Scorer:
 
     def score(self, h, c, *, out=None, keep=None, want_entropy=False):
         """c, s, t of rows h (M, H); t is None unless wanted, and see STORE_* for `keep`."""
-        if self.tier == "B" and keep != "logits" and not want_entropy and len(h):
+        # Tier B reads its flags back, and other shards of the head may have to take tier A.
+        alone = not self.sharded and not capturing(h)
+        if self.tier == "B" and alone and keep != "logits" and not want_entropy and len(h):
             tiles = self._gemm_tiles(h, out)
             if tiles is not None:
                 return self._score_in_gemm(h, c, out, tiles)
@@ -557,7 +560,7 @@ class Scorer:
                 self.post, HAS_BIAS=self.bias is not None, HAS_CAP=self.capped,
                 STORE=out is not None, **tiles,
             )
-        s = self.reduce_sum(partial.sum(0))
+        s = partial.sum(0)
         flagged = (~_trusted_rows(s)).nonzero().squeeze(-1)
         if len(flagged):
             redone = None if out is None else out[flagged]

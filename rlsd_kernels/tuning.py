@@ -23,6 +23,11 @@ def default_workspace_bytes(device_type):
     return WORKSPACE_BYTES.get(device_type, WORKSPACE_BYTES["cpu"])
 
 
+def max_chunk(device_type):
+    """Most rows scored at once."""
+    return MAX_CHUNK.get(device_type, MAX_CHUNK["cpu"])
+
+
 def rows_per_chunk(num_rows, row_bytes, max_workspace_bytes):
     """Rows of row_bytes that fit the workspace; at least one row, evenly filled chunks."""
     fit = max(1, max_workspace_bytes // max(1, row_bytes))

@@ -15,6 +15,7 @@ from rlsd_kernels import (
     rlsd_loss,
 )
 
+RUNNING = [x for x, status in logprob.available_impls(torch.empty(0)).items() if status == "ok"]
 HEADS = {
     "plain": {},
     "temperature": {"temperature": 0.7},
@@ -192,7 +193,7 @@ def test_an_impl_that_cannot_run_says_why(impl, monkeypatch):
 @pytest.mark.parametrize("tensor, reason", [(CPU, "on a GPU, but got cpu"), (FP64, "are fp64")],
                          ids=["cpu", "fp64"])
 def test_kernels_refuse_tensors_they_cannot_take(tensor, reason, monkeypatch):
-    monkeypatch.setattr(logprob, "_triton_status", lambda: "ok")
+    monkeypatch.setattr(logprob, "_triton_status", lambda device: "ok")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=f"^impl='triton' cannot run: .*{reason}.*\\.$"):
         logprob.choose_impl("triton", tensor)
@@ -252,8 +253,8 @@ def test_opcheck_log_probs(case, keep):
     b = torch.randn(7).to(dtype).requires_grad_() if bias else None
     torch.library.opcheck(
         torch.ops.rlsd.linear_log_probs.default,
-        (hidden, weight, b, ids, None, 1.3, 0.7, softcap, entropy, keep, "torch", None,
-         2**20),
+        (hidden, weight, b, ids, None, 1.3, 0.7, softcap, entropy, keep, "torch", [0, 7, 7],
+         None, 2**20),
     )
 
 
@@ -270,7 +271,8 @@ def test_opcheck_log_probs_backward(case, need):
          torch.randn(7).to(dtype) if bias else None, ids, -torch.ones(n, dtype=out),
          *((torch.rand(n, 7, dtype=out), torch.ones(n, dtype=out)) if need[0] else
            (torch.empty(0, dtype=out), torch.empty(0, dtype=out))),
-         1.3, 0.7, softcap, need[0], need[1], bias and need[2], "torch", None, 2**20),
+         1.3, 0.7, softcap, need[0], need[1], bias and need[2], "torch", [0, 7, 7], None,
+         2**20),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -291,7 +293,7 @@ def test_opcheck_fused(case, teacher):
          torch.rand(n) < 0.5, torch.tensor(0.5, dtype=wide), teacher != "none", 0.2, "current",
          False, 0.2, 0.28,
          3.0, 0.0, 0.1 if entropy else 0.0, 1.3, 0.7, softcap, entropy, True, True, bias,
-         "torch", None, 2**20),
+         "torch", [0, 7, 7], None, 2**20),
     )
 
 
@@ -385,7 +387,7 @@ def count_compilations(sizes, lambdas):
     return counter.frame_count
 
 
-@pytest.mark.parametrize("impl", ["ref", "torch"])
+@pytest.mark.parametrize("impl", RUNNING)
 def test_every_implementation_compiles_whole(impl, fresh_compiler):
     p = make_problem(12, 51, 8)
 
@@ -395,6 +397,21 @@ def test_every_implementation_compiles_whole(impl, fresh_compiler):
         return out.loss + lp.sum(), [out.log_probs]
 
     compare_compiled(f, p["hidden"], p["weight"])
+
+
+def test_the_choice_of_an_implementation_compiles(fresh_compiler, monkeypatch):
+    """What asks the driver and the file system is no part of the graph."""
+
+    def find_spec(name):
+        torch._dynamo.graph_break()  # an error under fullgraph, nothing outside
+
+    monkeypatch.setattr(logprob.importlib.util, "find_spec", find_spec)
+
+    def f(x):
+        return x + len(logprob.available_impls(x)["triton"])
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
 def test_new_lengths_do_not_recompile(fresh_compiler):
