@@ -27,9 +27,11 @@ def _blocks(weight):
         yield slice(j, j + step), weight[j : j + step].to(dtype)
 
 
-def _out_dtype(x):
-    """Keyword that asks cuBLAS for an fp32 result of a 16-bit GEMM."""
-    return {"out_dtype": torch.float32} if x.itemsize == 2 else {}
+def _out_dtype(x, out=None):
+    """Keyword that asks cuBLAS for an fp32 result of a 16-bit GEMM; PyTorch refuses it for an `out`
+    of 16 bits, which is rounded once from the fp32 accumulator anyway."""
+    wide = out is None or out.dtype == torch.float32
+    return {"out_dtype": torch.float32} if wide and x.itemsize == 2 else {}
 
 
 def logits(h, weight, out):
@@ -51,5 +53,5 @@ def dx(e, weight):
 
 
 def add_dw(dw, e, x):
-    """dw += E^T x, (V, H) in compute dtype, in place."""
-    return torch.addmm(dw, e.T, x, out=dw, **_out_dtype(e))
+    """dw += E^T x, (V, H) in compute or operand dtype, in place."""
+    return torch.addmm(dw, e.T, x, out=dw, **_out_dtype(e, dw))
