@@ -118,3 +118,13 @@ class RLSDLossConfig:
         low = math.log1p(-self.epsilon) if self.epsilon < 1 else -MAX_LOG_RATIO
         dual = MAX_LOG_RATIO if self.delta is None else min(math.log(self.delta), MAX_LOG_RATIO)
         return low, math.log1p(self.epsilon_high), dual
+
+    @property
+    def token_bounds(self):
+        """What kernels compare with: bounds of log w, of the log-ratio and of the ratio; beta."""
+        blame_low, praise_high, blame_high = self.log_ratio_bounds
+        return (
+            *self.log_weight_bounds, blame_low, blame_high, praise_high, 1 - self.epsilon,
+            1 + self.epsilon_high, math.inf if self.delta is None else float(self.delta),
+            float(self.beta),
+        )

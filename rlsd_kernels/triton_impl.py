@@ -9,16 +9,15 @@ takes x from cuBLAS (2 M H V FLOP) through an fp32 chunk; tier B has the exp as 
 own GEMM and needs no chunk. Sums are in a fixed order: results repeat bitwise on a device.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-from . import gemm, tuning
+from . import tuning
 from .config import MAX_LOG_RATIO, ROW_SUM_BOUNDS, TOKEN_SUMS, capturing
+from .streaming import STORE_NONE, StreamingScorer, scratch_bytes, trusted_rows, unit_stride
 
-STORE_NONE, STORE_EXP, STORE_LOGITS = 0, 1, 2
+__all__ = ["Scorer", "fix_targets", "scratch_bytes", "target_logits", "token_rows"]
 LOG_RATIO_LIMIT = tl.constexpr(MAX_LOG_RATIO)
 SUM_MIN, SUM_MAX = (tl.constexpr(x) for x in ROW_SUM_BOUNDS)
 
@@ -377,20 +376,9 @@ def _gemm_exp_kernel(
             tl.store(place, (e * dcap).to(out.dtype.element_ty), mask=inside)
 
 
-def scratch_bytes(vocab, itemsize, keep, in_place):
-    """Bytes per row of the fp32 chunk; none where an fp32 `out` takes the logits itself."""
-    stored_there = keep == "logits" or (keep == "exp" and in_place)
-    return 0 if stored_there else triton.cdiv(vocab, 16) * 16 * itemsize
-
-
-def _unit_stride(x):
-    """x itself unless the elements of a row lie apart."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def target_logits(h, weight, ids):
     """Raw h_i . W[ids_i] in fp32, (M,); 0 where the id is outside [0, V)."""
-    h, weight, ids = _unit_stride(h), _unit_stride(weight), ids.contiguous()
+    h, weight, ids = unit_stride(h), unit_stride(weight), ids.contiguous()
     (m, hidden), vocab = h.shape, weight.shape[0]
     out = torch.empty(m, dtype=torch.float32, device=h.device)
     if m:
@@ -425,16 +413,9 @@ def token_rows(
     g = torch.empty_like(given[0])
     loss = g.new_empty(())
     sums = g.new_empty(len(TOKEN_SUMS), dtype=torch.float64)
-    blame_low, praise_high, blame_high = config.log_ratio_bounds
-    bounds = (
-        *config.log_weight_bounds, blame_low, blame_high, praise_high,
-        1 - config.epsilon, 1 + config.epsilon_high,
-        math.inf if config.delta is None else float(config.delta),
-        float(config.beta),
-    )
     with torch.cuda.device_of(g):
         _token_kernel[(1,)](
-            *given, rlsd_lambda, loss, g, sums, len(g), *bounds,
+            *given, rlsd_lambda, loss, g, sums, len(g), *config.token_bounds,
             HAS_TEACHER=teacher_log_probs is not None, HAS_OLD=old_log_probs is not None,
             HAS_REF=ref_log_probs is not None, HAS_MASK=reweight_mask is not None,
             HAS_ENTROPY=entropy is not None, HAS_KL_LOSS=config.beta > 0,
@@ -444,40 +425,24 @@ def token_rows(
     return loss, g, sums
 
 
-class Scorer:
-    """Streams rows of one head through exp; owns the fp32 logit chunk.
+class Scorer(StreamingScorer):
+    """Tier A by streaming kernels, tier B by the GEMM with the exp inside.
 
-    reduce_sum and reduce_max all-reduce an (M,) tensor in place over the holders of the other
-    vocabulary shards and return it. tier and tiles override tuning.py, for benchmarks.
+    tier and tiles override tuning.py, for benchmarks.
     """
 
-    def __init__(
-        self, weight, bias, temperature, logit_scale, softcap, chunk_rows, reduce_sum=None,
-        reduce_max=None, *, tier=None, tiles=None,
-    ):
-        self.weight, self.chunk_rows = weight, chunk_rows
-        self.bias = None if bias is None else bias.contiguous()
-        self.vocab, self.hidden = weight.shape
-        self.capped = softcap is not None
-        # z = post tanh(pre x) under softcap, else pre x
-        self.pre = logit_scale / (softcap if self.capped else temperature)
-        self.post = softcap / temperature if self.capped else 1.0
-        self.sharded = reduce_sum is not None
-        self.reduce_sum = reduce_sum or (lambda x: x)
-        self.reduce_max = reduce_max or (lambda x: x)
-        self.tier = tier or tuning.SCORE_TIER
-        self.tiles = tiles
-        self._scratch = None
+    def __init__(self, *head, tier=None, tiles=None):
+        super().__init__(*head)
+        self.tier, self.tiles = tier or tuning.SCORE_TIER, tiles
 
     def score(self, h, c, *, out=None, keep=None, want_entropy=False):
-        """c, s, t of rows h (M, H); t is None unless wanted, and see STORE_* for `keep`."""
         # Tier B reads its flags back, and other shards of the head may have to take tier A.
         alone = not self.sharded and not capturing(h)
         if self.tier == "B" and alone and keep != "logits" and not want_entropy and len(h):
             tiles = self._gemm_tiles(h, out)
             if tiles is not None:
                 return self._score_in_gemm(h, c, out, tiles)
-        return self._score_in_chunk(h, c, out, keep, want_entropy)
+        return super().score(h, c, out=out, keep=keep, want_entropy=want_entropy)
 
     def _gemm_tiles(self, h, out):
         """Tiles of the tier B kernel; None for what only tier A takes: fp32 weights, and sizes at
@@ -487,47 +452,15 @@ class Scorer:
         even = even and (out is None or out.stride(0) % 16 == 0)
         return tiles if even and self.weight.itemsize == 2 else None
 
-    def _score_in_chunk(self, h, c, out, keep, want_entropy):
-        """Tier A: three or four streaming passes over the chunk, no host sync."""
-        c = c.clone(memory_format=torch.contiguous_format)
-        s = torch.empty_like(c)
-        t = torch.empty_like(c) if want_entropy else None
-        store = {None: STORE_NONE, "exp": STORE_EXP, "logits": STORE_LOGITS}[keep]
-        # An fp32 `out` holds the logits itself; its exp waits until every c is settled.
-        in_place = keep is not None and out.dtype == torch.float32
-        deferred = in_place and store == STORE_EXP
-        x = gemm.logits(h, self.weight, out if in_place else self._chunk(len(h)))
-        row = (self.bias, self.pre, self.post, self.capped)
-        again = (None, 1.0, 1.0, False) if store == STORE_LOGITS else row  # x is z by then
-        first = STORE_NONE if deferred else store
-        self._exp(x, row, c, s, t, out, first)
-        s = self.reduce_sum(s)
-        if len(c):
-            with torch.cuda.device_of(x):
-                bias, pre, post, capped = again
-                _row_max_kernel[(len(c),)](
-                    x, x if bias is None else bias, c, s, self.vocab, x.stride(0), pre, post,
-                    HAS_BIAS=bias is not None, HAS_CAP=capped, **tuning.exp_tiles(self.vocab),
-                )
-        c = self.reduce_max(c)
-        exact = torch.zeros_like(s)
-        second = STORE_EXP if first == STORE_EXP else STORE_NONE
-        self._exp(x, again, c, exact, t, out, second, total=s)
-        s = torch.where(_trusted_rows(s), s, self.reduce_sum(exact))
-        if deferred:
-            self._exp(x, row, c, torch.empty_like(s), None, out, STORE_EXP)
-        return c, s, self.reduce_sum(t) if want_entropy else None
-
-    def _chunk(self, rows):
-        if rows > self.chunk_rows:
-            raise ValueError(f"score takes at most {self.chunk_rows} rows at a time, not {rows}.")
-        if self._scratch is None:
-            # 16-byte aligned rows at any V: the loads stay vectors.
-            width = triton.cdiv(self.vocab, 16) * 16
-            self._scratch = torch.empty(
-                self.chunk_rows, width, dtype=torch.float32, device=self.weight.device
+    def _row_max(self, x, epilogue, c, total):
+        bias, pre, post, capped = epilogue
+        if not len(c):
+            return
+        with torch.cuda.device_of(x):
+            _row_max_kernel[(len(c),)](
+                x, x if bias is None else bias, c, total, self.vocab, x.stride(0), pre, post,
+                HAS_BIAS=bias is not None, HAS_CAP=capped, **tuning.exp_tiles(self.vocab),
             )
-        return self._scratch[:rows, : self.vocab]
 
     def _exp(self, x, epilogue, c, s, t, out, store, total=None):
         bias, pre, post, capped = epilogue
@@ -546,7 +479,7 @@ class Scorer:
     def _score_in_gemm(self, h, c, out, tiles):
         """Tier B. It asks the host once whether any row is flagged, so no CUDA graph can hold it;
         flagged rows go through tier A."""
-        h, weight = _unit_stride(h), _unit_stride(self.weight)
+        h, weight = unit_stride(h), unit_stride(self.weight)
         c = c.clone(memory_format=torch.contiguous_format)
         m = len(h)
         tiles_v = triton.cdiv(self.vocab, tiles["BLOCK_V"])
@@ -561,11 +494,11 @@ class Scorer:
                 STORE=out is not None, **tiles,
             )
         s = partial.sum(0)
-        flagged = (~_trusted_rows(s)).nonzero().squeeze(-1)
+        flagged = (~trusted_rows(s)).nonzero().squeeze(-1)
         if len(flagged):
             redone = None if out is None else out[flagged]
-            c[flagged], s[flagged], _ = self._score_in_chunk(
-                h[flagged], c[flagged], redone, None if out is None else "exp", False
+            c[flagged], s[flagged], _ = super().score(
+                h[flagged], c[flagged], out=redone, keep=None if out is None else "exp"
             )
             if out is not None:
                 out[flagged] = redone
@@ -585,10 +518,6 @@ class Scorer:
                 HAS_CAP=self.capped, HAS_ENTROPY=has_entropy,
                 **tuning.exp_tiles(vocab, store=True),
             )
-
-
-def _trusted_rows(s):
-    return (s >= ROW_SUM_BOUNDS[0]) & (s <= ROW_SUM_BOUNDS[1])
 
 
 def _arch(x):

@@ -1,0 +1,106 @@
+"""The control flow that GPU implementations share: rows of logits through exp, on one fp32 chunk.
+
+    x = h W^T,   z = softcap(logit_scale (x + bias)) / temperature,   s = sum_j exp(z_j - c)
+
+cuBLAS writes x (2 M H V FLOP); kernels stream over it: exp with the guess c, then for the rows
+whose sum the guess spoiled the row maximum and exp anew. All three are always launched and return
+at once for the other rows: nothing waits for the host. An implementation supplies the kernels.
+"""
+
+import torch
+
+from . import gemm
+from .config import ROW_SUM_BOUNDS
+
+STORE_NONE, STORE_EXP, STORE_LOGITS = 0, 1, 2
+
+
+def padded(vocab):
+    """Columns of the chunk: 16-byte aligned rows at any V, so that loads are vectors."""
+    return -(-vocab // 16) * 16
+
+
+def scratch_bytes(vocab, itemsize, keep, in_place):
+    """Bytes per row of the fp32 chunk; none where an fp32 `out` takes the logits itself."""
+    stored_there = keep == "logits" or (keep == "exp" and in_place)
+    return 0 if stored_there else padded(vocab) * itemsize
+
+
+def unit_stride(x):
+    """x itself unless the elements of a row lie apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def trusted_rows(s):
+    return (s >= ROW_SUM_BOUNDS[0]) & (s <= ROW_SUM_BOUNDS[1])
+
+
+class StreamingScorer:
+    """Streams rows of one head through exp; owns the fp32 logit chunk.
+
+    reduce_sum and reduce_max all-reduce an (M,) tensor in place over the holders of the other
+    vocabulary shards and return it. A subclass has the launches: _exp, _row_max, logit_gradient.
+    """
+
+    def __init__(
+        self, weight, bias, temperature, logit_scale, softcap, chunk_rows, reduce_sum=None,
+        reduce_max=None,
+    ):
+        self.weight, self.chunk_rows = weight, chunk_rows
+        self.bias = None if bias is None else bias.contiguous()
+        self.vocab, self.hidden = weight.shape
+        self.capped = softcap is not None
+        # z = post tanh(pre x) under softcap, else pre x
+        self.pre = logit_scale / (softcap if self.capped else temperature)
+        self.post = softcap / temperature if self.capped else 1.0
+        self.sharded = reduce_sum is not None
+        self.reduce_sum = reduce_sum or (lambda x: x)
+        self.reduce_max = reduce_max or (lambda x: x)
+        self._scratch = None
+
+    def score(self, h, c, *, out=None, keep=None, want_entropy=False):
+        """c, s, t of rows h (M, H): three or four passes over the chunk, no host sync.
+
+        t is None unless wanted; keep "exp" stores e times the softcap's slope in out (M, V),
+        "logits" stores z, in fp32.
+        """
+        c = c.clone(memory_format=torch.contiguous_format)
+        s = torch.empty_like(c)
+        t = torch.empty_like(c) if want_entropy else None
+        store = {None: STORE_NONE, "exp": STORE_EXP, "logits": STORE_LOGITS}[keep]
+        # An fp32 `out` holds the logits itself; its exp waits until every c is settled.
+        in_place = keep is not None and out.dtype == torch.float32
+        deferred = in_place and store == STORE_EXP
+        x = gemm.logits(h, self.weight, out if in_place else self._chunk(len(h)))
+        row = (self.bias, self.pre, self.post, self.capped)
+        again = (None, 1.0, 1.0, False) if store == STORE_LOGITS else row  # x is z by then
+        first = STORE_NONE if deferred else store
+        self._exp(x, row, c, s, t, out, first)
+        s = self.reduce_sum(s)
+        self._row_max(x, again, c, s)
+        c = self.reduce_max(c)
+        exact = torch.zeros_like(s)
+        second = STORE_EXP if first == STORE_EXP else STORE_NONE
+        self._exp(x, again, c, exact, t, out, second, total=s)
+        s = torch.where(trusted_rows(s), s, self.reduce_sum(exact))
+        if deferred:
+            self._exp(x, row, c, torch.empty_like(s), None, out, STORE_EXP)
+        return c, s, self.reduce_sum(t) if want_entropy else None
+
+    def _chunk(self, rows):
+        if rows > self.chunk_rows:
+            raise ValueError(f"score takes at most {self.chunk_rows} rows at a time, not {rows}.")
+        if self._scratch is None:
+            self._scratch = torch.empty(
+                self.chunk_rows, padded(self.vocab), dtype=torch.float32,
+                device=self.weight.device,
+            )
+        return self._scratch[:rows, : self.vocab]
+
+    def _exp(self, x, epilogue, c, s, t, out, store, total=None):
+        """s, t and what `store` says of rows x; with `total`, of rows whose sum there is bad."""
+        raise NotImplementedError
+
+    def _row_max(self, x, epilogue, c, total):
+        """c := the row's largest z, for rows whose sum in `total` is not trusted."""
+        raise NotImplementedError
