@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import pipeline, ref, torch_impl
+from . import extension, pipeline, ref, torch_impl
 from .config import check_number, compute_dtype, constant_when_compiled
 from .tuning import default_workspace_bytes
 
@@ -46,30 +46,33 @@ def _triton_status(device_index):
     return "ok"
 
 
+@constant_when_compiled
+def _cuda_status():
+    return extension.status()
+
+
 def available_impls(tensor=None):
     """Dict of implementation name -> "ok", or the reason in one sentence why it cannot run here.
 
     With a tensor: on its device, for its dtype.
     """
     status = {
-        "cuda": (
-            "The CUDA implementation is not part of this version of rlsd_kernels; use "
-            "impl='torch', which runs anywhere."
-        ),
+        "cuda": _cuda_status(),
         "triton": _triton_status(None if tensor is None else tensor.device.index),
         "torch": "ok",
         "ref": "ok",
     }
     if tensor is None:
         return status
-    why_not = None
-    if tensor.dtype == torch.float64:
-        why_not = "it computes in fp32, but the inputs are fp64; use impl='torch'."
-    elif not tensor.is_cuda and not _triton_interpreted():
-        why_not = f"its kernels need tensors on a GPU, but got {tensor.device}; use impl='torch'."
-    for name in ("cuda", "triton"):
-        if why_not is not None and status[name] == "ok":
-            status[name] = why_not
+    for name, interpreted in (("cuda", False), ("triton", _triton_interpreted())):
+        if status[name] != "ok":
+            continue
+        if tensor.dtype == torch.float64:
+            status[name] = "it computes in fp32, but the inputs are fp64; use impl='torch'."
+        elif not tensor.is_cuda and not interpreted:
+            status[name] = (
+                f"its kernels need tensors on a GPU, but got {tensor.device}; use impl='torch'."
+            )
     return status
 
 
@@ -85,8 +88,9 @@ def choose_impl(impl, tensor):
         if status[impl] != "ok":
             raise ValueError(f"impl={impl!r} cannot run: {status[impl]}")
         return impl
-    # Triton's interpreter is a debugger, never the fastest.
-    ranked = ("cuda", "triton", "torch") if tensor.is_cuda else ("torch",)
+    # Triton's interpreter is a debugger, never the fastest. Triton before CUDA, which does the same
+    # passes, until a measurement says otherwise: it needs no compiler on the machine.
+    ranked = ("triton", "cuda", "torch") if tensor.is_cuda else ("torch",)
     chosen = next(name for name in ranked if status[name] == "ok")
     if (chosen, tensor.is_cuda) not in _announced and not torch.compiler.is_compiling():
         _announced.add((chosen, tensor.is_cuda))
@@ -101,11 +105,14 @@ def choose_impl(impl, tensor):
 
 def load_impl(name):
     """The module that holds the kernels of an implementation; Triton is imported on first use."""
+    # Import statements: torch.compile refuses to trace importlib.
     if name == "triton":
-        from . import triton_impl
-
-        return triton_impl
-    return torch_impl
+        from . import triton_impl as module
+    elif name == "cuda":
+        from . import cuda_impl as module
+    else:
+        module = torch_impl
+    return module
 
 
 def check_tensor(name, value, *, shape=None, like=None, kind="float", why=""):

@@ -1,0 +1,71 @@
+"""CUDA kernels (csrc/): rows of logits through exp, the strict logit gradient, and the RLSD tokens.
+
+    x = h W^T,   z = softcap(logit_scale (x + bias)) / temperature,   s = sum_j exp(z_j - c)
+
+The stages of triton_impl from one compiled extension, which needs no Triton and no compiler at run
+time. x comes from cuBLAS in an fp32 chunk (streaming.py); per row 4V bytes are read and 2V (bf16 E)
+written, or none. Sums are in a fixed order: results repeat bitwise on a device.
+"""
+
+import torch
+
+from . import extension
+from .config import TOKEN_SUMS
+from .streaming import STORE_NONE, StreamingScorer, scratch_bytes, unit_stride
+
+__all__ = ["Scorer", "fix_targets", "scratch_bytes", "target_logits", "token_rows"]
+
+
+def target_logits(h, weight, ids):
+    """Raw h_i . W[ids_i] in fp32, (M,); 0 where the id is outside [0, V)."""
+    out = torch.empty(len(h), dtype=torch.float32, device=h.device)
+    extension.load().target_logits(unit_stride(h), unit_stride(weight), ids.contiguous(), out)
+    return out
+
+
+def fix_targets(e, ids, values):
+    """In place e[i, ids[i]] = values[i] where 0 <= ids[i] < V."""
+    extension.load().fix_targets(e, ids.contiguous(), values.contiguous())
+
+
+def token_rows(
+    log_probs, advantages, loss_weights, rlsd_lambda, config, *, teacher_log_probs=None,
+    old_log_probs=None, ref_log_probs=None, reweight_mask=None, entropy=None,
+):
+    """loss (), g (M,) and the TOKEN_SUMS in fp64; entropy only feeds its sum."""
+    given = [log_probs, advantages, loss_weights, teacher_log_probs, old_log_probs, ref_log_probs,
+             reweight_mask, entropy]
+    given = [None if x is None else x.contiguous() for x in given]
+    g = torch.empty_like(given[0])
+    loss = g.new_empty(())
+    sums = g.new_empty(len(TOKEN_SUMS), dtype=torch.float64)
+    extension.load().token_rows(
+        *given, rlsd_lambda.float(), loss, g, sums, *config.token_bounds,
+        config.rlsd_delta_source == "old_log_probs", config.rlsd_negative_only,
+    )
+    return loss, g, sums
+
+
+class Scorer(StreamingScorer):
+    def __init__(self, *head):
+        super().__init__(*head)
+        if self.bias is not None:
+            self.bias = self.bias.float().contiguous()  # one dtype of bias in the kernels
+
+    def _exp(self, x, epilogue, c, s, t, out, store, total=None):
+        bias, pre, post, capped = epilogue
+        extension.load().exp_rows(
+            x, bias, c, s, t, None if store == STORE_NONE else out, total, pre, post, capped, store
+        )
+
+    def _row_max(self, x, epilogue, c, total):
+        bias, pre, post, capped = epilogue
+        extension.load().row_max(x, bias, c, total, pre, post, capped)
+
+    def logit_gradient(self, z, out, ids, lse, g, g_entropy, entropy, scale):
+        """out = scale (g (p - onehot) + g_entropy p (log p + H)) dcap with p = exp(z - lse)."""
+        rows = [ids, lse, g, None, None]
+        if g_entropy is not None and entropy is not None:
+            rows[3:] = [g_entropy, entropy]
+        rows = [None if x is None else x.contiguous() for x in rows]
+        extension.load().logit_gradient(z, out, *rows, scale, 1 / self.post, self.capped)
