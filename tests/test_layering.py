@@ -13,8 +13,8 @@ TRAINER = sorted((ROOT / "rlsd").rglob("*.py"))
 IMPLS = {"ref", "torch_impl", "triton_impl", "cuda_impl"}
 # A file imports only files of a later row.
 KERNEL_ORDER = [
-    ["distillation", "loss"], ["logprob"], ["metrics"], ["pipeline"], sorted(IMPLS), ["gemm"],
-    ["config"], ["tuning"],
+    ["distillation", "loss"], ["logprob"], ["metrics"], ["pipeline"], sorted(IMPLS), ["streaming"],
+    ["gemm"], ["config"], ["tuning"], ["extension"],
 ]
 TRAINER_ORDER = [
     ["cli"], ["validate"], ["demo"], ["trainer"], ["report"], ["objectives"], ["teacher"],

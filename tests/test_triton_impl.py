@@ -1,15 +1,24 @@
-"""Each function of triton_impl against naive fp64; in Triton's interpreter without a GPU."""
+"""Each stage of triton_impl and cuda_impl against naive fp64. Without a GPU the Triton kernels run in
+its interpreter, the CUDA kernels emulated (emulation.py)."""
 
 import math
 from functools import partial
 
+import emulation
 import pytest
 import torch
 from problems import NAMES, make_problem, worst
 
 pytest.importorskip("triton")
 
-from rlsd_kernels import RLSDLossConfig, ref, triton_impl, tuning  # noqa: E402
+from rlsd_kernels import (  # noqa: E402
+    RLSDLossConfig,
+    cuda_impl,
+    extension,
+    ref,
+    triton_impl,
+    tuning,
+)
 from rlsd_kernels.config import TOKEN_SUMS  # noqa: E402
 
 # numpy, under the interpreter, warns of what bad guesses are there to provoke
@@ -41,6 +50,19 @@ KEEPS = {
 }
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request, monkeypatch):
+    """An implementation module, ready to run on DEVICE."""
+    if request.param == "triton":
+        return triton_impl
+    if DEVICE == "cpu":
+        operators = emulation.operators()
+        monkeypatch.setattr(extension, "load", lambda: operators)
+    elif extension.status() != "ok":
+        pytest.skip(extension.status())
+    return cuda_impl
+
+
 def shape_id(shape):
     return "M{}-V{}-H{}".format(*shape)
 
@@ -48,7 +70,9 @@ def shape_id(shape):
 class Case:
     """Rows and a head in one dtype, and their exact z, dcap and log-sum-exp."""
 
-    def __init__(self, shape, dtype=torch.float32, head="plain", chunk_rows=None, tier="A"):
+    def __init__(
+        self, kernels, shape, dtype=torch.float32, head="plain", chunk_rows=None, **tier
+    ):
         m, v, hidden = shape
         temperature, scale, cap, bias = HEADS[head]
         self.h = torch.randn(m, hidden).to(dtype).to(DEVICE)
@@ -71,7 +95,7 @@ class Case:
         if DEVICE == "cpu":
             self.h = self.h.float()
         self.options = (temperature, scale, cap, chunk_rows or m)
-        self.scorer = triton_impl.Scorer(self.weight, self.bias, *self.options, tier=tier)
+        self.scorer = kernels.Scorer(self.weight, self.bias, *self.options, **tier)
         self.tolerance = 1e-5 if dtype == torch.float32 else 1e-4
 
     def score(self, c, keep="none", **options):
@@ -104,8 +128,8 @@ class Case:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_score_shapes(dtype, shape):
-    case = Case(shape, dtype, "bias")
+def test_score_shapes(kernels, dtype, shape):
+    case = Case(kernels, shape, dtype, "bias")
     guess = case.lse.float()
     c, s, t, out = case.score(guess, "exp-bf16")
     assert torch.equal(c, guess) and t is None
@@ -115,8 +139,8 @@ def test_score_shapes(dtype, shape):
 @pytest.mark.parametrize("want_entropy", [False, True], ids=["", "entropy"])
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("head", HEADS)
-def test_score_heads(head, keep, want_entropy):
-    case = Case((5, 2311, 24), head=head)  # rows 1 and 3 are redone
+def test_score_heads(kernels, head, keep, want_entropy):
+    case = Case(kernels, (5, 2311, 24), head=head)  # rows 1 and 3 are redone
     off = torch.tensor([0, 200, 10, -200, -10.0], device=DEVICE)
     guess = (case.lse + off).float()
     c, s, t, out = case.score(guess, keep, want_entropy=want_entropy)
@@ -126,12 +150,12 @@ def test_score_heads(head, keep, want_entropy):
     case.check(c, s, t, out, keep)
 
 
-def test_softcap_is_exact_to_fp32():
+def test_softcap_is_exact_to_fp32(kernels):
     """Both branches of tanh and its slope, at logits that are exact: H = 1 and h = 1."""
     x = torch.cat([torch.linspace(-12, 12, 3001), torch.logspace(-6, 0, 500), torch.zeros(1)])
     x = x.to(DEVICE)
     one = torch.ones(1, 1, device=DEVICE)
-    scorer = triton_impl.Scorer(x[:, None].contiguous(), None, 1.0, 1.0, 1.0, 1)
+    scorer = kernels.Scorer(x[:, None].contiguous(), None, 1.0, 1.0, 1.0, 1)
     out, e = torch.empty(1, len(x), device=DEVICE), torch.empty(1, len(x), device=DEVICE)
     exact = torch.tanh(x.double())
     scorer.score(one, one[0] * 8, out=out, keep="logits")
@@ -145,9 +169,9 @@ def test_softcap_is_exact_to_fp32():
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("off", [-200, -80, -10, 0, 10, 80, 200])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_guesses(dtype, off, keep):
+def test_guesses(kernels, dtype, off, keep):
     """80 nats off, the sum is finite but no longer exact: fp32 flushes below exp(-87)."""
-    case = Case((2, 300, 16), dtype, "temperature-scale")
+    case = Case(kernels, (2, 300, 16), dtype, "temperature-scale")
     guess = (case.lse + off).float()
     c, s, t, out = case.score(guess, keep, want_entropy=True)
     assert torch.equal(c, guess) == (abs(off) <= 10)
@@ -155,8 +179,8 @@ def test_guesses(dtype, off, keep):
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-def test_redone_rows_leave_the_others_alone(keep):
-    case = Case((6, 2500, 16), head="softcap-all")
+def test_redone_rows_leave_the_others_alone(kernels, keep):
+    case = Case(kernels, (6, 2500, 16), head="softcap-all")
     guess = case.lse.float()
     c, s, t, out = case.score(guess, keep, want_entropy=True)
     bad = guess.clone()
@@ -169,8 +193,8 @@ def test_redone_rows_leave_the_others_alone(keep):
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-def test_nan_rows_end_as_nan(keep):
-    case = Case((4, 2500, 16), head="bias")
+def test_nan_rows_end_as_nan(kernels, keep):
+    case = Case(kernels, (4, 2500, 16), head="bias")
     guess = case.lse.float()
     c, s, t, out = case.score(guess, keep, want_entropy=True)
     case.h = case.h.clone()
@@ -182,8 +206,8 @@ def test_nan_rows_end_as_nan(keep):
         assert first is second is None or torch.equal(first[good], second[good])
 
 
-def test_the_chunk_is_allocated_once_and_only_where_needed():
-    case = Case((3, 130, 8), chunk_rows=5)
+def test_the_chunk_is_allocated_once_and_only_where_needed(kernels):
+    case = Case(kernels, (3, 130, 8), chunk_rows=5)
     guess = case.lse.float()
     case.score(guess, "exp-fp32")
     case.score(guess, "logits")
@@ -200,8 +224,8 @@ def test_the_chunk_is_allocated_once_and_only_where_needed():
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-def test_strided_rows(keep):
-    case = Case((4, 2100, 16), head="bias")
+def test_strided_rows(kernels, keep):
+    case = Case(kernels, (4, 2100, 16), head="bias")
     wide = torch.randn(8, 40, device=DEVICE)
     wide[::2, 3:19] = case.h
     case.h = wide[::2, 3:19]
@@ -252,8 +276,8 @@ def lockstep(runs):
 
 @pytest.mark.parametrize("keep", ["none", "exp-bf16", "logits"])
 @pytest.mark.parametrize("head", ["plain", "forbidden", "softcap-all"])
-def test_two_vocabulary_shards(head, keep):
-    case = Case((5, 400, 16), head=head)
+def test_two_vocabulary_shards(kernels, head, keep):
+    case = Case(kernels, (5, 400, 16), head=head)
     guess = (case.lse + torch.tensor([0, 200, 3, -200, -3.0], device=DEVICE)).float()
     if head == "forbidden":
         case.bias[150:] = -math.inf  # the second shard adds nothing
@@ -265,7 +289,7 @@ def test_two_vocabulary_shards(head, keep):
         bias = None if case.bias is None else case.bias[part]
 
         def run(reduce_sum, reduce_max):
-            scorer = triton_impl.Scorer(
+            scorer = kernels.Scorer(
                 case.weight[part], bias, *case.options, reduce_sum, reduce_max
             )
             out = None if kind is None else torch.empty(5, part.stop - part.start, dtype=dtype,
@@ -287,8 +311,8 @@ def test_two_vocabulary_shards(head, keep):
 @pytest.mark.parametrize("layout", ["dense", "strided", "transposed"])
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 5, 2500)], ids=shape_id)  # three steps over H
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_target_logits(dtype, shape, layout):
-    case = Case(shape, dtype)
+def test_target_logits(kernels, dtype, shape, layout):
+    case = Case(kernels, shape, dtype)
     h, weight = case.h, case.weight
     m, v, _ = shape
     ids = torch.randint(0, v, (m,), device=DEVICE)
@@ -298,32 +322,32 @@ def test_target_logits(dtype, shape, layout):
         h, weight = torch.cat([h, h], 1)[:, : h.shape[1]], weight.repeat_interleave(2, 0)[::2]
     elif layout == "transposed":
         h, weight = h.T.contiguous().T, weight.T.contiguous().T
-    got = triton_impl.target_logits(h, weight, ids)
+    got = kernels.target_logits(h, weight, ids)
     assert got.dtype == torch.float32
     error, sentence = worst(got, exact.gather(1, ids[:, None])[:, 0])
     assert error <= 3e-6, sentence
     if m > 2:
         ids[0], ids[1], ids[2] = v, -1, 2**40
-        held = triton_impl.target_logits(h, weight, ids)
+        held = kernels.target_logits(h, weight, ids)
         assert (held[:3] == 0).all() and torch.equal(held[3:], got[3:])
 
 
-def test_target_logits_never_reads_what_is_no_token():
+def test_target_logits_never_reads_what_is_no_token(kernels):
     h, weight = torch.ones(2, 4, device=DEVICE), torch.full((3, 4), math.nan, device=DEVICE)
-    got = triton_impl.target_logits(h, weight, torch.tensor([-1, 3], device=DEVICE))
+    got = kernels.target_logits(h, weight, torch.tensor([-1, 3], device=DEVICE))
     assert (got == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("m", [0, 1, 300])  # 300: a second, partly masked block of rows
-def test_fix_targets(m, dtype):
+def test_fix_targets(kernels, m, dtype):
     e = torch.randn(m, 77, device=DEVICE).to(dtype)[:, :50]
     ids = torch.randint(-3, 53, (m,), device=DEVICE)
     values, expected = torch.randn(m, device=DEVICE), e.clone()
     for i, target in enumerate(ids.tolist()):
         if 0 <= target < 50:
             expected[i, target] = values[i].to(dtype)
-    triton_impl.fix_targets(e, ids, values)
+    kernels.fix_targets(e, ids, values)
     assert torch.equal(e, expected)
 
 
@@ -336,9 +360,9 @@ GRADIENT_OUT = {"in-place": None, "fp32": torch.float32, "bf16": torch.bfloat16,
 @pytest.mark.parametrize("head", ["plain", "forbidden", "softcap-all"])
 # 5000: two whole tiles and a tail; 1: only a tail
 @pytest.mark.parametrize("v", [1, 5000])
-def test_logit_gradient(v, head, entropy, out):
+def test_logit_gradient(kernels, v, head, entropy, out):
     m, scale = 4, -0.6
-    case = Case((m, v, 16), head=head)
+    case = Case(kernels, (m, v, 16), head=head)
     ids = torch.tensor([v - 1, 0, -1, v], device=DEVICE)  # the last two live in other shards
     x = case.z.clone().requires_grad_()  # at z itself: dcap is held apart below
     log_p = x - case.lse[:, None]
@@ -366,8 +390,8 @@ def test_logit_gradient(v, head, entropy, out):
     assert (excess <= 0).all(), worst(buffer, expected)[1]
 
 
-def test_logit_gradient_of_a_row_without_coefficient_is_zero():
-    case = Case((3, 200, 8))
+def test_logit_gradient_of_a_row_without_coefficient_is_zero(kernels):
+    case = Case(kernels, (3, 200, 8))
     z = case.z.float()
     z[1] = math.nan
     g, ids = torch.tensor([1, 0, 1.0], device=DEVICE), torch.zeros(3, dtype=torch.int64).to(DEVICE)
@@ -430,15 +454,15 @@ def specification(base, given, lam, config):
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("options", CONFIGS)
 @pytest.mark.parametrize("m", [1, 1300])  # 1300: two whole blocks of tokens and a masked one
-def test_token_rows(m, options, inputs):
+def test_token_rows(kernels, m, options, inputs):
     config = RLSDLossConfig(**CONFIGS[options])
     base, given = tokens(m)
     given = {k: given[k] for k in INPUTS[inputs]}
     lam = torch.tensor(config.rlsd_lambda, device=DEVICE)
-    loss, g, sums = triton_impl.token_rows(*base, lam, config, **given)
+    loss, g, sums = kernels.token_rows(*base, lam, config, **given)
     assert (loss.shape, g.shape, sums.shape) == ((), (m,), (len(TOKEN_SUMS),))
     assert (loss.dtype, g.dtype, sums.dtype) == (torch.float32, torch.float32, torch.float64)
-    again = triton_impl.token_rows(*base, lam, config, **given)
+    again = kernels.token_rows(*base, lam, config, **given)
     assert all(map(torch.equal, (loss, g, sums), again))
 
     token, slope, expected = specification(base, given, lam.double(), config)
@@ -459,34 +483,34 @@ def test_the_problem_reaches_every_sum():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-def test_dead_tokens_are_exactly_zero_whatever_they_hold(bad):
+def test_dead_tokens_are_exactly_zero_whatever_they_hold(kernels, bad):
     config = RLSDLossConfig()
     base, given = tokens(600)
     lam = torch.tensor(0.5, device=DEVICE)
-    expected = triton_impl.token_rows(*base, lam, config, **given)
+    expected = kernels.token_rows(*base, lam, config, **given)
     dead = (base[2] == 0) | (base[1] == 0)
     assert 0 < dead.sum() < 600
     given = {k: x if k == "reweight_mask" else x.masked_fill(dead, bad) for k, x in given.items()}
     base = (base[0].masked_fill(dead, bad), *base[1:])
-    got = triton_impl.token_rows(*base, lam, config, **given)
+    got = kernels.token_rows(*base, lam, config, **given)
     assert all(map(torch.equal, got, expected)) and (got[1][dead] == 0).all()
 
 
-def test_a_live_nan_is_not_hidden():
+def test_a_live_nan_is_not_hidden(kernels):
     config = RLSDLossConfig()
     base, given = tokens(10)
     base[0][0] = math.nan
     assert base[1][0] != 0 and base[2][0] != 0
-    loss, g, _ = triton_impl.token_rows(*base, torch.tensor(0.5, device=DEVICE), config, **given)
+    loss, g, _ = kernels.token_rows(*base, torch.tensor(0.5, device=DEVICE), config, **given)
     assert loss.isnan() and g[0].isnan() and not g[1:].isnan().any()
 
 
 @pytest.mark.parametrize("delta", [math.inf, -math.inf], ids=str)
-def test_infinite_deltas_are_clipped(delta):
+def test_infinite_deltas_are_clipped(kernels, delta):
     config = RLSDLossConfig(rlsd_lambda=1.0)
     lp = torch.full((2,), -1.0, device=DEVICE)
     advantages, ones = torch.tensor([2.0, -2.0], device=DEVICE), torch.ones(2, device=DEVICE)
-    _, g, _ = triton_impl.token_rows(
+    _, g, _ = kernels.token_rows(
         lp, advantages, ones, torch.tensor(1.0, device=DEVICE), config, old_log_probs=lp,
         teacher_log_probs=torch.full_like(lp, delta),
     )
@@ -494,9 +518,9 @@ def test_infinite_deltas_are_clipped(delta):
     assert torch.allclose(g, torch.tensor([-2 * up, 2 * down], device=DEVICE))
 
 
-def test_token_rows_of_nothing():
+def test_token_rows_of_nothing(kernels):
     nothing = torch.empty(0, device=DEVICE)
-    loss, g, sums = triton_impl.token_rows(
+    loss, g, sums = kernels.token_rows(
         nothing, nothing, nothing, torch.tensor(0.5, device=DEVICE), RLSDLossConfig()
     )
     assert loss == 0 and g.shape == (0,) and (sums == 0).all()
@@ -514,7 +538,7 @@ GEMM_SHAPES = [
 @pytest.mark.parametrize("shape", GEMM_SHAPES, ids=shape_id)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAMES.get)
 def test_gemm_with_exp_epilogue(dtype, shape, head, keep):
-    case = Case(shape, dtype, head, tier="B")
+    case = Case(triton_impl, shape, dtype, head, tier="B")
     off = torch.zeros(shape[0], dtype=torch.float64, device=DEVICE)
     off[1::13], off[2::13] = 200, -200  # redone through tier A
     guess = (case.lse + off).float()
@@ -530,7 +554,7 @@ def test_gemm_tier_takes_only_what_it_can(monkeypatch):
         real = triton_impl.Scorer._score_in_gemm
         monkeypatch.setattr(triton_impl.Scorer, "_score_in_gemm",
                             lambda *args: seen.append(1) or real(*args))
-        case = Case(shape, dtype, tier="B")
+        case = Case(triton_impl, shape, dtype, tier="B")
         case.check(*case.score(case.lse.float(), keep, **options), keep)
         monkeypatch.undo()
         return bool(seen)
@@ -542,7 +566,7 @@ def test_gemm_tier_takes_only_what_it_can(monkeypatch):
     assert triton_impl.Scorer(torch.zeros(2, 2), None, 1.0, 1.0, None, 1).tier == tuning.SCORE_TIER
 
 
-def test_offsets_past_two_billion_elements(tmp_path):
+def test_offsets_past_two_billion_elements(kernels, tmp_path):
     """Rows 0 and 2 of a sparse file lie 2^31 elements apart."""
     if DEVICE == "cuda":
         pytest.skip("the file is host memory")
@@ -550,14 +574,14 @@ def test_offsets_past_two_billion_elements(tmp_path):
     size = 2 * stride + v
     storage = torch.from_file(str(tmp_path / "e"), shared=True, size=size, dtype=torch.bfloat16)
     e = storage.as_strided((3, v), (stride, 1))
-    case = Case((3, v, 16), torch.bfloat16)
+    case = Case(kernels, (3, v, 16), torch.bfloat16)
     guess = (case.lse + torch.tensor([0, 0, 200])).float()
     c, s, t = case.scorer.score(case.h, guess, out=e, keep="exp")
     case.check(c, s, t, e, "exp-bf16")
-    triton_impl.fix_targets(e, torch.tensor([5, 6, 7]), torch.full((3,), 9.0))
+    kernels.fix_targets(e, torch.tensor([5, 6, 7]), torch.full((3,), 9.0))
     assert e[0, 5] == e[1, 6] == e[2, 7] == 9
     weight = storage.as_strided((3, 16), (stride, 1))
     weight.copy_(case.weight[:3])
-    got = triton_impl.target_logits(case.h, weight, torch.tensor([0, 1, 2]))
+    got = kernels.target_logits(case.h, weight, torch.tensor([0, 1, 2]))
     expected = (case.h.double() * weight.double()).sum(-1)
     assert worst(got, expected)[0] <= 1e-5
