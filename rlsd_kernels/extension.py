@@ -40,7 +40,7 @@ def source_files():
     return sorted(folder.glob("*.cu")) + sorted(folder.glob("*.cpp"))
 
 
-def _source_hash():
+def source_hash():
     digest = hashlib.sha256()
     for path in sorted(source_folder().iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -57,7 +57,7 @@ def nvcc():
 
 
 @functools.cache
-def _nvcc_version(path):
+def nvcc_version(path):
     text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release (\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
@@ -100,7 +100,7 @@ def command(compiler, output, archs, sources, *options):
     """The one nvcc command. libtorch.so brings in libtorch_cuda.so where torch has it."""
     torch = _torch_folder()
     return [
-        compiler, "-shared", "-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC",
+        compiler, "-shared", "-std=c++17", "-O3", "-Xcompiler", "-fPIC",
         "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", f"-I{torch / 'include'}",
         *_arch_flags(archs), *options, *map(str, sources), f"-L{torch / 'lib'}", "-ltorch",
         "-ltorch_cpu", "-o", str(output),
@@ -125,8 +125,8 @@ def build(output, archs):
     )
     part, log = output.with_suffix(f".{os.getpid()}.so"), output.with_suffix(".log")
     done = subprocess.run(
-        command(compiler, part, archs, source_files()), text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        command(compiler, part, archs, source_files(), "--threads", "0"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
     log.write_text(done.stdout)
     if done.returncode != 0:
@@ -138,8 +138,8 @@ def build(output, archs):
             f"{errors[0].strip() if errors else 'no output'} (all of it in {log})."
         )
     log.unlink()
-    major, minor = _nvcc_version(compiler)
-    info = {"archs": archs, "sources": _source_hash(), "cuda": [major, minor]}
+    major, minor = nvcc_version(compiler)
+    info = {"archs": archs, "sources": source_hash(), "cuda": [major, minor]}
     output.with_suffix(".json").write_text(json.dumps(info) + "\n")
     os.replace(part, output)
 
@@ -190,7 +190,7 @@ def _covers(arch, capability):
 def _mismatch(info, capabilities, driver):
     """Why a shared object with this info does not serve the devices, or None."""
     archs, (major, minor) = info["archs"], info["cuda"]
-    if info["sources"] != _source_hash():
+    if info["sources"] != source_hash():
         return "was built from other sources"
     ptx = divmod(int(archs[-1].rstrip("af")), 10)
     for capability in capabilities:
@@ -249,9 +249,9 @@ def _find():
         problem = f"the extension that came with the package {problem}"
     chosen = os.environ.get("RLSD_CUDA_ARCHS")
     archs = parse_archs(chosen) if chosen else [_device_arch(x) for x in capabilities]
-    key = f"{_source_hash()}-torch{torch.__version__}-sm{'-'.join(archs)}"
+    key = f"{source_hash()}-torch{torch.__version__}-sm{'-'.join(archs)}"
     cached = _cache_folder() / key / PREBUILT
-    wanted = {"archs": archs, "sources": _source_hash(), "cuda": [0, 0]}
+    wanted = {"archs": archs, "sources": source_hash(), "cuda": [0, 0]}
     if cached.exists():
         wanted = json.loads(cached.with_suffix(".json").read_text())
     elif build_setting() is False:
@@ -262,7 +262,7 @@ def _find():
             "CUDA_HOME, or use impl='triton'."
         )
     else:
-        wanted["cuda"] = list(_nvcc_version(nvcc()))
+        wanted["cuda"] = list(nvcc_version(nvcc()))
     mismatch = _mismatch(wanted, capabilities, driver)
     if mismatch is not None:
         raise Unavailable(f"the extension that would be loaded {mismatch}; use impl='triton'.")

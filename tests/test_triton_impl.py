@@ -1,5 +1,5 @@
-"""Each stage of triton_impl and cuda_impl against naive fp64. Without a GPU the Triton kernels run in
-its interpreter, the CUDA kernels emulated (emulation.py)."""
+"""Each stage of triton_impl and cuda_impl against naive fp64. Without a GPU Triton's kernels run in
+its interpreter, CUDA's emulated (emulation.py)."""
 
 import math
 from functools import partial
