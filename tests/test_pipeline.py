@@ -6,6 +6,7 @@ import math
 import socket
 import weakref
 
+import emulation
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,6 +43,16 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _kernels_of_the_test(request, monkeypatch):
+    """impl="cuda" runs emulated: the tensors here are on the CPU."""
+    impl = getattr(request.node, "callspec", None) and request.node.callspec.params.get("impl")
+    if impl == "triton":
+        pytest.importorskip("triton")
+    elif impl == "cuda":
+        emulation.stand_in(monkeypatch)
+
+
 def make(case, dtype, n=37, v=1003, h=24):
     keep, loss, call = CASES[case]
     p = make_problem(n, v, h, dtype)
@@ -59,25 +70,25 @@ def relative(got, truth):
 @pytest.mark.parametrize("rows", [7, None], ids="rows{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=NAMES.get)
 @pytest.mark.parametrize("case", CASES)
-def test_triton_end_to_end(case, dtype, rows):
-    pytest.importorskip("triton")
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_kernels_end_to_end(impl, case, dtype, rows):
     p, options = make(case, dtype)
-    got = run_fused(p, "triton", max_workspace_bytes=rows and rows * 8 * 1003, **options)
+    got = run_fused(p, impl, max_workspace_bytes=rows and rows * 8 * 1003, **options)
     same = run_fused(p, "ref", **options)
     assert_as_accurate(got, same, run_fused(cast(p, torch.float64), "ref", **options))
 
 
 @pytest.mark.parametrize("rows", [7, None], ids="rows{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
-def test_triton_log_probs(dtype, rows):
-    pytest.importorskip("triton")
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_kernels_log_probs(impl, dtype, rows):
     p, _ = make("softcap", dtype)
     results = []
-    for impl, width in (("triton", dtype), ("ref", dtype), ("ref", torch.float64)):
+    for name, width in ((impl, dtype), ("ref", dtype), ("ref", torch.float64)):
         leaves = [p[k].to(width).requires_grad_() for k in ("hidden", "weight", "bias")]
         lp, entropy = linear_log_probs(
             leaves[0], leaves[1], p["completion_ids"], bias=leaves[2], return_entropy=True,
-            old_log_probs=p["old_log_probs"], final_logit_softcapping=2.0, impl=impl,
+            old_log_probs=p["old_log_probs"], final_logit_softcapping=2.0, impl=name,
             max_workspace_bytes=rows and rows * 8 * 1003,
         )
         grads = torch.autograd.grad((lp * p["advantages"]).sum() + entropy.sum(), leaves)
@@ -125,7 +136,7 @@ def torch_at_16_bits(p, options):
 @pytest.mark.parametrize("rows", [7, 37], ids="rows{}".format)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAMES.get)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", [*KERNELS, "cuda"])
 def test_precision_contract_on_16_bit_operands(impl, case, dtype, rows, gpu_operands):
     p, options = make(case, dtype, v=2003)
     # E and a chunk of logits of `rows` rows: 2 + 4 bytes, and the kernels' scratch
@@ -145,7 +156,7 @@ def test_precision_contract_on_16_bit_operands(impl, case, dtype, rows, gpu_oper
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "anew"])
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", [*KERNELS, "cuda"])
 def test_log_probs_on_16_bit_operands(impl, keep, gpu_operands):
     p, _ = make("off-policy", torch.bfloat16, v=2003)
     upstream = torch.randn(37)
@@ -182,7 +193,7 @@ def test_kept_exponentials_save_the_second_logits_gemm(monkeypatch):
         assert sum(rows) == passes * 37 * 1003
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", [*KERNELS, "cuda"])
 @pytest.mark.parametrize("offset", [-300.0, -30.0, 30.0, 300.0], ids="off{:+g}".format)
 def test_a_wrong_guess_never_changes_the_result(impl, offset):
     p, _ = make("off-policy", torch.float32, n=19)
@@ -200,7 +211,7 @@ def test_a_wrong_guess_never_changes_the_result(impl, offset):
     torch.testing.assert_close(dx, want_dx, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", [*KERNELS, "cuda"])
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_comes_back_to_the_host_while_a_graph_is_captured(impl, case, monkeypatch):
     p, options = make(case, torch.float32)
@@ -358,7 +369,7 @@ def test_a_device_of_another_kind_takes_the_sizes_of_a_cpu():
     assert tuning.default_workspace_bytes("xpu") == tuning.WORKSPACE_BYTES["cpu"]
 
 
-@pytest.mark.parametrize("impl", [*KERNELS, "ref"])
+@pytest.mark.parametrize("impl", [*KERNELS, "cuda", "ref"])
 def test_autocast_brings_an_fp32_head_to_bf16_hidden_states(impl):
     p = make_problem(20, 51, 8)
     p = {k: p[k] for k in PER_TOKEN}

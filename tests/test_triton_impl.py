@@ -56,8 +56,7 @@ def kernels(request, monkeypatch):
     if request.param == "triton":
         return triton_impl
     if DEVICE == "cpu":
-        operators = emulation.operators()
-        monkeypatch.setattr(extension, "load", lambda: operators)
+        emulation.stand_in(monkeypatch)
     elif extension.status() != "ok":
         pytest.skip(extension.status())
     return cuda_impl
