@@ -42,7 +42,7 @@ def source_files():
 
 def source_hash():
     digest = hashlib.sha256()
-    for path in sorted(source_folder().iterdir()):
+    for path in sorted(source_folder().glob("*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -256,6 +256,8 @@ def _find():
         wanted = json.loads(cached.with_suffix(".json").read_text())
     elif build_setting() is False:
         raise Unavailable(f"{problem}, and RLSD_BUILD_CUDA=0 forbids to build it; unset it.")
+    elif not source_files():
+        raise Unavailable(f"{problem}, and there are no sources in {source_folder()} to build.")
     elif nvcc() is None:
         raise Unavailable(
             f"{problem}, and nvcc is not found to build it; install the CUDA toolkit or set "

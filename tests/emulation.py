@@ -47,7 +47,7 @@ def _compile(name, sources, options, headers):
 def operators():
     """torch.ops.rlsd_cuda on CPU tensors, in the place of the extension's."""
     folder, stable = extension.source_folder(), Path(torch.__file__).parent
-    headers = [*folder.iterdir(), TESTS / "cuda_emulation.h"]
+    headers = [*sorted(folder.iterdir()), TESTS / "cuda_emulation.h"]
     options = [
         "-isystem", str(stable / "include"), f"-DTORCH_TARGET_VERSION={extension.TARGET_TORCH}",
         "-include", str(TESTS / "cuda_emulation.h"), f"-L{stable / 'lib'}",

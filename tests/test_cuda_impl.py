@@ -17,7 +17,14 @@ import emulation
 import pytest
 import torch
 
-from rlsd_kernels import available_impls, cuda_impl, extension, fused_linear_rlsd_loss, logprob
+from rlsd_kernels import (
+    available_impls,
+    cuda_impl,
+    extension,
+    fused_linear_rlsd_loss,
+    linear_log_probs,
+    logprob,
+)
 from rlsd_kernels import config as settings
 from rlsd_kernels.streaming import STORE_EXP, STORE_LOGITS, STORE_NONE
 
@@ -174,6 +181,7 @@ def test_status_never_builds(hopper, monkeypatch):
 @pytest.mark.parametrize("problem, sentence", [
     ("no nvcc", "no built extension came with the package, and nvcc is not found to build it; "),
     ("forbidden", "no built extension came with the package, and RLSD_BUILD_CUDA=0 forbids"),
+    ("no sources", "no built extension came with the package, and there are no sources in .*empty"),
     ("setting", "RLSD_BUILD_CUDA must be 0 or 1, but is 'yes'."),
     ("archs", "RLSD_CUDA_ARCHS must list architectures from 80 on, such as '80;90a;100', but has "
               "'hopper'."),
@@ -196,6 +204,8 @@ def test_why_not(problem, sentence, hopper, monkeypatch):
         prebuilt(tmp_path, **given[problem])
     if problem in ("no nvcc", *given):
         monkeypatch.setattr(extension, "nvcc", lambda: None)
+    elif problem == "no sources":
+        monkeypatch.setattr(extension, "source_folder", lambda: tmp_path / "empty")
     elif problem in ("forbidden", "setting"):
         monkeypatch.setenv("RLSD_BUILD_CUDA", "0" if problem == "forbidden" else "yes")
     elif "arch" in problem:
@@ -213,6 +223,24 @@ def test_a_build_that_came_with_the_package_is_taken(hopper, monkeypatch):
     monkeypatch.setattr(extension, "nvcc", lambda: None)
     assert extension.status() == "ok"
     assert extension._find() == (tmp_path / "package" / "_cuda.so", None)
+
+
+def test_the_choice_is_no_obstacle_to_torch_compile(monkeypatch):
+    """fullgraph: neither the files that status() reads nor the late import break the graph."""
+    emulation.stand_in(monkeypatch)
+    files = ROOT / "csrc"
+    monkeypatch.setattr(extension, "status", lambda: "ok" if any(files.iterdir()) else "empty.")
+    h, weight, ids = torch.randn(3, 8), torch.randn(40, 8), torch.tensor([1, 39, 0])
+    leaves = [h.requires_grad_(), weight.requires_grad_()]
+
+    def step(h, weight):
+        return linear_log_probs(h, weight, ids, impl="cuda")
+
+    results = []
+    for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        lp = f(*leaves)
+        results.append((lp.detach(), *torch.autograd.grad(lp.sum(), leaves)))
+    assert all(map(torch.equal, *results))
 
 
 # -- building --------------------------------------------------------------------------------------
