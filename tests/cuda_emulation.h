@@ -1,9 +1,9 @@
 // Runs csrc's kernels on the CPU, for tests without a GPU: included before each .cu by g++.
 //
 // Blocks run one after another and the threads of a block as coroutines, each up to its next
-// barrier or shuffle: there all of them have arrived, as on a device. Rounds alternate between
-// first-to-last and last-to-first, so that a value read before the barrier that orders it is
-// missing in one of the two. Only what csrc uses is here.
+// barrier or shuffle: there all of them have arrived, as on a device. They take turns first to last
+// or last to first, the other way round in the next block and the next launch, so that a value read
+// before the barrier that orders it is missing in one of the two. Only what csrc uses is here.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,6 +34,7 @@ struct Block {
   jmp_buf scheduler;
   Thread* current = nullptr;
   uint3 index{};
+  unsigned launches = 0;
   void (*body)(const void*) = nullptr;
   const void* argument = nullptr;
 };
@@ -97,7 +98,7 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Params), con
       makecontext(&thread.entry, run_thread, 0);
     }
     bool running = true;
-    for (int round = 0; running; ++round) {
+    for (unsigned round = b + block.launches; running; ++round) {
       running = false;
       for (size_t i = 0; i < block.threads.size(); ++i) {
         Thread& thread = block.threads[round % 2 ? block.threads.size() - 1 - i : i];
@@ -107,6 +108,7 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Params), con
       }
     }
   }
+  ++block.launches;
   return cudaSuccess;
 }
 

@@ -414,7 +414,7 @@ def check(rows):
     for row in rows:
         name = row["kernel"]
         if name.startswith(("rlsd-exp", "rlsd-row-max", "rlsd-logit-gradient")):
-            assert row["registers"] <= 64, row  # four blocks of 256 threads on an SM
+            assert row["registers"] <= 85, row  # three blocks of 256 threads on an SM
             # four fp32 vectors in flight, or eight elements twice, and as many again for a bias
             assert row["loads"] >= 4, row
         if name.startswith(("rlsd-exp", "rlsd-logit-gradient")) and "none" not in name:
