@@ -1,43 +1,28 @@
-"""What every benchmark of the loss shares: the problem, the clock, peak memory, fp64 accuracy.
+"""The named problems of the benchmark, and what its results say of the machine they ran on."""
 
-One step is hidden, teacher hidden, W, ids, old log-probs, A, a -> loss, dH, dW. FLOPs are in NHV,
-N tokens x H hidden x V vocabulary: one GEMM over the head is 2 NHV, and a full step cannot do with
-less than 8 (logits of student and teacher, dH, dW), 6 with a frozen head.
-"""
-
-import ctypes
-import gc
 import importlib.metadata
 import os
 import platform
-import statistics
 import subprocess
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from rlsd_kernels import RLSDLossConfig, __version__, ref
+from rlsd.measure import Case
+from rlsd_kernels import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = RLSDLossConfig()
-SEQUENCES, GROUP = 16, 4
 MIB = 2**20
 
+# H and V of the LM heads of named models.
+HEADS = {
+    "Qwen3-0.6B": (1024, 151936), "Qwen3-1.7B": (2048, 151936), "Qwen3-4B": (2560, 151936),
+    "Qwen3-8B": (4096, 151936), "Llama-3-8B": (4096, 128256), "Gemma-3-4B": (2560, 262208),
+}
 
-@dataclass(frozen=True)
-class Case:
-    """N, H, V and dtype of a problem."""
 
-    rows: int
-    hidden: int
-    vocab: int
-    dtype: torch.dtype = torch.float32
-
-    def label(self):
-        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
-        return f"{dtype}, N={self.rows}, H={self.hidden}, V={self.vocab}"
+def model_case(model, rows, dtype=torch.bfloat16):
+    return Case(rows, *HEADS[model], dtype, model)
 
 
 CASES = {
@@ -47,252 +32,17 @@ CASES = {
     # Accuracy only: a CPU without bf16 instructions multiplies bf16 100 times slower than fp32.
     "bf16": Case(512, 768, 16384, torch.bfloat16),
     "tiny-bf16": Case(64, 32, 301, torch.bfloat16),
+    # Whether a provider runs on this GPU at all, and computes the right function.
+    "probe": Case(256, 256, 4096, torch.bfloat16),
 }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Inputs of one step, rows flat. hidden, teacher_hidden (N, H); weight (V, H); completion_ids
-    (N,) int64; old_log_probs (nats), advantages, loss_weights (N,) fp32."""
+def environment(packages, device="cpu"):
+    """What a reader needs to judge the numbers: processor, load, versions, commit (Linux).
 
-    hidden: torch.Tensor
-    teacher_hidden: torch.Tensor
-    weight: torch.Tensor
-    completion_ids: torch.Tensor
-    old_log_probs: torch.Tensor
-    advantages: torch.Tensor
-    loss_weights: torch.Tensor
-
-    def live(self):
-        """Indices of the rows that the loss depends on."""
-        return ref.live_tokens(self.loss_weights, self.advantages, CONFIG).nonzero().squeeze(-1)
-
-
-def make_problem(case, *, frozen_head=False, live=1.0, seed=0):
-    """A rollout that the model itself sampled: RMS-normed hidden states, W of std 0.02, ids from
-    its own softmax, an old policy 0.05 nats away, A relative to groups of four sequences.
-
-    live: share of rows with a_t != 0 and A != 0, exact to one row. About half of the dead rows are
-    groups of equal rewards (A = 0, which only this library drops), the others masked padding.
+    A copy of the repository without .git takes the commit from the variable GIT_HASH, which ends
+    in -dirty if files had been changed.
     """
-    rng = torch.Generator().manual_seed(seed)
-    n = case.rows
-    hidden = torch.randn(n, case.hidden, generator=rng)
-    hidden /= hidden.square().mean(-1, keepdim=True).sqrt()
-    teacher = hidden + 0.3 * torch.randn(n, case.hidden, generator=rng)
-    weight = 0.02 * torch.randn(case.vocab, case.hidden, generator=rng)
-    hidden, teacher, weight = (x.to(case.dtype) for x in (hidden, teacher, weight))
-
-    head, ids, log_probs = weight.float(), [], []
-    for h in hidden.split(128):
-        log_p = (h.float() @ head.T).log_softmax(-1)
-        ids.append(torch.multinomial(log_p.exp(), 1, generator=rng))
-        log_probs.append(log_p.gather(-1, ids[-1]))
-    old = torch.cat(log_probs)[:, 0] + 0.05 * torch.randn(n, generator=rng)
-
-    sequence = torch.arange(n) * SEQUENCES // n
-    rewards = torch.randn(SEQUENCES // GROUP, GROUP, generator=rng)
-    a = (rewards - rewards.mean(-1, keepdim=True)) / rewards.std(-1, keepdim=True)
-    a[: round((1 - live) / 2 * len(a))] = 0
-    advantages = a.flatten()[sequence]
-    mask = torch.ones(n)
-    position = torch.arange(n) - (sequence * n + SEQUENCES - 1) // SEQUENCES
-    candidates = advantages.nonzero().squeeze(-1)
-    candidates = candidates[position[candidates].argsort(stable=True)]
-    mask[candidates[round(live * n):]] = 0  # the ends of the responses
-    return Problem(
-        hidden.requires_grad_(), teacher, weight.requires_grad_(not frozen_head),
-        torch.cat(ids)[:, 0], old, advantages, mask / mask.sum(),
-    )
-
-
-def gradients(problem, step):
-    """Run step(problem) -> (loss, log_probs, teacher_log_probs) and its backward; returns those
-    with dH and dW (None for a frozen head), and leaves no gradient on the problem."""
-    clear(problem)
-    loss, log_probs, teacher = step(problem)
-    loss.backward()
-    out = {
-        "loss": loss.detach(), "log_probs": log_probs.detach(), "teacher_log_probs": teacher,
-        "d_hidden": problem.hidden.grad, "d_weight": problem.weight.grad,
-    }
-    clear(problem)
-    return out
-
-
-def clear(problem):
-    problem.hidden.grad = problem.weight.grad = None
-
-
-def exact(problem, chunk=128):
-    """What `gradients` returns, in fp64 from the same inputs, holding (chunk, V) at a time."""
-    head = problem.weight.detach().double()
-    ids = problem.completion_ids
-
-    def log_softmax(hidden, rows):
-        return (hidden.detach()[rows].double() @ head.T).log_softmax(-1)
-
-    chunks = torch.arange(len(ids)).split(chunk)
-    student, teacher = (
-        torch.cat([log_softmax(h, r).gather(-1, ids[r, None])[:, 0] for r in chunks])
-        for h in (problem.hidden, problem.teacher_hidden)
-    )
-    student.requires_grad_()
-    loss = token_loss(problem, student, teacher)
-    (g,) = torch.autograd.grad(loss, student)
-    d_hidden = torch.zeros(problem.hidden.shape, dtype=torch.float64)
-    d_weight = torch.zeros_like(head) if problem.weight.requires_grad else None
-    for rows in chunks:
-        dz = log_softmax(problem.hidden, rows).exp_().mul_(-g[rows, None])
-        dz[torch.arange(len(rows)), ids[rows]] += g[rows]
-        d_hidden[rows] = dz @ head
-        if d_weight is not None:
-            d_weight.addmm_(dz.T, problem.hidden.detach()[rows].double())
-    return {
-        "loss": loss.detach(), "log_probs": student.detach(), "teacher_log_probs": teacher,
-        "d_hidden": d_hidden, "d_weight": d_weight,
-    }
-
-
-def token_loss(problem, log_probs, teacher_log_probs):
-    """The RLSD loss in plain PyTorch on (N,) log-probs: what stands on top of every peer."""
-    keep = log_probs.dtype
-    return ref.rlsd_loss(
-        log_probs, problem.advantages.to(keep), problem.loss_weights.to(keep),
-        teacher_log_probs=teacher_log_probs, old_log_probs=problem.old_log_probs.to(keep),
-        ref_log_probs=None, reweight_mask=None, entropy=None, rlsd_lambda=CONFIG.rlsd_lambda,
-        config=CONFIG,
-    )
-
-
-def errors(got, truth, live):
-    """Deviations from fp64 over the live rows: log_prob (max, nats, student and teacher),
-    ratio_off (share of ratios exp(log p - truth) outside 1 +- 1 %), loss (absolute: both signs of
-    A cancel in it), d_hidden and d_weight (relative, Frobenius; d_weight None if frozen)."""
-    off = torch.stack(
-        [(got[k].double() - truth[k])[live] for k in ("log_probs", "teacher_log_probs")]
-    )
-
-    def relative(key):
-        if truth[key] is None:
-            return None
-        return float((got[key].double() - truth[key]).norm() / truth[key].norm())
-
-    return {
-        "log_prob": float(off.abs().max()),
-        "ratio_off": float((off[0].exp() - 1).abs().gt(0.01).double().mean()),
-        "loss": float((got["loss"] - truth["loss"]).abs()), "d_hidden": relative("d_hidden"),
-        "d_weight": relative("d_weight"),
-    }
-
-
-def measured_nhv(case, function):
-    """GEMM FLOPs of one call in NHV, read off the matrix products that PyTorch runs."""
-    operands = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1,
-                "aten::baddbmm": 1}
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, record_shapes=True) as profile:
-        function()
-    flops = 0
-    for event in profile.events():
-        if event.name in operands:
-            a, b = event.input_shapes[operands[event.name]:][:2]
-            flops += 2 * b[-1] * torch.Size(a).numel()
-    return flops / (case.rows * case.hidden * case.vocab)
-
-
-class BareGEMMs:
-    """The matrix products that a step over the live rows cannot do without, and nothing else: two
-    logits, dH, and dW unless the head is frozen, each one full-size call into memory at hand."""
-
-    def __init__(self, problem):
-        live = problem.live()
-        self.h, self.t = (x.detach()[live] for x in (problem.hidden, problem.teacher_hidden))
-        self.weight = problem.weight.detach()
-        self.z = self.h.new_empty(len(live), len(self.weight))
-        self.dh = torch.empty_like(self.h)
-        self.dw = torch.empty_like(self.weight) if problem.weight.requires_grad else None
-
-    def __call__(self):
-        torch.mm(self.t, self.weight.T, out=self.z)
-        torch.mm(self.h, self.weight.T, out=self.z)
-        torch.mm(self.z, self.weight, out=self.dh)
-        if self.dw is not None:
-            torch.mm(self.z.T, self.h, out=self.dw)
-
-
-def balanced_order(names, round_index):
-    """The order of one round. In len(names) consecutive rounds (twice as many if odd) each name
-    stands once (twice) at each place and follows each other name equally often (a Williams
-    design), so that no provider always runs in the wake of the same other."""
-    k = len(names)
-    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(k)]
-    order = [names[(z + round_index) % k] for z in zigzag]
-    return order[::-1] if k % 2 and round_index // k % 2 else order
-
-
-def interleave(steps, rounds, warmup_s, between):
-    """Seconds per round of each step, side by side: {name: [rounds values]}.
-
-    steps: {name: function of no argument}. Each first runs until warmup_s seconds are over, at
-    least once. between() runs before every call, outside the clock.
-    """
-    for step in steps.values():
-        start = time.perf_counter()
-        while True:
-            between()
-            step()
-            if time.perf_counter() - start >= warmup_s:
-                break
-    seconds = {name: [] for name in steps}
-    for i in range(rounds):
-        for name in balanced_order(list(steps), i):
-            between()
-            start = time.perf_counter()
-            result = steps[name]()
-            seconds[name].append(time.perf_counter() - start)
-            del result
-    return seconds
-
-
-def summary(seconds):
-    """Median, 20th and 80th percentile in ms, and all rounds in ms."""
-    ms = [1e3 * s for s in seconds]
-    if len(ms) == 1:
-        return {"ms": ms[0], "p20": ms[0], "p80": ms[0], "rounds": ms}
-    p20, *_, p80 = statistics.quantiles(ms, n=5, method="inclusive")
-    return {"ms": statistics.median(ms), "p20": p20, "p80": p80, "rounds": ms}
-
-
-def _status_kib(field):
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
-
-
-def peak_extra_bytes(function):
-    """Largest resident memory during one call beyond what was resident before it, in bytes.
-
-    Linux only: the kernel's own high-water mark, reset first. Freed pages go back beforehand, so
-    that memory cached by an earlier call is not handed out for nothing.
-    """
-    if platform.system() != "Linux":
-        raise RuntimeError(
-            f"Peak memory is read from Linux's /proc, but this is {platform.system()}; run there."
-        )
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc; musl returns memory by itself
-        libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status_kib("VmRSS")
-    result = function()
-    peak = _status_kib("VmHWM")
-    del result
-    return 1024 * (peak - before)
-
-
-def environment(packages):
-    """What a reader needs to judge the numbers: CPU, threads, load, versions, commit (Linux)."""
 
     def git(*args):
         run = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
@@ -305,17 +55,40 @@ def environment(packages):
         )
     # Results of an earlier run and the README's copy of them do not change what is measured.
     changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+    commit, given = git("rev-parse", "HEAD"), os.environ.get("GIT_HASH", "")
+    if commit is None and given:
+        commit, changed = given.removesuffix("-dirty"), given.endswith("-dirty")
     versions = {"rlsd": __version__}
     for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {
+    found = {
         "cpu": model, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "load_before": round(os.getloadavg()[0], 2), "platform": platform.platform(),
-        "python": platform.python_version(), "versions": versions,
-        "git": git("rev-parse", "HEAD"), "dirty": bool(changed),
+        "python": platform.python_version(), "versions": versions, "git": commit,
+        "dirty": bool(changed),
     }
+    return found | {"gpu": gpu_state()} if torch.device(device).type == "cuda" else found
 
+
+def gpu_state():
+    """Name, sizes, driver, clocks and temperature of the current GPU."""
+    p = torch.cuda.get_device_properties()
+    state = {
+        "name": p.name, "capability": f"{p.major}.{p.minor}", "processors": p.multi_processor_count,
+        "memory_mib": p.total_memory // MIB, "l2_mib": p.L2_cache_size / MIB,
+        "cuda": torch.version.cuda,
+    }
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
+    try:
+        run = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader",
+             f"--id={torch.cuda.current_device()}"], capture_output=True, text=True, timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return state
+    values = [x.strip() for x in run.stdout.split(",")]
+    return state | dict(zip(fields, values, strict=True)) if len(values) == len(fields) else state

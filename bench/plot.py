@@ -1,7 +1,11 @@
-"""Everything that is made from results.json: table.md, times.png and the README's rows.
+"""Everything that is made from results.json: table.md, times.png, scaling.png, the README's rows.
 
-    python -m bench.plot bench/results/cpu              # table and plot
+    python -m bench.plot bench/results/cpu              # table and plots
     python -m bench.plot bench/results/cpu --readme     # and the block between README's markers
+
+Speed is work per time: "% of bare GEMMs" is the time of the matrix products alone, measured in the
+same loop, divided by the provider's; TFLOP/s counts the 8 NHV of a full step (6 with a frozen head)
+whatever a provider really computes.
 """
 
 import argparse
@@ -18,6 +22,9 @@ COLUMNS = (
 )
 ACCURACY = ("NHV", "max log-prob error", "ratios off > 1 %", "dH error", "dW error")
 MARKERS = ("<!-- bench/results/cpu -->", "<!-- end of bench/results/cpu -->")
+# Lines of a plot, ours first.
+COLORS = ("tab:blue", "tab:cyan", "tab:purple", "tab:green", "tab:olive", "tab:orange", "tab:red",
+          "tab:brown", "tab:pink", "0.4", "0.6", "0.8")
 
 
 def heading(block):
@@ -30,14 +37,26 @@ def rows_of(lines):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _ms(t):
+    digits = 0 if t["ms"] >= 200 else 1 if t["ms"] >= 10 else 2
+    return digits, f"{t['ms']:.{digits}f} ({t['p20']:.{digits}f}-{t['p80']:.{digits}f})"
+
+
+def tflops(block, ms):
+    """TFLOP/s on the 8 NHV (6 with a frozen head) of all rows, computed or not."""
+    nhv = 6 if block["frozen_head"] else 8
+    return nhv * block["rows"] * block["hidden"] * block["vocab"] / ms / 1e9
+
+
 def _times(block, found):
     eager = block["providers"].get(EAGER)
     t, mib = found["time"], found["peak_bytes"] / MIB
-    cells = [f"{t['ms']:.0f} ({t['p20']:.0f}-{t['p80']:.0f})"]
+    on_gpu = "model" in block
+    cells = [_ms(t)[1] if on_gpu else f"{t['ms']:.0f} ({t['p20']:.0f}-{t['p80']:.0f})"]
     cells.append(f"{eager['time']['ms'] / t['ms']:.2f}" if eager else "")
     cells += [f"{block['bare']['ms'] / t['ms']:.0%}", f"{mib:.0f}"]
     cells.append(f"{found['peak_bytes'] / eager['peak_bytes']:.0%}" if eager else "")
-    return cells
+    return [*cells, f"{tflops(block, t['ms']):.0f}"] if on_gpu else cells
 
 
 def _accuracy(found):
@@ -51,48 +70,77 @@ def _accuracy(found):
 
 def block_table(results, block):
     """Heading and Markdown table of one block; a provider that did not run says why."""
-    columns = (*(COLUMNS if block["timed"] else ()), *ACCURACY)
+    on_gpu = "model" in block
+    timed = (*COLUMNS, "TFLOP/s on the step") if on_gpu else COLUMNS
+    columns = (*(timed if block["timed"] else ()), *ACCURACY)
     lines = [["provider", *columns], ["---", *["--:"] * len(columns)]]
     for provider in results["providers"]:
         found = block["providers"].get(provider["name"])
         if found is None:
-            cells = [f"not run: {provider['not_run']}", *[""] * (len(columns) - 1)]
+            why = block.get("not_run", {}).get(provider["name"]) or provider["not_run"]
+            cells = [f"not run: {why}", *[""] * (len(columns) - 1)]
         else:
             cells = [*(_times(block, found) if block["timed"] else ()), *_accuracy(found)]
         lines.append([provider["name"], *(cell.replace("|", "/") for cell in cells)])
     if block["timed"]:
         t = block["bare"]
-        cells = [f"{t['ms']:.0f} ({t['p20']:.0f}-{t['p80']:.0f})"]
-        lines.append([BARE, *cells, *[""] * (len(columns) - 1)])
+        cells = [_ms(t)[1] if on_gpu else f"{t['ms']:.0f} ({t['p20']:.0f}-{t['p80']:.0f})"]
+        cells += [""] * (len(columns) - 1)
+        if on_gpu:
+            cells[len(COLUMNS)] = f"{tflops(block, t['ms']):.0f}"
+        lines.append([BARE, *cells])
     return f"### {heading(block)}\n\n{rows_of(lines)}\n"
+
+
+def _machine(env, rounds):
+    """The closing line: hardware, software, commit."""
+    versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items() if v)
+    commit = (env["git"] or "unknown")[:12] + (" with uncommitted changes" if env["dirty"] else "")
+    gpu = ""
+    if "gpu" in env:
+        gpu = "; ".join(f"{k.replace('_', ' ')} {v}" for k, v in env["gpu"].items()) + ". "
+    return (
+        f"{gpu}{env['cpu']}, {env['threads']} threads of {env['cores']} cores, "
+        f"{env['cpu_capability']};"
+        f" load before {env['load_before']}. Python {env['python']}; {versions}. Commit {commit}.\n"
+    )
 
 
 def table(results):
     """table.md: one table per block, who the providers are, and the machine."""
     env = results["environment"]
-    versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items() if v)
+    on_gpu = "gpu" in env
+    memory = (
+        "memory of PyTorch's allocator beyond the inputs, gradients included. NHV: GEMM FLOPs /"
+        " (rows x H x V), read off the profiler where PyTorch runs the GEMMs, else as stated in"
+        " providers.py. TFLOP/s: 8 NHV (6 with a frozen head) of all rows over the time"
+        if on_gpu else
+        "resident memory beyond the inputs, gradients included. NHV: GEMM FLOPs / (rows x H x V),"
+        " read off the profiler"
+    )
     text = [
-        "# One RLSD step on a CPU\n",
+        f"# One RLSD step on {env['gpu']['name'] if on_gpu else 'a CPU'}\n",
         "hidden, teacher hidden, W, ids, old log-probs, A, loss weights -> loss, dH, dW; providers"
         f" interleaved over {results['rounds']} rounds in one process, medians. Speeds: the time"
         " of eager (the first row) or of the bare GEMMs divided by the provider's. Bare GEMMs: the"
-        " 8 NHV (6 with a frozen head) of the live rows alone. Peak extra: resident memory beyond"
-        " the inputs, gradients included. NHV: GEMM FLOPs / (rows x H x V), read off the profiler."
+        f" 8 NHV (6 with a frozen head) of the live rows alone. Peak extra: {memory}."
         " Errors: against fp64 on the same inputs; dH, dW relative (Frobenius).\n",
         *(block_table(results, block) for block in results["blocks"]),
-        "### Providers\n",
     ]
+    if results.get("not_reached"):
+        missing = "; ".join(
+            heading({"shape": shape, "frozen_head": head, "live": live})
+            for shape, head, live in results["not_reached"]
+        )
+        text.append(f"Not reached in the time given: {missing}.\n")
+    text.append("### Providers\n")
     lines = [["provider", "call", "version", "logits rounded to"], ["---"] * 4]
     for p in results["providers"]:
         version = f"{p['package']} {env['versions'].get(p['package']) or '(absent)'}"
         logits = "the input's dtype" if p["logits"] == "input's" else p["logits"]
         lines.append([p["name"], f"`{p['call']}`", version, logits])
     text.append(rows_of(lines) + "\n")
-    commit = (env["git"] or "unknown")[:12] + (" with uncommitted changes" if env["dirty"] else "")
-    text.append(
-        f"{env['cpu']}, {env['threads']} threads of {env['cores']} cores, {env['cpu_capability']};"
-        f" load before {env['load_before']}. Python {env['python']}; {versions}. Commit {commit}.\n"
-    )
+    text.append(_machine(env, results["rounds"]))
     return "\n".join(text)
 
 
@@ -102,12 +150,16 @@ def readme_rows(results):
     lines = [["", "step, ms", "speed, % of bare GEMMs", "peak extra, MiB", "NHV"],
              ["---", *["--:"] * 4]]
     for name, found in block["providers"].items():
-        _, _, bare, mib, _ = _times(block, found)
+        _, _, bare, mib, *_ = _times(block, found)
         shown = f"**{name}**" if name == OURS else name
-        lines.append([shown, f"{found['time']['ms']:.0f}", bare, mib, f"{found['nhv']:.0f}"])
+        digits = _ms(found["time"])[0] if "model" in block else 0
+        lines.append([
+            shown, f"{found['time']['ms']:.{digits}f}", bare, mib, f"{found['nhv']:.0f}",
+        ])
     env = results["environment"]
+    machine = env["gpu"]["name"] if "gpu" in env else f"{env['cpu']}, {env['threads']} threads"
     return (
-        f"{rows_of(lines)}\n\n{heading(block)}; {env['cpu']}, {env['threads']} threads, medians of"
+        f"{rows_of(lines)}\n\n{heading(block)}; {machine}, medians of"
         f" {results['rounds']} rounds.\n"
     )
 
@@ -117,13 +169,18 @@ def quoted_in(readme):
     return readme.split(MARKERS[0])[1].split(MARKERS[1])[0].strip()
 
 
-def plot_times(results, path):
-    """Time and peak memory per provider, one row of panels per timed block."""
+def _pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot_times(results, path):
+    """Time and peak memory per provider, one row of panels per timed block."""
+    plt = _pyplot()
     blocks = [block for block in results["blocks"] if block["timed"]]
     figure, axes = plt.subplots(
         len(blocks), 2, figsize=(12, 0.6 + 3 * len(blocks)), sharey="row", squeeze=False,
@@ -138,7 +195,7 @@ def plot_times(results, path):
                   [f["time"]["p80"] - f["time"]["ms"] for f in found]]
         mib = [f["peak_bytes"] / MIB for f in found]
         bars = left.barh(names, ms, xerr=spread, color=colors, ecolor="0.3")
-        left.bar_label(bars, fmt="%.0f", padding=6)
+        left.bar_label(bars, fmt="%.0f" if max(ms) >= 200 else "%.1f", padding=6)
         left.axvline(block["bare"]["ms"], color="tab:red", linestyle="--")
         left.set(xlabel=f"forward + backward, ms (median, p20 to p80); dashed: {BARE}")
         right.bar_label(right.barh(names, mib, color=colors), fmt="%.0f", padding=3)
@@ -151,10 +208,110 @@ def plot_times(results, path):
     plt.close(figure)
 
 
+def series(blocks, x, y):
+    """{provider: sorted [(x(block), y(block, found))]} over blocks, bare GEMMs aside."""
+    lines = {}
+    for block in blocks:
+        for name, found in block["providers"].items():
+            lines.setdefault(name, []).append((x(block), y(block, found)))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def _like(blocks, first, *keys):
+    """Blocks that agree with `first` in these keys."""
+    return [b for b in blocks if all(b[k] == first[k] for k in keys)]
+
+
+def scaling(results):
+    """What scaling.png shows: {title: (x label, y label, {provider: points})}, from the blocks that
+    differ from the first in one thing only; panels of a single point are left out."""
+    blocks = [b for b in results["blocks"] if b["timed"]]
+    if not blocks:
+        return {}
+    first = blocks[0]
+    rows = _like(blocks, first, "hidden", "vocab", "frozen_head", "live")
+    whole = _like(blocks, first, "rows", "frozen_head", "live")
+    shares = _like(blocks, first, "rows", "hidden", "vocab", "frozen_head")
+    full = next((b["providers"] for b in shares if b["live"] == 1), {})
+
+    def ms(block, found):
+        return found["time"]["ms"]
+
+    def mib(block, found):
+        return found["peak_bytes"] / MIB
+
+    def of_bare(block, found):
+        return 100 * block["bare"]["ms"] / found["time"]["ms"]
+
+    place = {id(b): i + 1 for i, b in enumerate(blocks)}
+    panels = {
+        "time against N": ("rows N", "ms", series(rows, lambda b: b["rows"], ms)),
+        "memory against N": ("rows N", "peak beyond the inputs, MiB",
+                             series(rows, lambda b: b["rows"], mib)),
+        "time per GFLOP of one GEMM against V": (
+            "vocabulary V", "ms / (N H V 1e-9)",
+            series(whole, lambda b: b["vocab"],
+                   lambda b, f: 1e9 * ms(b, f) / (b["rows"] * b["hidden"] * b["vocab"])),
+        ),
+        "memory against V": ("vocabulary V", "peak beyond the inputs, MiB",
+                             series(whole, lambda b: b["vocab"], mib)),
+        "speed by block, in the table's order": (
+            "block", f"% of {BARE}", series(blocks, lambda b: place[id(b)], of_bare)),
+        "dead rows": (
+            "live rows, %", "time, % of all rows live",
+            {
+                name: sorted(
+                    (100 * b["live"], 100 * ms(b, b["providers"][name]) / ms(b, found))
+                    for b in shares if name in b["providers"]
+                )
+                for name, found in full.items()
+            },
+        ),
+    }
+    return {
+        title: panel for title, panel in panels.items()
+        if any(len({x for x, _ in points}) > 1 for points in panel[2].values())
+    }
+
+
+def plot_scaling(results, path):
+    """Time and memory against N and V, share of the limit, and what dead rows save."""
+    panels = scaling(results)
+    if not panels:
+        return
+    plt = _pyplot()
+    columns = min(2, len(panels))
+    figure, axes = plt.subplots(
+        -(-len(panels) // columns), columns, figsize=(7 * columns, 4 * -(-len(panels) // columns)),
+        squeeze=False, layout="constrained",
+    )
+    names = {n for _, _, lines in panels.values() for n in lines}
+    order = [p["name"] for p in results["providers"] if p["name"] in names]
+    order.sort(key=lambda name: not name.startswith("RLSD"))
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(order)}
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    for axis, (title, (xlabel, ylabel, lines)) in zip(axes.flat, panels.items(), strict=False):
+        for name in order:
+            if name in lines:
+                x, y = zip(*lines[name], strict=True)
+                axis.plot(x, y, marker="o", color=colors[name], label=name,
+                          linewidth=2 if name.startswith("RLSD") else 1)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.9")
+    handles = [plt.Line2D([], [], color=colors[n], marker="o", label=n) for n in order]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(order)), fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw(folder, readme=False):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     (folder / "table.md").write_text(table(results), encoding="utf-8")
     plot_times(results, folder / "times.png")
+    plot_scaling(results, folder / "scaling.png")
     if readme:
         path = ROOT / "README.md"
         before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])

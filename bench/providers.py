@@ -1,20 +1,27 @@
 """Who is timed: one RLSD step by plain PyTorch, by other libraries' ops, and by this one.
 
-Each maps a common.Problem to (loss, log_probs, teacher_log_probs). Libraries have no RLSD; theirs
+Each maps a measure.Problem to (loss, log_probs, teacher_log_probs). Libraries have no RLSD; theirs
 is composed of their own per-token log-prob op (teacher under no_grad, student differentiable) and
 the same plain loss on top. NHV is 2 per GEMM over the head: an op that recomputes logits in
 backward makes 10, one that keeps them, or forms the gradient at once, 8. linear_log_probs keeps
-them where they fit its workspace: at the shape of the tests, not at the main one.
+them where they fit its workspace: on a CPU at the shape of the tests, not at the main one.
 """
 
+import functools
 import importlib
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from rlsd_kernels import fused_linear_rlsd_loss, linear_log_probs, rlsd_loss
+from rlsd import measure
+from rlsd.measure import compose, eager, full_logits, fused
+from rlsd_kernels import available_impls, linear_log_probs, rlsd_loss, tuning
 
 from . import common
 
@@ -22,10 +29,17 @@ from . import common
 TRL_CHUNK_SIZE = 32768
 
 
+# Errors beyond which a provider computes something else: bf16 logits are off by 3e-2.
+WRONG = {"log_prob": 0.1, "d_hidden": 0.05, "d_weight": 0.05}
+
+
 @dataclass(frozen=True)
 class Provider:
     """name; call: the entry point; package: distribution it comes from; logits: dtype that the
-    log-softmax sees; nhv, nhv_frozen: GEMM work of a step at the tests' shape; step: the step."""
+    log-softmax sees; nhv, nhv_frozen: GEMM work of a step at the tests' shape; step: the step;
+    modules: what it imports; compiled: by a C++ compiler on the CPU; impl: of this library;
+    in_torch: whether PyTorch runs its GEMMs, where the profiler sees them; drops_dead: whether rows
+    without effect are left out."""
 
     name: str
     call: str
@@ -33,44 +47,44 @@ class Provider:
     logits: str
     nhv: int
     nhv_frozen: int
-    step: Callable[[common.Problem], tuple[Tensor, Tensor, Tensor]]
+    step: Callable[[measure.Problem], tuple[Tensor, Tensor, Tensor]]
     modules: tuple[str, ...] = ()
     compiled: bool = False
+    impl: str = ""
+    in_torch: bool = True
+    drops_dead: bool = False
 
     def id(self):
         return self.name.replace(",", "").replace(" ", "-")
 
-    def obstacle(self):
+    def obstacle(self, device="cpu"):
         """None, or one sentence why this provider cannot run here."""
+        case = common.CASES["tiny" if device == "cpu" else "probe"]
         for module in self.modules:
             try:
                 importlib.import_module(module)
-            except ImportError as error:
+            except Exception as error:  # an ImportError, or whatever its own imports raise
                 return f"{module} cannot be imported: {first_line(error)}"
-        problem = common.make_problem(common.CASES["tiny"])
+        problem = measure.make_problem(case, device=device)
+        if self.impl:
+            status = available_impls(problem.hidden)[self.impl]
+            if status != "ok":
+                return status
         try:
-            common.gradients(problem, self.step)
+            got = measure.gradients(problem, self.step)
         except Exception as error:  # whatever it is, the table says it and the others run
             return f"{type(error).__name__}: {first_line(error)}"
-        return None
+        found = measure.errors(got, measure.exact(problem), problem.live())
+        wrong = {k: found[k] for k, limit in WRONG.items() if not found[k] <= limit}  # or NaN
+        return f"it computes something else: errors {wrong}" if wrong else None
+
+    def stated_nhv(self, frozen_head, live):
+        """GEMM work where no profiler sees it."""
+        return (self.nhv_frozen if frozen_head else self.nhv) * (live if self.drops_dead else 1)
 
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def compose(log_probs, problem):
-    """An RLSD step from a differentiable log_probs(hidden, weight, ids)."""
-    with torch.no_grad():
-        teacher = log_probs(problem.teacher_hidden, problem.weight, problem.completion_ids)
-    student = log_probs(problem.hidden, problem.weight, problem.completion_ids)
-    return common.token_loss(problem, student, teacher), student, teacher
-
-
-def full_logits(hidden, weight, ids):
-    """What most trainers write, with the usual cast to fp32 after the GEMM."""
-    log_p = (hidden @ weight.T).float().log_softmax(-1)
-    return log_p.gather(-1, ids[:, None])[:, 0]
 
 
 compiled_full_logits = torch.compile(full_logits, dynamic=False)
@@ -99,26 +113,71 @@ def liger_grpo_log_probs(hidden, weight, ids):
     return LigerFusedLinearPPOBase.chunk_forward(hidden[None], weight, ids[None])[0]
 
 
-def cut_cross_entropy(hidden, weight, ids):
+def liger_fallback(hidden, weight, ids):
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as ops
+
+    # What the public class runs on GPUs other than Hopper's, called directly.
+    return -ops._FusedLinearPPOFallbackFunction.apply(hidden, weight, ids, 1.0, -100, False)
+
+
+def liger_triton(hidden, weight, ids):
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return -LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, weight, ids, None, None, -100, 0.0, 0.0, "none"
+    )[0]
+
+
+CUTEDSL = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"
+CUTILE = "liger_kernel.ops.cutile.ops.fused_linear_scaled_cross_entropy"
+
+
+def liger_cute(hidden, weight, ids):
+    ops = importlib.import_module(CUTEDSL)
+    return -ops.LigerFusedScaledCrossEntropySM90Function.apply(hidden, weight, ids)
+
+
+def liger_cutile(hidden, weight, ids):
+    ops = importlib.import_module(CUTILE)
+    return -ops.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, ids)
+
+
+@functools.cache
+def verl_kernel():
+    """verl's op without what its packages' __init__ import, such as Ray: it needs none of that, so
+    both become empty packages at their place on disk."""
+    spec = importlib.util.find_spec("verl")
+    if spec is None:
+        raise ImportError("No module named 'verl'")
+    (folder,) = spec.submodule_search_locations
+    for name, path in (("verl", folder), ("verl.utils", f"{folder}/utils")):
+        package = types.ModuleType(name)
+        package.__path__ = [path]
+        sys.modules[name] = package
+    return importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+
+
+def verl_log_probs(hidden, weight, ids):
+    return verl_kernel()(hidden, weight, ids, 1.0, "none")[0]
+
+
+def cut_cross_entropy(hidden, weight, ids, impl="torch_compile"):
     from cut_cross_entropy import linear_cross_entropy
 
-    return -linear_cross_entropy(hidden, weight, ids, reduction="none", impl="torch_compile")
+    return -linear_cross_entropy(hidden, weight, ids, reduction="none", impl=impl)
 
 
-def fused(problem):
-    out = fused_linear_rlsd_loss(
-        problem.hidden, problem.weight, problem.completion_ids, problem.advantages,
-        teacher_hidden=problem.teacher_hidden, old_log_probs=problem.old_log_probs,
-        loss_weights=problem.loss_weights, config=common.CONFIG, impl="torch",
-    )
-    return out.loss, out.log_probs, out.teacher_log_probs
+def tier_b(problem):
+    """The GEMM with the exp in its epilogue."""
+    with mock.patch.object(tuning, "SCORE_TIER", "B"):
+        return fused(problem, "triton")
 
 
-def two_ops(problem):
+def two_ops(problem, impl):
     """For trainers with their own loss: differentiable log-probs, then any loss on top."""
     def log_probs(hidden):
         return linear_log_probs(
-            hidden, problem.weight, problem.completion_ids, impl="torch",
+            hidden, problem.weight, problem.completion_ids, impl=impl,
             old_log_probs=problem.old_log_probs,
         )
 
@@ -128,17 +187,16 @@ def two_ops(problem):
     loss = rlsd_loss(
         student, problem.advantages, teacher_log_probs=teacher,
         old_log_probs=problem.old_log_probs, loss_weights=problem.loss_weights,
-        config=common.CONFIG, impl="torch",
+        config=measure.CONFIG, impl=impl,
     ).loss
     return loss, student, teacher
 
 
 EAGER = "PyTorch, full logits"
 OURS = "RLSD fused"
-PROVIDERS = (
+PLAIN = (
     Provider(
-        EAGER, "(hidden @ W.T).float().log_softmax(-1)", "torch", "input's", 8, 6,
-        lambda problem: compose(full_logits, problem),
+        EAGER, "(hidden @ W.T).float().log_softmax(-1)", "torch", "input's", 8, 6, eager,
     ),
     Provider(
         "torch.compile of it", "torch.compile(full_logits)", "torch", "input's", 8, 6,
@@ -148,6 +206,9 @@ PROVIDERS = (
         "TRL", "trl.kernels.ChunkedLogProbFunction", "trl", "input's", 10, 8,
         lambda problem: compose(trl_log_probs, problem), ("trl.kernels", "trl.trainer.utils"),
     ),
+)
+PROVIDERS = (
+    *PLAIN,
     Provider(
         "Liger scaled CE", "LigerFusedLinearScaledCrossEntropyFunction, its PyTorch fallback",
         "liger-kernel", "input's", 10, 10,  # computes dW even where nobody asks for it
@@ -166,9 +227,70 @@ PROVIDERS = (
         compiled=True,
     ),
     Provider(
-        "RLSD two ops", 'linear_log_probs + rlsd_loss, impl="torch"', "rlsd", "fp32", 8, 6, two_ops,
+        "RLSD two ops", 'linear_log_probs + rlsd_loss, impl="torch"', "rlsd", "fp32", 8, 6,
+        lambda problem: two_ops(problem, "torch"),
     ),
     Provider(
-        OURS, 'fused_linear_rlsd_loss, impl="torch"', "rlsd", "fp32", 8, 6, fused,
+        OURS, 'fused_linear_rlsd_loss, impl="torch"', "rlsd", "fp32", 8, 6,
+        lambda problem: fused(problem, "torch"),
     ),
 )
+
+
+def ours(impl):
+    """A fused provider of this library on a GPU."""
+    return Provider(
+        f"{OURS}, {impl}", f'fused_linear_rlsd_loss, impl="{impl}"', "rlsd", "fp32", 8, 6,
+        lambda problem: fused(problem, impl), impl=impl, drops_dead=True,
+    )
+
+
+# Stated NHV of ops whose GEMMs PyTorch's profiler does not see: logits of both models, those of the
+# student again in backward, dH, and dW, which all but Liger's Triton op also compute for a frozen
+# head. cut-cross-entropy leaves out blocks of small gradients.
+GPU_PROVIDERS = (
+    *PLAIN,
+    Provider(
+        "Liger CuTe", "LigerFusedScaledCrossEntropySM90Function", "liger-kernel", "fp16", 10, 10,
+        lambda problem: compose(liger_cute, problem), (CUTEDSL,), in_torch=False,
+    ),
+    Provider(
+        "Liger cuTile", "LigerFusedLinearScaledCrossEntropyFunction, cutile", "liger-kernel",
+        "input's", 10, 10, lambda problem: compose(liger_cutile, problem), (CUTILE,),
+    ),
+    Provider(
+        "Liger Triton", 'LigerFusedLinearCrossEntropyFunction, reduction="none"', "liger-kernel",
+        "input's", 10, 8, lambda problem: compose(liger_triton, problem),
+        ("liger_kernel.ops.fused_linear_cross_entropy",),
+    ),
+    Provider(
+        "Liger fallback", "LigerFusedLinearScaledCrossEntropyFunction, its PyTorch fallback",
+        "liger-kernel", "input's", 10, 10, lambda problem: compose(liger_fallback, problem),
+        ("liger_kernel.ops.fused_linear_scaled_cross_entropy",),
+    ),
+    Provider(
+        "verl Triton", "verl.utils.kernel.linear_cross_entropy", "verl", "fp32", 10, 10,
+        lambda problem: compose(verl_log_probs, problem), in_torch=False,
+    ),
+    Provider(
+        "cut-cross-entropy", 'linear_cross_entropy(impl="cce", reduction="none")',
+        "cut-cross-entropy", "fp32", 10, 10,
+        lambda problem: compose(functools.partial(cut_cross_entropy, impl="cce"), problem),
+        ("cut_cross_entropy",), in_torch=False,
+    ),
+    Provider(
+        "RLSD two ops, triton", 'linear_log_probs + rlsd_loss, impl="triton"', "rlsd", "fp32", 8,
+        6, lambda problem: two_ops(problem, "triton"), impl="triton",
+    ),
+    ours("torch"),
+    Provider(
+        f"{OURS}, triton tier B", 'fused_linear_rlsd_loss, impl="triton", GEMM with exp', "rlsd",
+        "fp32", 8, 6, tier_b, impl="triton", in_torch=False, drops_dead=True,
+    ),
+    ours("triton"),
+    ours("cuda"),
+)
+
+
+def providers_for(device):
+    return PROVIDERS if device == "cpu" else GPU_PROVIDERS

@@ -1,4 +1,4 @@
-"""The `rlsd` command: train, eval, plot, validate, doctor.
+"""The `rlsd` command: train, eval, plot, validate, bench, doctor.
 
 A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exits with 130.
 """
@@ -28,10 +28,11 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
   rlsd eval RUN [--key value ...]                held-out pass@1 of a run's newest checkpoint
   rlsd plot RUN [RUN ...] [--output x.png]       draw the curves of runs
   rlsd validate                                  every implementation against the reference
+  rlsd bench [--rows N] [--live SHARE]           time, memory and error of a step on this machine
   rlsd doctor                                    what is installed and which code will run
 """
 
-TEXTS = {"config", "resume_from_checkpoint", "output"} | {
+TEXTS = {"config", "resume_from_checkpoint", "output", "device", "dtype"} | {
     name for name, hint in typing.get_type_hints(TrainConfig).items() if hint is str
 }
 
@@ -204,6 +205,13 @@ def validate(arguments):
     return 1 if run() else 0
 
 
+def bench(arguments):
+    from .bench import run
+
+    run(parse_options(arguments))
+    return 0
+
+
 def doctor(arguments):
     if arguments:
         raise UserError(f"rlsd doctor takes no arguments, but got {' '.join(arguments)}.")
@@ -251,7 +259,8 @@ def quiet_libraries():
 
 
 COMMANDS = {
-    "train": train, "eval": evaluate, "plot": plot, "validate": validate, "doctor": doctor,
+    "train": train, "eval": evaluate, "plot": plot, "validate": validate, "bench": bench,
+    "doctor": doctor,
 }
 
 

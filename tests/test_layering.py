@@ -17,8 +17,9 @@ KERNEL_ORDER = [
     ["gemm"], ["config"], ["tuning"], ["extension"],
 ]
 TRAINER_ORDER = [
-    ["cli"], ["validate"], ["demo"], ["trainer"], ["report"], ["objectives"], ["teacher"],
+    ["cli"], ["validate", "bench"], ["demo"], ["trainer"], ["report"], ["objectives"], ["teacher"],
     ["rollout"], ["checkpoint"], ["rewards"], ["data"], ["prompts"], ["advantages"], ["config"],
+    ["measure"],
 ]
 TORCH_ONLY = {"torch", "rlsd_kernels"} | sys.stdlib_module_names
 
