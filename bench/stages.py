@@ -154,7 +154,8 @@ def kernels(bench):
     c = (h.float() @ weight.float().T).logsumexp(-1)
     e = torch.empty(m, vocab, dtype=gemm.operand_dtype(weight), device=bench.device)
     tokens = [torch.rand(sizes.rows, generator=bench.rng, device=bench.device) for _ in range(5)]
-    log_probs, advantages, weights, teacher, old = (-tokens[0], *tokens[1:3], -tokens[3], -tokens[4])
+    advantages, weights, *three = tokens
+    log_probs, teacher, old = (-x for x in three)
     lam = torch.tensor(0.5, device=bench.device)
     for impl in bench.impls():
         module = load_impl(impl)

@@ -2,7 +2,7 @@
 
 import torch
 
-from rlsd_kernels import fused_linear_rlsd_loss
+from rlsd_kernels import RLSDLossConfig, fused_linear_rlsd_loss, ref
 from rlsd_kernels.ref import linear_log_probs
 
 NAMES = {
@@ -11,21 +11,27 @@ NAMES = {
 DTYPES = list(NAMES)
 
 
-def make_problem(n, v, h, dtype=torch.float32, *, seed=0, teacher_h=None, std=1.5):
+def make_problem(
+    n, v, h, dtype=torch.float32, *, seed=0, teacher_h=None, std=1.5, device="cpu",
+):
     """All inputs of fused_linear_rlsd_loss but bias: A of both signs and 0, some masked tokens,
     ratios on both sides of every clip, ids at both ends of the vocabulary."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+        return torch.randn(*shape, generator=rng, dtype=torch.float64, device=device)
 
     hidden, weight = randn(n, h).to(dtype), (std * h**-0.5 * randn(v, h)).to(dtype)
-    ids = torch.randint(0, v, (n,), generator=rng)
+    ids = torch.randint(0, v, (n,), generator=rng, device=device)
     ids[:1], ids[1:2] = v - 1, 0
-    log_probs, _ = linear_log_probs(hidden.double(), weight.double(), ids)
+    head = weight.double()
+    log_probs = torch.cat([  # rows of N x V logits at a time
+        linear_log_probs(x.double(), head, i)[0]
+        for x, i in zip(hidden.split(1024), ids.split(1024), strict=True)
+    ])
     advantages = randn(n)
     advantages[3::7] = 0
-    loss_weights = torch.rand(n, generator=rng, dtype=torch.float64) / n
+    loss_weights = torch.rand(n, generator=rng, dtype=torch.float64, device=device) / n
     loss_weights[4::9] = 0
     keep = torch.promote_types(dtype, torch.float32)
     problem = {
@@ -33,7 +39,7 @@ def make_problem(n, v, h, dtype=torch.float32, *, seed=0, teacher_h=None, std=1.
         "advantages": advantages.to(keep), "loss_weights": loss_weights.to(keep),
         "old_log_probs": (log_probs + 0.4 * randn(n)).to(keep),
         "ref_log_probs": (log_probs + 0.4 * randn(n)).to(keep),
-        "reweight_mask": torch.rand(n, generator=rng) < 0.6,
+        "reweight_mask": torch.rand(n, generator=rng, device=device) < 0.6,
         "teacher_hidden": (hidden + 0.3 * randn(n, h)).to(dtype),
     }
     if teacher_h is not None:
@@ -61,6 +67,54 @@ def run_fused(problem, impl, *, upstream=1.0, grads=("hidden", "weight", "bias")
         (out.loss * upstream).backward()
         result |= {f"d_{k}": x.grad for k, x in leaves.items()}
     return {k: v.detach() for k, v in result.items()}
+
+
+def chunked_reference(
+    problem, *, rows, config=RLSDLossConfig(), logit_scale=1.0,  # noqa: B008
+    final_logit_softcapping=None, return_entropy=False,
+):
+    """run_fused(cast(problem, torch.float64), "ref", ...), holding (rows, V) logits at a time.
+
+    Both passes over the head first, then the loss on (N,) values, then each chunk once more for
+    its gradient: autograd never sees more than a chunk.
+    """
+    p = cast(problem, torch.float64)
+    ids, advantages = p["completion_ids"], p["advantages"]
+    leaves = {k: p[k].clone().requires_grad_() for k in ("hidden", "weight", "bias") if k in p}
+    head = {"bias": leaves.get("bias"), "temperature": config.temperature,
+            "logit_scale": logit_scale, "final_logit_softcapping": final_logit_softcapping}
+    live = ref.live_tokens(p["loss_weights"], advantages, config)
+    chosen = live & ref.reweighted_tokens(
+        advantages, rlsd_negative_only=config.rlsd_negative_only,
+        reweight_mask=p.get("reweight_mask"),
+    )
+
+    def chunks(which):
+        return which.nonzero().squeeze(-1).split(rows)
+
+    @torch.no_grad()
+    def score(h, w, which):
+        log_probs, entropy = torch.zeros_like(advantages), torch.zeros_like(advantages)
+        for r in chunks(which):
+            log_probs[r], entropy[r] = linear_log_probs(h[r], w, ids[r], **head)
+        return log_probs, entropy
+
+    log_probs, entropy = score(leaves["hidden"], leaves["weight"], live)
+    teacher, _ = score(p["teacher_hidden"], p.get("teacher_weight", leaves["weight"]), chosen)
+    loss = ref.rlsd_loss(
+        log_probs.requires_grad_(), advantages, p["loss_weights"], teacher_log_probs=teacher,
+        old_log_probs=p.get("old_log_probs"), ref_log_probs=p.get("ref_log_probs"),
+        reweight_mask=p.get("reweight_mask"), entropy=entropy.requires_grad_(),
+        rlsd_lambda=config.rlsd_lambda, config=config,
+    )
+    upstream = torch.autograd.grad(loss, (log_probs, entropy), allow_unused=True)
+    for r in chunks(live):
+        again = linear_log_probs(leaves["hidden"][r], leaves["weight"], ids[r], **head)
+        pairs = [(y, g[r]) for y, g in zip(again, upstream, strict=True) if g is not None]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+    out = {"loss": loss, "log_probs": log_probs, "teacher_log_probs": teacher}
+    out |= {"entropy": entropy} if return_entropy else {}
+    return {k: x.detach() for k, x in out.items()} | {f"d_{k}": x.grad for k, x in leaves.items()}
 
 
 def worst(got, truth):

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and under nine minutes:
+#   bench/gpu_run.sh                          all parts: environment tests stages bench
+#   bench/gpu_run.sh tests sanitize           only these, with all of the time
+#   GIT_HASH=$(git rev-parse HEAD) bench/gpu_run.sh        in a copy without .git
+# Results: $OUT, or bench/results/<device>/. Each part has its own time limit and log, so a hang
+# loses nothing; afterwards `python -m bench.plot FOLDER` draws them anywhere.
+#
+# SECONDS_TOTAL (540)  time for all parts; BENCH_ARGS  more arguments for bench.bench_loss, such as
+# --full or --without "verl Triton"; PYTHON (python3).
+# WHEELS  folders with wheels of peers, installed without a network for this run alone. A peer whose
+# wheel is not there is left out with its reason. For CPython 3.12 on x86-64 Linux, in MB:
+#   trl 1.16.0 (0.9, any; its backward imports datasets 0.6, dill 0.1, multiprocess 0.2, xxhash 0.2)
+#   liger-kernel 0.8.5 (0.9, any)             cut-cross-entropy 25.1.1 (0.02, any)
+#   verl 0.9.1 (1.7, any; its kernel only)    quack-kernels 0.6.5 (0.7, any)
+#   Liger CuTe and QuACK: nvidia-cutlass-dsl 4.8.1 (0.01, any), -libs-base (3.1, manylinux_2_28),
+#     -libs-core (1.6, any), -libs-cu13 (92, manylinux_2_28), apache-tvm-ffi 0.1.15.post2 (3.3,
+#     manylinux_2_24), torch-c-dlpack-ext 0.1.5 (0.9, manylinux_2_24), einops 0.8 (0.06, any)
+#   Liger cuTile: cuda-tile 1.7.0 (0.4, manylinux2014) and its compiler nvidia-cuda-tileiras (42,
+#     manylinux2014), for a driver of CUDA 13.2 or later
+# A wheel too large to transfer may come in parts, `split -b 45M X.whl X.whl.part-`, in any folders.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+total=${SECONDS_TOTAL:-540}
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(environment tests stages bench)
+if [ -z "${OUT:-}" ]; then
+    device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower())' | tr ' /' '__')
+    OUT=bench/results/${device:-unknown}
+fi
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+if [ -n "${WHEELS:-}" ]; then
+    site=$(mktemp -d)
+    for first in $(find $WHEELS -name '*.whl.part-aa'); do
+        name=$(basename "$first" .part-aa)
+        find $WHEELS -name "$name.part-*" | awk -F/ '{print $NF "\t" $0}' | sort | cut -f2 |
+            xargs cat > "$site/$name"
+    done
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site/lib" \
+        $(find $WHEELS "$site" -name '*.whl') 2>&1 | tail -3
+    # A .pth file of a target folder is not read: cutlass lies one level down.
+    export PYTHONPATH="$site/lib:$site/lib/nvidia_cutlass_dsl/dsl_packages:$PYTHONPATH"
+fi
+
+# part NAME SECONDS COMMAND...: run under a limit of its own, log to $OUT/NAME.txt.
+part() {
+    local name=$1 limit=$2 left=$((total - SECONDS))
+    shift 2
+    [ "$limit" -lt "$left" ] || limit=$left
+    if [ "$limit" -lt 10 ]; then
+        echo "== $name: no time left"
+        return
+    fi
+    echo "== $name (at most $limit s)"
+    timeout --kill-after=10 "$limit" "$@" > "$OUT/$name.txt" 2>&1
+    local status=$?
+    tail -n "${TAIL:-25}" "$OUT/$name.txt"
+    echo "== $name: status $status after $SECONDS s in all"
+}
+
+about() {
+    nvidia-smi
+    nvidia-smi -q -d CLOCK,POWER,ECC | head -60
+    "$PYTHON" --version
+    nvcc --version | tail -2
+    "$PYTHON" -m pip list 2>/dev/null |
+        grep -iE '^(torch|triton|transformers|numpy|nvidia-cublas|trl|liger|cut-cross|verl|quack) '
+    echo "commit ${GIT_HASH:-$(git rev-parse HEAD 2>/dev/null)}"
+    "$PYTHON" -c 'import rlsd_kernels; print(rlsd_kernels.available_impls())'
+}
+export -f about
+export PYTHON
+
+for name in "${parts[@]}"; do
+    left=$((total - SECONDS))
+    case $name in
+        environment) part environment 40 bash -c about ;;
+        tests) part tests 200 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider --durations=10 ;;
+        kernels) part kernels 200 "$PYTHON" -m pytest tests/test_triton_impl.py \
+            tests/test_pipeline.py -q -p no:cacheprovider ;;
+        sanitize) SANITIZE_SECONDS=$((left / 2)) part sanitize "$left" tests/gpu/sanitize.sh ;;
+        stages) part stages 100 "$PYTHON" -m bench.stages --device cuda --out "$OUT" --seconds 85 ;;
+        bench) part bench "$left" "$PYTHON" -m bench.bench_loss --device cuda --out "$OUT" \
+            --seconds $((left - 30)) ${BENCH_ARGS:-} ;;
+        *) echo "unknown part $name; there are environment tests kernels sanitize stages bench" ;;
+    esac
+done
+ls -l "$OUT"

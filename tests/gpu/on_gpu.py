@@ -1,0 +1,98 @@
+"""Problems on the device under test, their fp64 truth, and what the precision contract allows."""
+
+import os
+
+import pytest
+import torch
+from problems import assert_as_accurate, chunked_reference, make_problem, run_fused, worst
+
+from rlsd_kernels import RLSDLossConfig, available_impls
+
+DEVICE = os.environ.get("RLSD_TEST_DEVICE", "cuda")
+SMALL = DEVICE == "cpu"
+KERNELS = ("triton", "cuda", "torch")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Largest error against fp64: log-probs in nats, gradients relative in the Frobenius norm.
+CONTRACT = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-4, 4e-3), torch.float16: (1e-4, 4e-3)}
+ALWAYS = ("hidden", "weight", "completion_ids", "advantages", "loss_weights", "teacher_hidden")
+# name -> optional inputs, loss options, call options
+OPTIONS = {
+    "on-policy": ((), {}, {}),
+    "off-policy": (("old_log_probs",), {}, {}),
+    "softcap": (("old_log_probs", "bias"), {}, {"final_logit_softcapping": 2.0}),
+    "all": (
+        ("old_log_probs", "ref_log_probs", "reweight_mask", "bias"),
+        {"beta": 0.1, "entropy_coef": 0.05, "temperature": 0.7, "rlsd_negative_only": True},
+        {"logit_scale": 0.4, "final_logit_softcapping": 3.0, "return_entropy": True},
+    ),
+}
+
+
+def size(large, small):
+    """What a test takes on a GPU, and in the trial run on a CPU."""
+    return small if SMALL else large
+
+
+def require(impl, dtype=torch.float32):
+    """Skip with the reason unless this implementation runs on the device under test."""
+    status = available_impls(torch.empty(0, dtype=dtype, device=DEVICE))[impl]
+    if status != "ok":
+        pytest.skip(f"impl={impl!r}: {status}")
+
+
+def problem(options, n, v, h, dtype=torch.float32, **kwargs):
+    """(inputs of fused_linear_rlsd_loss, its options) of one entry of OPTIONS."""
+    keep, loss, call = OPTIONS[options]
+    p = make_problem(n, v, h, dtype, device=DEVICE, **kwargs)
+    rng = torch.Generator(DEVICE).manual_seed(1)
+    p["bias"] = torch.randn(v, generator=rng, device=DEVICE).to(dtype)
+    options = {"config": RLSDLossConfig(**loss), **call}
+    return {k: x for k, x in p.items() if k in (*ALWAYS, *keep)}, options
+
+
+def truth_of(p, options):
+    return chunked_reference(p, rows=size(512, 11), **options)
+
+
+def relative(got, truth):
+    return float((got.double() - truth.double()).norm() / truth.double().norm())
+
+
+def assert_contract(got, truth, dtype):
+    """Every output of run_fused within the precision contract of its input dtype."""
+    absolute, share = CONTRACT[dtype]
+    assert got.keys() == truth.keys()
+    for name, value in got.items():
+        assert value.shape == truth[name].shape, name
+        if name.startswith("d_"):
+            error = relative(value, truth[name])
+            assert error <= share, f"{name}: relative error {error:.3g} > {share:g}"
+        elif name != "loss":
+            limit = 4 * absolute if name == "entropy" else absolute
+            error, sentence = worst(value, truth[name])
+            assert error <= limit, f"{name}: {sentence}; error {error:.3g} > {limit:g}"
+    # Ratios carry the log-probs' error, and the terms of the sum have both signs.
+    error, sentence = worst(got["loss"], truth["loss"])
+    assert error <= 20 * absolute, f"loss: {sentence}; error {error:.3g}"
+    live = truth["log_probs"] != 0
+    assert live.any() and (got["log_probs"] <= 0).all()
+
+
+def check_accuracy(p, options, impl, dtype, truth=None, **call):
+    """One fused step against fp64: the error rule in fp32, the contract below."""
+    truth = truth_of(p, options) if truth is None else truth
+    got = run_fused(p, impl, **options, **call)
+    assert_contract(got, truth, dtype)
+    if dtype == torch.float32:
+        assert_as_accurate(got, run_fused(p, "ref", **options), truth)
+    return got
+
+
+def compiled_variants(module):
+    """Binaries that Triton holds for the kernels of a module, over all devices."""
+    total = 0
+    for kernel in vars(module).values():
+        for entry in getattr(kernel, "device_caches", {}).values():
+            cache = entry[0] if isinstance(entry, tuple) else entry
+            total += len(cache)
+    return total
