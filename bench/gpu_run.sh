@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and under nine minutes:
-#   bench/gpu_run.sh                          all parts: environment tests stages bench
-#   bench/gpu_run.sh tests sanitize           only these, with all of the time
+#   bench/gpu_run.sh                          all parts: environment build tests stages bench
+#   bench/gpu_run.sh build tests sanitize     only these, with all of the time
 #   GIT_HASH=$(git rev-parse HEAD) bench/gpu_run.sh        in a copy without .git
-# Results: $OUT, or bench/results/<device>/. Each part has its own time limit and log, so a hang
-# loses nothing; afterwards `python -m bench.plot FOLDER` draws them anywhere.
+# Results: $OUT, or bench/results/<device>/. Each part has its own time limit, so a hang loses
+# nothing; afterwards `python -m bench.plot FOLDER` draws them anywhere.
 #
 # SECONDS_TOTAL (540)  time for all parts; BENCH_ARGS  more arguments for bench.bench_loss, such as
 # --full or --without "verl Triton"; PYTHON (python3).
@@ -24,12 +24,17 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 total=${SECONDS_TOTAL:-540}
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(environment tests stages bench)
+[ ${#parts[@]} -gt 0 ] || parts=(environment build tests stages bench)
 if [ -z "${OUT:-}" ]; then
     device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower())' | tr ' /' '__')
     OUT=bench/results/${device:-unknown}
 fi
 mkdir -p "$OUT"
+# The extension for this GPU alone, where it is built on first use.
+RLSD_CUDA_ARCHS=${RLSD_CUDA_ARCHS:-$("$PYTHON" -c 'import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}" + ("a" if major >= 9 else ""))' 2>/dev/null)}
+[ -z "$RLSD_CUDA_ARCHS" ] || export RLSD_CUDA_ARCHS
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 if [ -n "${WHEELS:-}" ]; then
@@ -45,20 +50,22 @@ if [ -n "${WHEELS:-}" ]; then
     export PYTHONPATH="$site/lib:$site/lib/nvidia_cutlass_dsl/dsl_packages:$PYTHONPATH"
 fi
 
-# part NAME SECONDS COMMAND...: run under a limit of its own, log to $OUT/NAME.txt.
+# part NAME SECONDS COMMAND...: run under a limit of its own, output to $OUT/log.txt.
 part() {
-    local name=$1 limit=$2 left=$((total - SECONDS))
+    local name=$1 limit=$2 left=$((total - SECONDS)) log=$OUT/log.txt
     shift 2
     [ "$limit" -lt "$left" ] || limit=$left
     if [ "$limit" -lt 10 ]; then
         echo "== $name: no time left"
         return
     fi
-    echo "== $name (at most $limit s)"
-    timeout --kill-after=10 "$limit" "$@" > "$OUT/$name.txt" 2>&1
-    local status=$?
-    tail -n "${TAIL:-25}" "$OUT/$name.txt"
-    echo "== $name: status $status after $SECONDS s in all"
+    echo "== $name (at most $limit s)" | tee -a "$log"
+    local before status
+    before=$(wc -l < "$log")
+    timeout --kill-after=10 "$limit" "$@" >> "$log" 2>&1
+    status=$?
+    tail -n "+$((before + 1))" "$log" | tail -n "${TAIL:-25}"
+    echo "== $name: status $status after $SECONDS s in all" | tee -a "$log"
 }
 
 about() {
@@ -78,6 +85,8 @@ for name in "${parts[@]}"; do
     left=$((total - SECONDS))
     case $name in
         environment) part environment 40 bash -c about ;;
+        build) part build 150 "$PYTHON" -m bench.bench_loss --device cuda \
+            --probe "RLSD fused, cuda" ;;
         tests) part tests 200 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider --durations=10 ;;
         kernels) part kernels 200 "$PYTHON" -m pytest tests/test_triton_impl.py \
             tests/test_pipeline.py -q -p no:cacheprovider ;;
@@ -85,7 +94,7 @@ for name in "${parts[@]}"; do
         stages) part stages 100 "$PYTHON" -m bench.stages --device cuda --out "$OUT" --seconds 85 ;;
         bench) part bench "$left" "$PYTHON" -m bench.bench_loss --device cuda --out "$OUT" \
             --seconds $((left - 30)) ${BENCH_ARGS:-} ;;
-        *) echo "unknown part $name; there are environment tests kernels sanitize stages bench" ;;
+        *) echo "unknown part $name; there are environment build tests kernels sanitize stages bench" ;;
     esac
 done
 ls -l "$OUT"

@@ -25,7 +25,7 @@ import rlsd.demo
 import rlsd.report
 import rlsd.trainer
 from rlsd import __version__, checkpoint
-from rlsd.cli import main
+from rlsd.cli import COMMANDS, main
 from rlsd.config import TrainConfig
 from rlsd_kernels import torch_impl
 
@@ -116,6 +116,7 @@ def test_bad_option(arguments, words, tmp_path, capsys):
         (["plot", "nowhere"], "nowhere is not a run folder"),
         (["plot", "nowhere", "--colour", "red"], "Usage: rlsd plot RUN"),
         (["validate", "fast"], "rlsd validate takes no arguments, but got fast"),
+        (["bench", "--columns", "7"], "rlsd bench has no option --columns"),
         (["doctor", "--verbose", "1"], "rlsd doctor takes no arguments, but got --verbose 1"),
         (["train", "--resume_from_checkpoint", "nowhere"], "There is no run folder"),
         (["train", "--resume_from_checkpoint", "2024"], "There is no run folder"),
@@ -469,12 +470,12 @@ def test_help_and_version(capsys):
     for arguments in (["--help"], ["-h"]):
         assert main(arguments) == 0
         out = capsys.readouterr().out
-        assert all(f"rlsd {c}" in out for c in ("train", "eval", "plot", "validate", "doctor"))
+        assert all(f"rlsd {c}" in out for c in COMMANDS)
     assert main([]) == 2
     assert "rlsd train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "plot", "validate", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command, capsys):
     assert main([command, "--help"]) == 0
     out, err = capsys.readouterr()

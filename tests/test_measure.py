@@ -1,4 +1,5 @@
-"""What every timing rests on: the problem, its exact answer, the clock, the order, peak memory."""
+"""What every timing rests on: the problem, its exact answer, the clock, the order, peak memory;
+and `rlsd bench`, which prints a table of them."""
 
 import dataclasses
 import sys
@@ -7,7 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from rlsd import measure
+from rlsd import bench, measure
+from rlsd.config import UserError
 from rlsd_kernels import ref
 
 CASE = measure.Case(64, 32, 301)
@@ -131,3 +133,62 @@ def test_bare_gemms_are_the_products():
     assert measure.measured_nhv(CASE, bare) == 4
     frozen = measure.BareGEMMs(measure.make_problem(CASE, frozen_head=True))
     assert measure.measured_nhv(CASE, frozen) == 6
+
+
+def test_warm_up_lasts_as_long_as_asked():
+    log = []
+    measure.warm_up(lambda: log.append("step"), 1.0, lambda: log.append("between"),
+                    clock=lambda step: step() or 0.4)
+    assert log == ["between", "step"] * 3
+
+
+def test_labels():
+    assert measure.Case(8, 4, 5).label() == "fp32, N=8, H=4, V=5"
+    case = measure.Case(8, 4, 5, torch.bfloat16, "Qwen3-8B")
+    assert case.label() == "Qwen3-8B, bf16, N=8, H=4, V=5"
+
+
+TINY = {"device": "cpu", "rows": 32, "hidden_size": 16, "vocab_size": 97, "rounds": 2}
+
+
+@needs_proc
+def test_rlsd_bench_prints_what_it_measured():
+    lines = []
+    results = bench.run(TINY | {"live": 0.5}, log=lines.append)
+    assert set(results) == {bench.EAGER, "rlsd, impl='torch'"}
+    eager, ours = results.values()
+    assert eager["nhv"] == 8 and ours["nhv"] == 4  # dead rows are dropped
+    for found in results.values():
+        assert found["p20"] <= found["ms"] <= found["p80"] and len(found["rounds"]) == 2
+        assert found["errors"]["log_prob"] < 1e-5 and found["errors"]["d_weight"] < 1e-5
+    text = "\n".join(lines)
+    assert "fp32, N=32, H=16, V=97, 50% of the rows live" in lines[0]
+    row = next(line for line in lines if line.startswith("rlsd, impl='torch'"))
+    assert f"{ours['ms']:.2f}" in row and f"{ours['errors']['d_hidden']:.1e}" in row
+    assert len(row.split()) == 2 + len(bench.COLUMNS)
+    assert "rlsd, impl='triton'       not run: for a GPU" in text
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"columns": 7}, "rlsd bench has no option --columns; there are --device, --rows"),
+        ({"device": "tpu"}, "--device must be auto, cpu or cuda, but got tpu"),
+        ({"rows": 3}, "--rows must be a whole number of at least 16, but got 3"),
+        ({"rounds": 0}, "--rounds must be a whole number of at least 1, but got 0"),
+        ({"vocab_size": "many"}, "--vocab_size must be a whole number"),
+        ({"dtype": "fp8"}, "--dtype must be one of fp32, bf16, fp16, but got fp8"),
+        ({"live": 0}, r"--live must be a share of rows in \(0, 1\], but got 0"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_rlsd_bench_refuses(options, words):
+    with pytest.raises(UserError, match=words):
+        bench.settings({"device": "cpu"} | options)
+
+
+def test_rlsd_bench_needs_nothing_of_the_repository():
+    """It ships with the package: no import of bench/."""
+    for module in (bench, measure):
+        with open(module.__file__, encoding="utf-8") as file:
+            assert "from bench" not in (text := file.read()) and "import bench" not in text

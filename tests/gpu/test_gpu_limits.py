@@ -1,4 +1,4 @@
-"""What it may take and must withstand: memory, bad ids, many rows, odd layouts, non-finite input."""
+"""What it may take and must withstand: memory, bad ids, many rows, odd layouts, NaN and inf."""
 
 import math
 
