@@ -10,14 +10,15 @@
 # --full or --without "verl Triton"; PYTHON (python3).
 # WHEELS  folders with wheels of peers, installed without a network for this run alone. A peer whose
 # wheel is not there is left out with its reason. For CPython 3.12 on x86-64 Linux, in MB:
-#   trl 1.16.0 (0.9, any; its backward imports datasets 0.6, dill 0.1, multiprocess 0.2, xxhash 0.2)
+#   trl 1.16.0 (0.9, any); its backward imports datasets 5.2.0 (0.6, any), which needs dill 0.4.1
+#     (0.1, any), multiprocess 0.70.19 (0.2, py312), xxhash 4.1.0 (0.5, manylinux2014)
 #   liger-kernel 0.8.5 (0.9, any)             cut-cross-entropy 25.1.1 (0.02, any)
 #   verl 0.9.1 (1.7, any; its kernel only)    quack-kernels 0.6.5 (0.7, any)
 #   Liger CuTe and QuACK: nvidia-cutlass-dsl 4.8.1 (0.01, any), -libs-base (3.1, manylinux_2_28),
 #     -libs-core (1.6, any), -libs-cu13 (92, manylinux_2_28), apache-tvm-ffi 0.1.15.post2 (3.3,
-#     manylinux_2_24), torch-c-dlpack-ext 0.1.5 (0.9, manylinux_2_24), einops 0.8 (0.06, any)
-#   Liger cuTile: cuda-tile 1.7.0 (0.4, manylinux2014) and its compiler nvidia-cuda-tileiras (42,
-#     manylinux2014), for a driver of CUDA 13.2 or later
+#     manylinux_2_24), torch-c-dlpack-ext 0.1.5 (0.9, manylinux_2_24), einops 0.8.2 (0.07, any)
+#   Liger cuTile: cuda-tile 1.7.0 (0.4, manylinux2014) and its compiler, nvidia-cuda-tileiras (42,
+#     manylinux2014) with nvidia-cuda-nvcc and nvidia-nvvm, all of CUDA 13.2 or later
 # A wheel too large to transfer may come in parts, `split -b 45M X.whl X.whl.part-`, in any folders.
 set -uo pipefail
 cd "$(dirname "$0")/.."

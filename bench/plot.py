@@ -248,7 +248,7 @@ def scaling(results):
         "time against N": ("rows N", "ms", series(rows, lambda b: b["rows"], ms)),
         "memory against N": ("rows N", "peak beyond the inputs, MiB",
                              series(rows, lambda b: b["rows"], mib)),
-        "time per GFLOP of one GEMM against V": (
+        "time per N x H x V against V": (
             "vocabulary V", "ms / (N H V 1e-9)",
             series(whole, lambda b: b["vocab"],
                    lambda b, f: 1e9 * ms(b, f) / (b["rows"] * b["hidden"] * b["vocab"])),

@@ -65,7 +65,8 @@ def test_options(options, dtype, impl, rows):
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_gemms_of_both_widths(dtype, impl):
-    """cuBLAS with 16-bit operands and fp32 results: into a padded chunk, and adding to dW."""
+    """cuBLAS with 16-bit operands and fp32 results: into a padded chunk, and adding to dW. Tensor
+    cores truncate as they accumulate, which shows over the 50258 terms of dx."""
     if impl != "torch":
         pytest.skip("the GEMMs are the same for every implementation")
     n, v, h = size(300, 9), size(50258, 130), size(128, 16)
@@ -76,11 +77,12 @@ def test_gemms_of_both_widths(dtype, impl):
     e = torch.rand(n, v, generator=rng, device=DEVICE).to(operand)
     z = torch.full((n, v + 14), torch.nan, device=DEVICE)
     gemm.logits(x, weight, z[:, :v])
-    assert z[:, v:].isnan().all() and relative(z[:, :v], x.double() @ weight.double().T) < 1e-6
-    assert relative(gemm.dx(e, weight), e.double() @ weight.double()) < 1e-6
+    short, long = (1e-6, 3e-6) if operand == torch.float32 else (1e-5, 3e-4)
+    assert z[:, v:].isnan().all() and relative(z[:, :v], x.double() @ weight.double().T) < short
+    assert relative(gemm.dx(e, weight), e.double() @ weight.double()) < long
     start = torch.randn(v, h, generator=rng, device=DEVICE)
     exact = start.double() + e.double().T @ x.double()
-    assert relative(gemm.add_dw(start.clone(), e, x), exact) < 1e-6
+    assert relative(gemm.add_dw(start.clone(), e, x), exact) < short
     if operand == torch.bfloat16:  # all rows in one GEMM: rounded once
         zeros = torch.zeros(v, h, dtype=operand, device=DEVICE)
         assert relative(gemm.add_dw(zeros, e, x), e.double().T @ x.double()) < 2.5e-3

@@ -126,10 +126,7 @@ def test_more_rows_than_a_grid_dimension(dtype, impl):
     """Dimensions y and z of a launch end at 65535."""
     require(impl, dtype)
     p, options = problem("all", size(70001, 40), 160, 16, dtype)
-    if dtype == torch.float32:
-        assert_contract(run_fused(p, impl, **options), truth_of(p, options), dtype)
-    else:
-        check_accuracy(p, options, impl, dtype)
+    assert_contract(run_fused(p, impl, **options), truth_of(p, options), dtype)
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -177,7 +174,7 @@ def test_strided_inputs(dtype, impl):
 def test_no_rows_one_row_and_dead_rows(dtype, impl):
     require(impl, dtype)
     v = size(32003, 303)
-    p, options = problem("off-policy", 9, v, 64, dtype)
+    p, options = problem("on-policy", 9, v, 64, dtype)  # ratio 1: the one row has a gradient
     one = {k: x if k == "weight" else x[:1] for k, x in p.items()}
     check_accuracy(one, options, impl, dtype)
     empty = run_fused({k: x if k == "weight" else x[:0] for k, x in p.items()}, impl, **options)
