@@ -125,7 +125,7 @@ RLSD_HD void rlsd_token(const Token<T>& token, const TokenBounds<T>& bounds,
   const T low = praised ? -limit : bounds.blame_low;
   const T high = praised ? bounds.praise_high : bounds.blame_high;
   T value = -a_hat * std::exp(clamp(log_ratio, low, high));
-  T slope = log_ratio < low || log_ratio > high ? T(0) : value;
+  T slope = log_ratio < low || log_ratio > high ? T(0) * a_hat : value;  // NaN stays NaN
   const T ratio = std::exp(clamp(log_ratio, -limit, limit));
   add(kRatioClipLow, neg && ratio < bounds.ratio_low, T(1));
   add(kRatioClipHigh, pos && ratio > bounds.ratio_high, T(1));
