@@ -5,6 +5,8 @@ a kill or a full disk leaves the previous one as it was. checkpoint-N loads with
 trainer_state.pt beside the weights holds optimizer, scheduler, RNG, teacher, reference and step.
 """
 
+import contextlib
+import json
 import os
 import random
 import re
@@ -74,7 +76,7 @@ def save(run_dir, step, model, tokenizer, state, *, limit=None, card=None):
         if replaced.exists() and not final.exists():
             os.rename(replaced, final)
         raise UserError(
-            f"Could not save checkpoint-{step} in {run_dir} ({_reason(error)}); "
+            f"Could not save checkpoint-{step} in {run_dir} ({reason(error)}); "
             f"{standing(run_dir)}."
         ) from error
     finally:
@@ -86,7 +88,7 @@ def save(run_dir, step, model, tokenizer, state, *, limit=None, card=None):
     return final
 
 
-def _reason(error):
+def reason(error):
     """The first sentence of an error, without its full stop."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return re.split(r"\n|(?<=\S)\.\s", text)[0].rstrip(".")
@@ -107,6 +109,17 @@ def latest(run_dir):
     return found[-1] if found else None
 
 
+def require_new_run(run_dir):
+    """A run never writes into the folder of another."""
+    if run_dir.exists() and any(run_dir.iterdir()):
+        going_on = f"or continue it with --resume_from_checkpoint {run_dir}"
+        if latest(run_dir) is None:
+            going_on = "or remove it, it holds no checkpoint"
+        raise UserError(
+            f"The run folder {run_dir} already exists; choose another --output_dir {going_on}."
+        )
+
+
 def standing(run_dir):
     """What is safe on disk, as a clause that ends an error sentence."""
     last = latest(run_dir)
@@ -120,7 +133,7 @@ def load_state(path):
         missing = [name for name in STATE if name not in state]
     except Exception as error:
         raise UserError(
-            f"The checkpoint {path} cannot be read (trainer_state.pt: {_reason(error)})."
+            f"The checkpoint {path} cannot be read (trainer_state.pt: {reason(error)})."
         ) from None
     if missing:
         raise UserError(
@@ -129,28 +142,95 @@ def load_state(path):
     return state
 
 
+@contextlib.contextmanager
+def fitting(path):
+    """State of a model of another shape, or of damaged bytes, is refused in a sentence."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"The checkpoint {path} is of another shape than this run ({reason(error)}); resume "
+            "it with the options that it was written with."
+        ) from error
+
+
+def load_optimizer(optimizer, scheduler, state):
+    """Moments and position come from the checkpoint, rates and decay from today's options."""
+    groups, rates = optimizer.state_dict()["param_groups"], scheduler.base_lrs
+    optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+    for p, moments in optimizer.state.items():  # load_state_dict does not compare shapes
+        for value in moments.values():
+            if value.dim() and value.shape != p.shape:
+                raise ValueError(f"a moment is {tuple(value.shape)}, its weight {tuple(p.shape)}")
+    scheduler.load_state_dict({**state["scheduler"], "base_lrs": rates})
+    lr = rates[0] * scheduler.lr_lambdas[0](scheduler.last_epoch)
+    optimizer.param_groups[0]["lr"], scheduler._last_lr = lr, [lr]
+
+
 def load_tokenizer(path):
     """The tokenizer of a folder or hub id, with a pad token."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers and custom code raise their own kinds
         raise UserError(
-            f"Cannot load the model {path!r} (its tokenizer: {_reason(error)})."
+            f"Cannot load the model {path!r} (its tokenizer: {reason(error)})."
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(path, device):
-    """The model of a folder or hub id, in fp32 on the device, in eval mode."""
+def _config_of(path):
+    """The config of a model, also of the one under a LoRA adapter."""
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.exists():
+        path = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return transformers.AutoConfig.from_pretrained(path)
+
+
+def load_processor(path):
+    """What turns images into inputs, of a model that takes some; else None."""
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        if getattr(_config_of(path), "vision_config", None) is None:
+            return None
+        return transformers.AutoProcessor.from_pretrained(path)
+    except Exception as error:  # as for tokenizers
+        raise UserError(
+            f"Cannot load the model {path!r} (its processor of images: {reason(error)})."
+        ) from error
+
+
+def load_model(path, device, *, dtype=torch.float32, attn_implementation=None):
+    """The model of a folder or hub id on the device in eval mode, its LoRA adapter with it.
+
+    A weight that the files lack is an error: transformers would draw it at random.
+    """
+    try:
+        # Some vision-language models are causal LMs to transformers, others are not.
+        kind, auto = type(_config_of(path)), transformers.AutoModelForCausalLM
+        if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and (
+            kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        ):
+            auto = transformers.AutoModelForImageTextToText
+        model, info = auto.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
     except Exception as error:  # safetensors and custom code raise their own kinds
-        raise UserError(f"Cannot load the model {path!r} ({_reason(error)}).") from error
+        raise UserError(f"Cannot load the model {path!r} ({reason(error)}).") from error
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise UserError(
+            f"The model {path!r} is not whole: its files lack {len(absent)} of the weights that "
+            f"{type(model).__name__} has, first {absent[0]}."
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return model.to(device).eval()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"The model {path!r} does not fit the memory of {device}; set bf16 and use_peft, or "
+            "take a smaller model."
+        ) from None
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"Cannot use device {device!r} ({_reason(error)}).") from None
+        raise UserError(f"Cannot use device {device!r} ({reason(error)}).") from None

@@ -48,6 +48,19 @@ class TrainConfig:
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     impl: str = option("auto", "implementation of the fused loss")
+    attn_implementation: str | None = option(
+        None, "sdpa, flash_attention_2, eager; default: flash attention in bf16 where installed"
+    )
+    bf16: bool = option(False, "bf16 weights with fp32 masters; under LoRA a bf16 frozen model")
+
+    # LoRA
+    use_peft: bool = option(False, "train LoRA adapters and freeze the model; needs peft")
+    lora_r: int = option(16, "rank of the adapters")
+    lora_alpha: int = option(32, "the adapters are scaled by lora_alpha / lora_r")
+    lora_dropout: float = option(0.0, "must be 0: dropout would score another policy than sampled")
+    lora_target_modules: list[str] = option(
+        lambda: ["all-linear"], "names of the layers that get one; never the LM head"
+    )
 
     # Data
     train_dataset: str = option("", ".jsonl, .parquet, hub id, or reasoning-gym:task[,task...]")
@@ -117,6 +130,16 @@ class TrainConfig:
     per_device_train_batch_size: int = option(
         8, "sequences per micro-batch; never changes the result"
     )
+    max_tokens_per_micro_batch: int | None = option(
+        None, "cut micro-batches by their tokens, padding included, instead of by sequences"
+    )
+    padding_free: bool = option(
+        False, "pack a micro-batch into one row; wants flash attention, or short rows under SDPA"
+    )
+    gradient_checkpointing: bool = option(False, "recompute layers in backward: memory for time")
+    router_aux_loss_coef: float | None = option(
+        None, "weight of the experts' load-balancing loss; default: the model's, if it puts it out"
+    )
     learning_rate: float = option(1e-6, "of AdamW")
     lr_scheduler_type: str = option("constant", "constant, constant_with_warmup, linear, cosine")
     warmup_steps: int = option(0, "of the learning rate, in optimizer steps")
@@ -157,6 +180,11 @@ class TrainConfig:
             )
         if not 0 < self.teacher_ema_rate <= 1:
             raise UserError(f"teacher_ema_rate must be in (0, 1], but got {self.teacher_ema_rate}.")
+        if self.lora_dropout:
+            raise UserError(
+                f"lora_dropout must be 0, but got {self.lora_dropout}: the student scores its "
+                "samples without dropout, because with it the ratio to the sampler is not 1."
+            )
         if not 0 < self.learning_rate < math.inf or self.max_grad_norm <= 0:
             raise UserError(
                 "learning_rate and max_grad_norm must be positive, and learning_rate finite."
@@ -203,9 +231,10 @@ _AT_LEAST = {
     "max_teacher_prompt_length": 1, "num_generations": 2, "generation_batch_size": 2,
     "rollout_batch_size": 1, "max_completion_length": 1, "rlsd_lambda_warmup_steps": 0,
     "rlsd_lambda_decay_steps": 0, "teacher_sync_steps": 1, "num_iterations": 1, "max_steps": 1,
-    "per_device_train_batch_size": 1, "warmup_steps": 0, "weight_decay": 0, "eval_steps": 0,
-    "logging_steps": 1, "save_steps": 0, "save_total_limit": 1, "log_completions_steps": 0,
-    "validate_every": 0,
+    "per_device_train_batch_size": 1, "max_tokens_per_micro_batch": 1, "lora_r": 1,
+    "lora_alpha": 1, "router_aux_loss_coef": 0, "warmup_steps": 0, "weight_decay": 0,
+    "eval_steps": 0, "logging_steps": 1, "save_steps": 0, "save_total_limit": 1,
+    "log_completions_steps": 0, "validate_every": 0,
 }
 
 
