@@ -163,16 +163,17 @@ def evaluate(arguments):
     run_dir, path = find_checkpoint(arguments[0])
     config = make_config(run_options(run_dir, parse_options(arguments[1:])))
     quiet_libraries()
-    from .checkpoint import load_model, load_tokenizer
+    from .checkpoint import load_model, load_processor, load_tokenizer
     from .data import load_data
     from .rewards import load_reward_funcs
     from .rollout import evaluate as run
 
     tokenizer = load_tokenizer(str(path))
-    _, held_out = load_data(config, tokenizer)
+    _, held_out = load_data(config, tokenizer, processor=load_processor(str(path)))
     if not held_out:
         raise UserError("There is nothing to evaluate: eval_size is 0 and eval_dataset is not set.")
-    model = load_model(str(path), config.device)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model = load_model(str(path), config.device, dtype=dtype)
     metrics = run(
         model, tokenizer, held_out, config, load_reward_funcs(config.reward_funcs), config.seed
     )
@@ -219,6 +220,7 @@ def doctor(arguments):
     print("\nPackages")
     for name, use in (
         ("torch", "everything"), ("numpy", "everything"), ("transformers", "train, eval"),
+        ("peft", "use_peft"), ("flash-attn", "padding_free on a GPU"),
         ("matplotlib", "curves"), ("rich", "sample tables"), ("pyarrow", "parquet, completions"),
         ("reasoning-gym", "reasoning-gym: tasks"), ("datasets", "hub datasets"),
         ("math-verify", "reward math_verify"), ("tensorboard", "report_to: tensorboard"),

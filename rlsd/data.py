@@ -1,14 +1,15 @@
 """Datasets as lists of rows: jsonl, parquet, hub ids and reasoning-gym tasks, one set of columns.
 
 Columns: `prompt` (text or chat messages) and `solution`; optional `privileged_context` (default:
-`solution`) and `teacher_prompt`. GSM8K's question/answer and verl's parquet are recognised. Every
-row knows where it came from, so that a complaint can name it.
+`solution`), `teacher_prompt` and `images`. GSM8K's question/answer and verl's parquet are
+recognised. Every row knows where it came from, so that a complaint can name it.
 """
 
 import json
 import os
 
 from .config import UserError
+from .images import PromptImages
 from .prompts import encode_pair, is_chat
 
 SOURCE = "_source"
@@ -167,7 +168,7 @@ def shuffle_hints(rows):
     ]
 
 
-def tokenize_rows(rows, tokenizer, config, *, need_hint):
+def tokenize_rows(rows, tokenizer, config, *, need_hint, processor=None):
     """Add prompt_ids and teacher_prompt_ids; returns the kept rows and a sentence on dropped ones.
 
     A row without privileged context is an error naming the row unless the config allows it.
@@ -175,7 +176,11 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint):
     kept, dropped = [], []
     for row in rows:
         source = row[SOURCE]
-        if row.get("_as_chat") and isinstance(row["prompt"], str) and tokenizer.chat_template:
+        with_images = bool(row.get("images") or row.get("image"))
+        if with_images and processor is None:
+            raise UserError(f"Row {source} has images, but the model takes none.")
+        chat = with_images or row.get("_as_chat") and tokenizer.chat_template
+        if chat and isinstance(row["prompt"], str):
             row = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
         hint = row.get("teacher_prompt") or row["privileged_context"].strip()
         if need_hint and not hint and not config.allow_missing_privileged_context:
@@ -183,8 +188,10 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint):
                 f"Row {source} has no privileged context, so it would silently train as plain "
                 "GRPO; fill privileged_context or set allow_missing_privileged_context."
             )
-        read = row if need_hint else {"prompt": row["prompt"]}
         try:
+            if with_images:
+                row = {**row, "_images": PromptImages(row, processor)}
+            read = row if need_hint else {k: row[k] for k in ("prompt", "_images") if k in row}
             student, teacher = encode_pair(read, tokenizer, config.privileged_template)
         except UserError as error:
             raise UserError(f"Row {source} cannot be used: {error}.") from None
@@ -207,7 +214,7 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint):
     return kept, note
 
 
-def load_data(config, tokenizer, log=print):
+def load_data(config, tokenizer, log=print, processor=None):
     """(training rows, held-out rows), tokenised; no held-out question occurs in training."""
     need_hint = config.objective == "rlsd" and config.rlsd_lambda > 0
     rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.seed)
@@ -232,11 +239,15 @@ def load_data(config, tokenizer, log=print):
         raise UserError("Every held-out question also occurs in training; name an eval_dataset.")
     if config.shuffle_privileged_context:
         rows = shuffle_hints(rows)
-    rows, note = tokenize_rows(rows, tokenizer, config, need_hint=need_hint)
+    rows, note = tokenize_rows(
+        rows, tokenizer, config, need_hint=need_hint, processor=processor
+    )
     if note:
         log(note)
     if fresh:
-        fresh, note = tokenize_rows(fresh, tokenizer, config, need_hint=False)
+        fresh, note = tokenize_rows(
+            fresh, tokenizer, config, need_hint=False, processor=processor
+        )
         if note:
             log(f"Held-out: {note}")
     return rows, fresh

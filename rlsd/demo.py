@@ -19,9 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from .config import UserError, make_config
 from .data import load_rows
+from .packing import left_pad
 from .prompts import insert_hint
 from .report import plot_runs, series
-from .rollout import left_pad
 from .trainer import Trainer
 
 OPERATIONS, MARKER, LENGTH = "+-*", "REF", 12

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from rlsd_kernels import fused_linear_rlsd_loss, linear_log_probs
+from rlsd_kernels import fused_linear_rlsd_loss, linear_log_probs, rlsd_advantages
 
 from .config import UserError
-from .rollout import completion_hidden
+from .packing import completion_hidden
 
 # Largest deviation from fp64 that each input dtype may show: log-probs absolute, gradients
 # relative in the Frobenius norm (the precision contract).
@@ -25,6 +25,7 @@ class Batch(NamedTuple):
 
     prompts: list  # token lists, student
     teacher_prompts: list  # token lists or None where the teacher is not needed
+    images: list  # PromptImages, or None where a prompt has none
     completion_ids: torch.Tensor
     mask: torch.Tensor
     advantages: torch.Tensor
@@ -32,6 +33,14 @@ class Batch(NamedTuple):
     ref_log_probs: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
     teacher_log_probs: torch.Tensor | None = None
+
+    def lengths(self):
+        """(longest prompt, completion) tokens of each sequence."""
+        longest = [
+            max(len(prompt), len(hinted or ()))
+            for prompt, hinted in zip(self.prompts, self.teacher_prompts, strict=True)
+        ]
+        return list(zip(longest, self.mask.sum(1).tolist(), strict=True))
 
     def select(self, rows):
         """The sequences `rows` (index list), cut to their longest completion."""
@@ -46,7 +55,7 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def teacher_hidden(teacher, batch, pad_id):
+def teacher_hidden(teacher, batch, layout):
     """(B, T, H) hidden states in the privileged context; zeros where no token is re-weighted."""
     need = [i for i, prompt in enumerate(batch.teacher_prompts) if prompt is not None]
     weight = teacher.get_output_embeddings().weight
@@ -56,17 +65,37 @@ def teacher_hidden(teacher, batch, pad_id):
         teacher.eval()
         hidden[need] = completion_hidden(
             teacher, [batch.teacher_prompts[i] for i in need], batch.completion_ids[need],
-            batch.mask[need], pad_id,
+            batch.mask[need], layout, images=[batch.images[i] for i in need],
         )
         teacher.train(training)
     return hidden
 
 
-def loss_inputs(model, head, teacher, batch, pad_id, rlsd_lambda, config):
-    """Keyword arguments of the fused loss for one micro-batch, student forward included."""
-    inputs = {
+def teacher_inputs(teacher, head, batch, layout, config):
+    """The fused loss's arguments on the teacher for one micro-batch, its forward included.
+
+    Its head runs inside the fused op: with one guess of the log-sum-exp for both contexts, equal
+    hidden states give equal log-probs to the bit, and dead rows cost nothing.
+    """
+    if batch.teacher_log_probs is not None:
+        return {"teacher_log_probs": batch.teacher_log_probs}
+    layer, hidden = teacher.get_output_embeddings(), teacher_hidden(teacher, batch, layout)
+    if head.bias is None:
+        return {"teacher_hidden": hidden, "teacher_weight": layer.weight}
+    with torch.no_grad():  # the fused op has one bias, the student's
+        return {"teacher_log_probs": linear_log_probs(
+            hidden, layer.weight, batch.completion_ids, bias=layer.bias,
+            temperature=config.temperature, logit_scale=head.logit_scale,
+            final_logit_softcapping=head.final_logit_softcapping,
+        )}
+
+
+def student_inputs(model, head, batch, layout, rlsd_lambda, config, router_logits=None):
+    """The other arguments of the fused loss for one micro-batch, student forward included."""
+    return {
         "hidden": completion_hidden(
-            model, batch.prompts, batch.completion_ids, batch.mask, pad_id
+            model, batch.prompts, batch.completion_ids, batch.mask, layout,
+            images=batch.images, router_logits=router_logits,
         ),
         "weight": head.weight, "bias": head.bias, "logit_scale": head.logit_scale,
         "final_logit_softcapping": head.final_logit_softcapping,
@@ -77,20 +106,49 @@ def loss_inputs(model, head, teacher, batch, pad_id, rlsd_lambda, config):
             [prompt is not None for prompt in batch.teacher_prompts], device=batch.mask.device
         )[:, None].expand(batch.mask.shape),
     }
-    if rlsd_lambda > 0 and batch.teacher_log_probs is not None:
-        inputs["teacher_log_probs"] = batch.teacher_log_probs
-    elif rlsd_lambda > 0:
-        layer, hidden = teacher.get_output_embeddings(), teacher_hidden(teacher, batch, pad_id)
-        if head.bias is None:
-            inputs |= {"teacher_hidden": hidden, "teacher_weight": layer.weight}
-        else:  # the fused op has one bias, the student's
-            with torch.no_grad():
-                inputs["teacher_log_probs"] = linear_log_probs(
-                    hidden, layer.weight, batch.completion_ids, bias=layer.bias,
-                    temperature=config.temperature, logit_scale=head.logit_scale,
-                    final_logit_softcapping=head.final_logit_softcapping,
-                )
-    return inputs
+
+
+@torch.no_grad()
+def log_probs_under(model, head, batch, parts, layout, temperature, impl):
+    """(B, T) log-probs of the completions after the student's prompts, under any weights."""
+    log_probs = torch.zeros_like(batch.loss_weights)
+    layer = model.get_output_embeddings()
+    for rows in parts:
+        part = batch.select(rows)
+        hidden = completion_hidden(
+            model, part.prompts, part.completion_ids, part.mask, layout, images=part.images
+        )
+        log_probs[rows, : part.mask.shape[1]] = linear_log_probs(
+            hidden, layer.weight, part.completion_ids, bias=layer.bias, temperature=temperature,
+            logit_scale=head.logit_scale, final_logit_softcapping=head.final_logit_softcapping,
+            impl=impl,
+        )
+    return log_probs
+
+
+@torch.no_grad()
+def router_totals(router, model, batch, parts, layout):
+    """(tokens sent to each expert, tokens) of the whole batch: a pass that several parts need."""
+    sent = tokens = 0
+    for rows in parts:
+        part, recorded = batch.select(rows), []
+        completion_hidden(
+            model, part.prompts, part.completion_ids, part.mask, layout, images=part.images,
+            router_logits=recorded,
+        )
+        more_sent, _, more_tokens = router.sums(recorded)
+        sent, tokens = sent + more_sent, tokens + more_tokens
+    return sent, tokens
+
+
+def token_weights(batch, log_probs, teacher_log_probs, rlsd_lambda, config):
+    """(B, T) A_hat / A of the live sequences, 1 where a token is not re-weighted."""
+    a_hat = rlsd_advantages(
+        batch.advantages, log_probs, teacher_log_probs, rlsd_lambda=rlsd_lambda,
+        rlsd_reweight_clip_range=config.rlsd_reweight_clip_range,
+    )
+    scored = torch.tensor([p is not None for p in batch.teacher_prompts], device=a_hat.device)
+    return torch.where(scored[:, None] & batch.mask, a_hat / batch.advantages[:, None], 1.0)
 
 
 def deviation_from_ref(inputs, impl):

@@ -50,8 +50,10 @@ def render(prompt, tokenizer):
     return full, full[len(without) :] if full.startswith(without) else ""
 
 
-def encode(prompt, tokenizer):
+def encode(prompt, tokenizer, images=None):
     """Token ids of a prompt; chat templates bring their own special tokens."""
+    if images is not None:
+        return images.encode(prompt)
     text, _ = render(prompt, tokenizer)
     return tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
 
@@ -67,7 +69,8 @@ def encode_pair(row, tokenizer, template):
         privileged = insert_hint(prompt, row["privileged_context"], template)
     elif privileged is not None and not isinstance(privileged, str) and not is_chat(privileged):
         raise UserError(f"its teacher_prompt is neither a text nor a chat but {privileged!r:.80}")
-    student_ids = encode(prompt, tokenizer)
+    images = row.get("_images")
+    student_ids = encode(prompt, tokenizer, images)
     if not student_ids:
         raise UserError("its prompt has no token")
     if privileged is None:
@@ -78,7 +81,7 @@ def encode_pair(row, tokenizer, template):
             f"the assistant turn starts with {boundaries[0]!r} for the student but "
             f"{boundaries[1]!r} for the privileged prompt, so the response would shift"
         )
-    teacher_ids = encode(privileged, tokenizer)
+    teacher_ids = encode(privileged, tokenizer, images)
     if not teacher_ids:
         raise UserError("its privileged prompt has no token")
     return student_ids, teacher_ids

@@ -1,18 +1,23 @@
 """What a run shows and leaves: metrics.jsonl, TensorBoard, progress, samples, plots, card."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import resource
 import sys
 import time
 from pathlib import Path
 
+import torch
 import yaml
 
 from .config import UserError
+from .rollout import token_texts
 
 METRICS = "metrics.jsonl"
+PARTS = ("rollout", "teacher", "loss", "optim")
 PROGRESS = (
     ("reward", "reward", ".3f"), ("loss", "loss", "+.4f"),
     ("lambda", "rlsd/effective_lambda", ".2f"),
@@ -25,11 +30,53 @@ PANELS = (
 )
 
 
+class Clock:
+    """Seconds of the named parts of a step; it waits for the GPU at their borders."""
+
+    def __init__(self, device):
+        self.device, self.seconds = device, {}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        self._wait()
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._wait()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    def _wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def metrics(self, tokens, flops, peak):
+        """time/<part>, and perf/: tokens per second of the step, peak memory, MFU of the update.
+
+        tokens: of prompts and completions; flops of the update; peak: FLOP/s or None.
+        """
+        parts = {name: self.seconds.get(name, 0.0) for name in PARTS}
+        update = sum(parts.values()) - parts["rollout"]
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:  # the most the process ever held, in kB
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        mfu = {"perf/mfu": flops / update / peak} if peak and update else {}
+        return {f"time/{name}": seconds for name, seconds in parts.items()} | mfu | {
+            "perf/tokens_per_second": tokens / sum(parts.values()),
+            "perf/peak_memory_gb": memory / 2**30,
+        }
+
+
 def require_packages(config):
     """Say before the first rollout, not after the last, which package of a report is missing."""
     needed = {"matplotlib": ("train", "curves.png")}
     if config.log_completions_steps:
         needed |= {name: ("train", "log_completions_steps") for name in ("pyarrow", "rich")}
+    if config.use_peft:
+        needed["peft"] = ("train", "use_peft")
     if config.report_to == "tensorboard":
         needed["tensorboard"] = ("log", "report_to: tensorboard")
     for package, (extra, what) in needed.items():
@@ -110,6 +157,21 @@ class Reporter:
         else:
             print(f"\r\x1b[2K{line}" if sys.stdout.isatty() else line, flush=True)
         self.shown += 1
+
+
+def samples_of(tokenizer, rollout, advantages, weights):
+    """One dict per completion; weights: (B, T) A_hat / A, 1 where it is not re-weighted."""
+    samples = []
+    for i, row in enumerate(rollout.rows):
+        keep = rollout.mask[i]
+        samples.append({
+            "prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
+            "completion": rollout.texts[i], "solution": row["solution"],
+            "reward": rollout.rewards[i].item(), "advantage": advantages[i].item(),
+            "tokens": token_texts(tokenizer, rollout.completion_ids[i][keep].tolist()),
+            "token_weights": weights[i][keep].tolist(),
+        })
+    return samples
 
 
 def write_completions(run_dir, step, samples):

@@ -1,7 +1,6 @@
-"""Group rollouts with the model's own generate, and hidden states of sampled tokens.
+"""Group rollouts with the model's own generate, scored by the reward functions.
 
-Prompts are padded on the left, completions on the right, so that one column is one position of
-the response in both the student's and the teacher's context, EOS included.
+Prompts are padded on the left, completions on the right.
 """
 
 from typing import NamedTuple
@@ -9,6 +8,8 @@ from typing import NamedTuple
 import torch
 
 from .config import UserError
+from .images import image_inputs
+from .packing import left_pad
 from .rewards import score
 
 
@@ -22,43 +23,6 @@ class Rollout(NamedTuple):
     truncated: torch.Tensor  # (B,) bool: no EOS within max_completion_length
     rewards: torch.Tensor  # (B,) fp64, weighted sum over reward functions
     rewards_per_func: torch.Tensor  # (B, F) fp64, NaN where a function returned None
-
-
-class Head(NamedTuple):
-    """The LM head of a model, in the terms of the fused loss."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    logit_scale: float
-    final_logit_softcapping: float | None
-
-
-def head_of(model):
-    """The model's head, verified against its own logits; refuses what it cannot reproduce."""
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    if layer is None or getattr(layer, "weight", None) is None:
-        raise UserError(f"{type(model).__name__} has no linear LM head to fuse the loss over.")
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    if getattr(config, "logits_scaling", None):
-        scale /= float(config.logits_scaling)
-    cap = getattr(config, "final_logit_softcapping", None)
-    head = Head(layer.weight, getattr(layer, "bias", None), scale, cap)
-    ids = torch.arange(1, 9, device=layer.weight.device).remainder(layer.weight.shape[0])[None]
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        want = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = hidden_states(model, ids, torch.ones_like(ids))
-        got = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * scale
-        got = got if cap is None else cap * torch.tanh(got / cap)
-    model.train(training)
-    error = (want - got).abs().max().item()
-    if not error <= 1e-3 * max(1.0, want.abs().max().item()):
-        raise UserError(
-            f"The LM head of {type(model).__name__} computes something beyond weight, bias, scale "
-            f"and softcap (its logits differ by {error:.3g}), so the fused loss cannot stand in."
-        )
-    return head
 
 
 def eos_ids(model, tokenizer):
@@ -86,43 +50,16 @@ def require_room(model, rows, config):
             )
 
 
-def left_pad(sequences, pad_id, device):
-    """(B, P) ids and mask of token lists, right-aligned."""
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, tokens in enumerate(sequences):
-        ids[i, width - len(tokens) :] = torch.tensor(tokens)
-        mask[i, width - len(tokens) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-def hidden_states(model, input_ids, attention_mask):
-    """Last hidden states (B, L, H) of the trunk; positions count unpadded tokens."""
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-        use_cache=False,
-    ).last_hidden_state
-
-
-def completion_hidden(model, prompts, completion_ids, mask, pad_id):
-    """Hidden states (B, T, H) that predict each completion token after each prompt (token lists).
-
-    Completion ids are taken as they are, never re-tokenised.
-    """
-    prompt_ids, prompt_mask = left_pad(prompts, pad_id, completion_ids.device)
-    hidden = hidden_states(
-        model, torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask.long()], 1)
-    )
-    start = prompt_ids.shape[1] - 1
-    return hidden[:, start : start + completion_ids.shape[1]]
-
-
 @torch.no_grad()
-def generate(model, tokenizer, prompts, config, *, greedy=False):
-    """One completion per prompt: ids (B, T) right-padded, mask (B, T), truncated (B,)."""
+def generate(model, tokenizer, prompts, config, *, images=None, greedy=False):
+    """One completion per prompt: ids (B, T) right-padded, mask (B, T), truncated (B,).
+
+    images: PromptImages or None of each prompt. Placeholders of images are never sampled: no pass
+    over such a completion could be made.
+    """
     ends = eos_ids(model, tokenizer)
+    names = ("image_token_id", "video_token_id")
+    placeholders = [getattr(model.config, n) for n in names if getattr(model.config, n, None)]
     pad_id = tokenizer.pad_token_id
     temperature = 1.0 if greedy else config.temperature
     device = model.get_input_embeddings().weight.device
@@ -134,8 +71,13 @@ def generate(model, tokenizer, prompts, config, *, greedy=False):
     try:
         for i in range(0, len(prompts), config.rollout_batch_size):
             ids, mask = left_pad(prompts[i : i + config.rollout_batch_size], pad_id, device)
+            seen = (images or [None])[i : i + config.rollout_batch_size]
+            extra = {"suppress_tokens": placeholders} if placeholders else {}
+            if any(seen):
+                extra |= image_inputs(seen, ids, placeholders[0])
             out = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=config.max_completion_length,
+                **extra,
                 pad_token_id=pad_id, eos_token_id=ends, do_sample=not greedy,
                 temperature=temperature, top_k=0,
             )
@@ -161,7 +103,8 @@ def generate(model, tokenizer, prompts, config, *, greedy=False):
 def roll_out(model, tokenizer, rows, config, reward_funcs, *, greedy=False):
     """Sample and score one completion per row (repeat a row to get a group)."""
     ids, mask, truncated = generate(
-        model, tokenizer, [row["prompt_ids"] for row in rows], config, greedy=greedy
+        model, tokenizer, [row["prompt_ids"] for row in rows], config, greedy=greedy,
+        images=[row.get("_images") for row in rows],
     )
     lists = [line[keep].tolist() for line, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
     texts = tokenizer.batch_decode(lists, skip_special_tokens=True)

@@ -3,29 +3,57 @@
 live: today's weights. base: the weights at the start. snapshot: a hard copy after the optimizer
 step of every step s with s % teacher_sync_steps == 0. ema: a running mean after every step, held
 in fp32 because a bf16 mean stalls (1e-3 of shift moved 1.1e-4 in 200 steps at rate 0.05).
+
+Under LoRA base is the model without its adapter, and snapshot and ema are a second adapter:
+megabytes instead of a second model.
 """
 
+import contextlib
 import copy
 
 import torch
 
+from .models import (
+    STUDENT,
+    TEACHER,
+    adapter_weights,
+    add_teacher_adapter,
+    has_lora,
+    using_adapter,
+)
+
 
 class Teacher:
-    """Weights that score responses in the privileged context; `model` is what to run forward."""
+    """Weights that score responses in the privileged context; `scoring` gives what to run."""
 
     def __init__(self, student, kind, *, sync_steps=10, ema_rate=0.05):
         self.kind, self.sync_steps, self.ema_rate = kind, sync_steps, ema_rate
-        self.student = student
-        self.model = student if kind == "live" else frozen_copy(student)
-        self.mean = None
-        if kind == "ema":
+        self.student, self.mean = student, None
+        self.lora = kind != "live" and has_lora(student)
+        self.model = student if kind == "live" or self.lora else frozen_copy(student)
+        if self.lora and kind != "base":
+            add_teacher_adapter(student)
+        elif kind == "ema":
             self.mean = [p.detach().float().clone() for p in student.parameters()]
+
+    def scoring(self):
+        """Context manager: the model to run forward as the teacher."""
+        if not self.lora:
+            return contextlib.nullcontext(self.model)
+        return using_adapter(self.student, None if self.kind == "base" else TEACHER)
 
     @torch.no_grad()
     def after_step(self, step):
         """Follow the student after the optimizer step of 1-based rollout step `step`."""
         if self.kind == "snapshot" and step % self.sync_steps == 0:
-            copy_weights(self.student, self.model)
+            if self.lora:
+                for own, p in self._adapters():
+                    own.copy_(p)
+            else:
+                copy_weights(self.student, self.model)
+        elif self.kind == "ema" and self.lora:
+            for own, p in self._adapters():  # adapters are fp32: their own mean
+                own.lerp_(p, self.ema_rate)
         elif self.kind == "ema":
             for mean, own, p in zip(
                 self.mean, self.model.parameters(), self.student.parameters(), strict=True
@@ -33,16 +61,33 @@ class Teacher:
                 mean.lerp_(p.float(), self.ema_rate)
                 own.copy_(mean)
 
+    def _adapters(self):
+        """(teacher's, student's) weights of every adapter."""
+        student = adapter_weights(self.student, STUDENT)
+        return [(own, student[name]) for name, own in self._adapter().items()]
+
+    def _adapter(self):
+        return {} if self.kind == "base" else adapter_weights(self.student, TEACHER)
+
     def state_dict(self):
         """Everything a resumed run needs; empty for live."""
         if self.kind == "live":
             return {}
+        if self.lora:
+            return {"adapter": {name: p.detach() for name, p in self._adapter().items()}}
         return {"model": self.model.state_dict(), "mean": self.mean}
 
     @torch.no_grad()
     def load_state_dict(self, state):
         """Inverse of state_dict, strict about missing or unexpected weights."""
         if self.kind == "live":
+            return
+        if self.lora:
+            own = self._adapter()
+            if own.keys() != state["adapter"].keys():
+                raise RuntimeError("its teacher's adapter has other layers")
+            for name, p in own.items():
+                p.copy_(state["adapter"][name])
             return
         self.model.load_state_dict(state["model"])
         if self.kind == "ema":

@@ -1,8 +1,8 @@
 """The whole RLSD loop: sample groups, verify, score in the privileged context, one fused update.
 
 One rollout step: questions -> G completions each -> rewards -> group advantages -> dead sequences
-(A = 0) dropped -> student forward, teacher forward where lambda > 0 -> fused loss -> optimizer ->
-teacher sync. Parameters are fp32; micro-batching never changes loss or gradient.
+(A = 0) dropped -> teacher forward where lambda > 0, student forward -> fused loss -> optimizer ->
+teacher sync. Masters are fp32; neither micro-batches nor packing change loss or gradient.
 """
 
 import dataclasses
@@ -17,36 +17,48 @@ from rlsd_kernels import (
     aggregation_weights,
     available_impls,
     fused_linear_rlsd_loss,
-    linear_log_probs,
     merge_stats,
-    rlsd_advantages,
 )
 
 from . import checkpoint
 from .advantages import group_advantages, rlsd_lambda_at
 from .config import TrainConfig, UserError
 from .data import load_data
-from .objectives import Batch, deviation_from_ref, loss_inputs, require_contract
+from .models import (
+    Flops,
+    checkpoint_layers,
+    head_of,
+    layout_of,
+    load_student,
+    memory_named,
+    peak_flops,
+    router_of,
+)
+from .objectives import (
+    Batch,
+    deviation_from_ref,
+    log_probs_under,
+    require_contract,
+    router_totals,
+    student_inputs,
+    teacher_inputs,
+    token_weights,
+)
+from .packing import micro_batches
 from .report import (
+    Clock,
     Reporter,
     model_card,
     plot_runs,
     print_samples,
     read_metrics,
     require_packages,
+    samples_of,
     write_completions,
 )
 from .rewards import load_reward_funcs, name_of
-from .rollout import (
-    completion_hidden,
-    evaluate,
-    head_of,
-    leak_rate,
-    require_room,
-    roll_out,
-    token_texts,
-)
-from .teacher import Teacher, frozen_copy
+from .rollout import evaluate, leak_rate, require_room, roll_out
+from .teacher import Teacher
 
 
 class Trainer:
@@ -62,14 +74,8 @@ class Trainer:
             if not getattr(config, name):
                 raise UserError(f"{name} is not set; give it in the config or as --{name}.")
         self.run_dir = Path(config.output_dir)
-        if resume_from is None and self.run_dir.exists() and any(self.run_dir.iterdir()):
-            going_on = f"or continue it with --resume_from_checkpoint {self.run_dir}"
-            if checkpoint.latest(self.run_dir) is None:
-                going_on = "or remove it, it holds no checkpoint"
-            raise UserError(
-                f"The run folder {self.run_dir} already exists; choose another --output_dir "
-                f"{going_on}."
-            )
+        if resume_from is None:
+            checkpoint.require_new_run(self.run_dir)
         self.loss_config = config.loss_config()
         on_gpu = torch.cuda.is_available() and not config.device.startswith("cpu")
         why_not = available_impls(None if on_gpu else torch.empty(0)).get(config.impl, "ok")
@@ -79,14 +85,15 @@ class Trainer:
         require_packages(config)
         weights = str(resume_from or config.model_name_or_path)
         self.tokenizer = checkpoint.load_tokenizer(weights)
-        self.pad_id = self.tokenizer.pad_token_id
-        self.rows, self.held_out = load_data(config, self.tokenizer, log)
-        # It stays in eval mode: dropout would score another network than the one that sampled.
-        self.model = checkpoint.load_model(weights, config.device)
+        self.processor = checkpoint.load_processor(weights)
+        self.rows, self.held_out = load_data(config, self.tokenizer, log, self.processor)
+        self.model, self.weights = load_student(config, weights, resuming=resume_from is not None)
         self.head = head_of(self.model)
+        self.layout = layout_of(self.model, self.tokenizer.pad_token_id, config.padding_free)
+        self.router = router_of(self.model, config.router_aux_loss_coef)
         require_room(self.model, [*self.rows, *self.held_out], config)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+            self.weights.masters, lr=config.learning_rate, weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2),
         )
         self.scheduler = transformers.get_scheduler(
@@ -99,8 +106,11 @@ class Trainer:
                 self.model, config.teacher_model_kind, sync_steps=config.teacher_sync_steps,
                 ema_rate=config.teacher_ema_rate,
             )
-        self.reference = frozen_copy(self.model) if config.beta > 0 else None
-        self.step = 0
+        self.reference = Teacher(self.model, "base") if config.beta > 0 else None
+        if config.gradient_checkpointing:  # after the copies: they never see a backward pass
+            checkpoint_layers(self.model)
+        self.flops, self.peak_flops = Flops(self.model), peak_flops(self.model.device)
+        self.clock, self.step = Clock(self.model.device), 0
         if resume_from:
             self._restore(resume_from)
 
@@ -140,10 +150,11 @@ class Trainer:
         if not self.held_out:
             return {}
         began = time.monotonic()
-        metrics = evaluate(
-            self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
-            self.config.seed,
-        )
+        with memory_named("evaluating", "rollout_batch_size", self.run_dir):
+            metrics = evaluate(
+                self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
+                self.config.seed,
+            )
         return metrics | {"time/eval": time.monotonic() - began}
 
     def rows_at(self, step):
@@ -162,19 +173,26 @@ class Trainer:
 
     def train_step(self, step):
         """One rollout and its optimizer steps; returns (metrics, samples or None)."""
-        config, began = self.config, time.monotonic()
+        config, self.clock = self.config, Clock(self.model.device)
         # Every generator, at every step: what ran in between, a table printed by rich (it draws
         # from Python's) or a resume, then cannot change a reward function that draws.
         transformers.set_seed((config.seed * 1_000_003 + step) % 2**32)
         rows = [row for row in self.rows_at(step) for _ in range(config.num_generations)]
-        rollout = roll_out(self.model, self.tokenizer, rows, config, self.reward_funcs)
+        with self.clock("rollout"), memory_named(
+            "sampling", "rollout_batch_size or max_completion_length", self.run_dir
+        ):
+            rollout = roll_out(self.model, self.tokenizer, rows, config, self.reward_funcs)
         advantages = group_advantages(
             rollout.rewards, config.num_generations, config.scale_rewards
         ).to(rollout.mask.device)
         rolled = time.monotonic()
 
-        batch, live = self.make_batch(rollout, advantages, step)
-        metrics, outputs = self.update(batch, step)
+        with memory_named(
+            "training", "per_device_train_batch_size or max_tokens_per_micro_batch, or set "
+            "gradient_checkpointing, bf16 or use_peft", self.run_dir,
+        ):
+            batch, live = self.make_batch(rollout, advantages, step)
+            metrics, outputs = self.update(batch, step)
         if self.teacher:
             self.teacher.after_step(step)
 
@@ -189,9 +207,12 @@ class Trainer:
             "completions/clipped_ratio": rollout.truncated.double().mean().item(),
             "rlsd/active_token_frac": (active / unmasked.clamp(min=1)).item(),
             "live_sequences": len(live),
-            "time/rollout": rolled - began,
             "time/update": time.monotonic() - rolled,
         }
+        metrics |= self.clock.metrics(
+            rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows),
+            self.flops.update(batch, config), self.peak_flops,
+        )
         for k, function in enumerate(self.reward_funcs):
             values = rollout.rewards_per_func[:, k]
             metrics[f"rewards/{name_of(function)}/mean"] = values.nanmean().item()
@@ -199,7 +220,10 @@ class Trainer:
             metrics["leak_rate"] = leak_rate(rollout.texts, config.leak_markers)
         samples = None
         if config.log_completions_steps and step % config.log_completions_steps == 0:
-            samples = self._samples(rollout, advantages, batch, live, outputs)
+            weights = torch.ones_like(rollout.mask, dtype=torch.float32)
+            if live and self._lambda(step) > 0:
+                weights[live] = token_weights(batch, *outputs, self._lambda(step), self.loss_config)
+            samples = samples_of(self.tokenizer, rollout, advantages, weights)
         return metrics, samples
 
     def _mask(self, rollout):
@@ -230,11 +254,16 @@ class Trainer:
                 else None
                 for i in live
             ],
+            images=[rollout.rows[i].get("_images") for i in live],
             completion_ids=rollout.completion_ids[live], mask=mask[live],
             advantages=advantages[live], loss_weights=weights[live],
         )
         if self.reference is not None and live:
-            batch = batch._replace(ref_log_probs=self.score(self.reference, batch))
+            with self.clock("teacher"), self.reference.scoring() as reference:
+                batch = batch._replace(ref_log_probs=log_probs_under(
+                    reference, self.head, batch, self._micro_batches(batch), self.layout,
+                    config.temperature, config.impl,
+                ))
         return batch, live
 
     def _lambda(self, step):
@@ -244,26 +273,12 @@ class Trainer:
             config.rlsd_lambda_decay_steps,
         )
 
-    @torch.no_grad()
-    def score(self, model, batch):
-        """(B, T) log-probs of the completions after the student's prompts, under any weights."""
-        log_probs = torch.zeros_like(batch.loss_weights)
-        for rows in self._micro_batches(batch):
-            part = batch.select(rows)
-            hidden = completion_hidden(
-                model, part.prompts, part.completion_ids, part.mask, self.pad_id
-            )
-            layer = model.get_output_embeddings()
-            log_probs[rows, : part.mask.shape[1]] = linear_log_probs(
-                hidden, layer.weight, part.completion_ids, bias=layer.bias,
-                temperature=self.config.temperature, logit_scale=self.head.logit_scale,
-                final_logit_softcapping=self.head.final_logit_softcapping, impl=self.config.impl,
-            )
-        return log_probs
-
     def _micro_batches(self, batch):
-        count, size = len(batch.prompts), self.config.per_device_train_batch_size
-        return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+        config = self.config
+        return micro_batches(
+            batch.lengths(), config.per_device_train_batch_size,
+            config.max_tokens_per_micro_batch, config.padding_free,
+        )
 
     def update(self, batch, step):
         """num_iterations optimizer steps on a batch; returns (metrics, outputs of the first).
@@ -275,26 +290,34 @@ class Trainer:
         # Until old log-probs exist, delta's student is this very forward under either source.
         loss_config = dataclasses.replace(self.loss_config, rlsd_delta_source="current")
         metrics = {
-            "rlsd/effective_lambda": lam, "loss": 0.0, "grad_norm": 0.0,
+            "rlsd/effective_lambda": lam, "loss": 0.0, "aux_loss": 0.0, "grad_norm": 0.0,
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
         outputs = (torch.zeros_like(batch.loss_weights), torch.zeros_like(batch.loss_weights))
         stats = []
         for iteration in range(config.num_iterations):
             self.optimizer.zero_grad(set_to_none=True)
-            loss = 0.0
-            for k, rows in enumerate(self._micro_batches(batch)):
-                inputs = loss_inputs(
-                    self.model, self.head, self.teacher.model if self.teacher else None,
-                    batch.select(rows), self.pad_id, lam, loss_config,
-                )
-                if config.validate_every and step % config.validate_every == 0 and not k:
-                    errors = deviation_from_ref(inputs, config.impl)
-                    require_contract(errors, inputs["hidden"].dtype, step)
-                    metrics |= {f"validate/{name}": error for name, error in errors.items()}
-                out = fused_linear_rlsd_loss(impl=config.impl, return_entropy=True, **inputs)
-                out.loss.backward()
-                loss += out.loss.item()
+            loss, aux_loss, parts, totals = 0.0, 0.0, self._micro_batches(batch), None
+            if self.router and len(parts) > 1:
+                with self.clock("loss"):
+                    totals = router_totals(self.router, self.model, batch, parts, self.layout)
+            for k, rows in enumerate(parts):
+                part, recorded = batch.select(rows), [] if self.router else None
+                inputs = self._teacher_inputs(part, lam)
+                with self.clock("loss"):
+                    inputs |= student_inputs(
+                        self.model, self.head, part, self.layout, lam, loss_config, recorded
+                    )
+                    if config.validate_every and step % config.validate_every == 0 and not k:
+                        errors = deviation_from_ref(inputs, config.impl)
+                        require_contract(errors, inputs["hidden"].dtype, step)
+                        metrics |= {f"validate/{name}": error for name, error in errors.items()}
+                    out = fused_linear_rlsd_loss(impl=config.impl, return_entropy=True, **inputs)
+                    aux = torch.zeros_like(out.loss)
+                    if self.router:
+                        aux = self.router.loss(recorded, totals)
+                    (out.loss + aux).backward()
+                    loss, aux_loss = loss + out.loss.item(), aux_loss + aux.item()
                 stats.append(out.stats)
                 if iteration == 0:
                     width = out.log_probs.shape[1]
@@ -303,14 +326,17 @@ class Trainer:
                         outputs[1][rows, :width] = out.teacher_log_probs
             grad_norm = 0.0
             if batch.prompts:
-                grad_norm = torch.nn.utils.clip_grad_norm_(
-                    self.model.parameters(), config.max_grad_norm
-                ).item()
-                self._require_finite(loss, grad_norm, step)
-                self.optimizer.step()
+                with self.clock("optim"):
+                    grad_norm = torch.nn.utils.clip_grad_norm_(
+                        self.weights.masters, config.max_grad_norm
+                    ).item()
+                    self._require_finite(loss, grad_norm, step)
+                    self.optimizer.step()
+                    self.weights.publish()
             self.scheduler.step()
             metrics["loss"] += loss / config.num_iterations
             metrics["grad_norm"] += grad_norm / config.num_iterations
+            metrics["aux_loss"] += aux_loss / config.num_iterations
             if iteration == 0 and config.num_iterations > 1:
                 loss_config = self.loss_config
                 keep = lam > 0 and self.teacher.kind != "live"  # a live teacher moves on
@@ -322,6 +348,12 @@ class Trainer:
             metrics = {k: v for k, v in merged.items() if not k.startswith("tokens/")} | metrics
         return metrics, outputs
 
+    def _teacher_inputs(self, part, lam):
+        if lam == 0:
+            return {}
+        with self.clock("teacher"), self.teacher.scoring() as teacher:
+            return teacher_inputs(teacher, self.head, part, self.layout, self.loss_config)
+
     def _require_finite(self, loss, grad_norm, step):
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
@@ -331,45 +363,19 @@ class Trainer:
             f"{checkpoint.standing(self.run_dir)}."
         )
 
-    def _samples(self, rollout, advantages, batch, live, outputs):
-        """One dict per completion, with A_hat / A per token (1 where it is not re-weighted)."""
-        weights = torch.ones_like(rollout.mask, dtype=torch.float32)
-        lam = self._lambda(self.step + 1)
-        if live and lam > 0:
-            scored = torch.tensor(
-                [p is not None for p in batch.teacher_prompts], device=weights.device
-            )
-            a_hat = rlsd_advantages(
-                batch.advantages, *outputs, rlsd_lambda=lam,
-                rlsd_reweight_clip_range=self.config.rlsd_reweight_clip_range,
-            )
-            ratio = a_hat / batch.advantages[:, None]
-            weights[live] = torch.where(scored[:, None] & batch.mask, ratio, 1.0)
-        samples = []
-        for i, row in enumerate(rollout.rows):
-            keep = rollout.mask[i]
-            ids = rollout.completion_ids[i][keep].tolist()
-            samples.append({
-                "prompt": self.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
-                "completion": rollout.texts[i], "solution": row["solution"],
-                "reward": rollout.rewards[i].item(), "advantage": advantages[i].item(),
-                "tokens": token_texts(self.tokenizer, ids),
-                "token_weights": weights[i][keep].tolist(),
-            })
-        return samples
-
     def save(self):
         """Write checkpoint-<step> of the run, whole or not at all."""
         state = {
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "teacher": self.teacher.state_dict() if self.teacher else None,
             "reference": self.reference.state_dict() if self.reference else None,
+            "masters": self.weights.state_dict(),
             "teacher_model_kind": self.config.teacher_model_kind,
         }
         card = model_card(self.config, self.step, read_metrics(self.run_dir))
         (self.run_dir / "README.md").write_text(card, encoding="utf-8")
         return checkpoint.save(
-            self.run_dir, self.step, self.model, self.tokenizer, state,
+            self.run_dir, self.step, self.model, self.processor or self.tokenizer, state,
             limit=self.config.save_total_limit, card=card,
         )
 
@@ -384,15 +390,11 @@ class Trainer:
                 f"The checkpoint {path} holds a {state['teacher_model_kind']} teacher, but "
                 f"teacher_model_kind is {self.teacher.kind}."
             )
-        if self.teacher:
-            self.teacher.load_state_dict(state["teacher"])
-        if self.reference:
-            self.reference.load_state_dict(state["reference"])
-        # Moments and position come from the checkpoint, rates and decay from today's options.
-        groups, rates = self.optimizer.state_dict()["param_groups"], self.scheduler.base_lrs
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        self.scheduler.load_state_dict({**state["scheduler"], "base_lrs": rates})
-        lr = rates[0] * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
-        self.optimizer.param_groups[0]["lr"], self.scheduler._last_lr = lr, [lr]
+        with checkpoint.fitting(path):
+            for part, owner in (("teacher", self.teacher), ("reference", self.reference)):
+                if owner is not None:
+                    owner.load_state_dict(state[part])
+            self.weights.load_state_dict(state.get("masters"))
+            checkpoint.load_optimizer(self.optimizer, self.scheduler, state)
         checkpoint.set_rng_state(state["rng"])
         self.step = state["step"]
