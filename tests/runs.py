@@ -197,7 +197,9 @@ def naive_run(trainer, start, rollouts):
 
 
 def without_times(records):
-    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in records]
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("time/", "perf/"))} for r in records
+    ]
 
 
 def write_config(folder, **changed):

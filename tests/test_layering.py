@@ -18,8 +18,8 @@ KERNEL_ORDER = [
 ]
 TRAINER_ORDER = [
     ["cli"], ["validate", "bench"], ["demo"], ["trainer"], ["report"], ["objectives"], ["teacher"],
-    ["rollout"], ["checkpoint"], ["rewards"], ["data"], ["prompts"], ["advantages"], ["config"],
-    ["measure"],
+    ["models"], ["rollout"], ["packing"], ["checkpoint"], ["rewards"], ["data"], ["prompts"],
+    ["images"], ["advantages"], ["config"], ["measure"],
 ]
 TORCH_ONLY = {"torch", "rlsd_kernels"} | sys.stdlib_module_names
 

@@ -9,16 +9,18 @@ import rlsd.objectives
 from rlsd import UserError
 from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE
 from rlsd.demo import tiny_model, word_tokenizer
+from rlsd.models import head_of
 from rlsd.objectives import (
     CONTRACT,
     Batch,
     deviation_from_ref,
-    loss_inputs,
     require_contract,
+    student_inputs,
     teacher_hidden,
+    teacher_inputs,
 )
+from rlsd.packing import Layout
 from rlsd.prompts import encode_pair
-from rlsd.rollout import head_of
 from rlsd_kernels import (
     RLSDLossConfig,
     aggregation_weights,
@@ -33,6 +35,13 @@ COMPLETIONS = [4, 1, 6, 3, 2, 5, 1, 3]  # EOS included
 ADVANTAGES = [1.2, -0.7, 0.0, 0.4, -1.5, 0.9, 0.0, -0.3]  # rows 2 and 6 are dead
 LIVE = [0, 1, 3, 4, 5, 7]
 CONFIG = RLSDLossConfig()
+
+
+def loss_inputs(student, head, teacher, batch, pad_id, lam, config):
+    """All arguments of the fused loss, as the trainer joins them."""
+    layout = Layout(pad_id)
+    inputs = teacher_inputs(teacher, head, batch, layout, config) if lam > 0 else {}
+    return inputs | student_inputs(student, head, batch, layout, lam, config)
 
 
 def model(seed=0):
@@ -61,7 +70,7 @@ def make_batch(loss_type="dapo", **extra):
         teacher_prompts=[
             h + p if a else None for h, p, a in zip(hints, prompts, ADVANTAGES, strict=True)
         ],
-        completion_ids=ids, mask=mask, advantages=torch.tensor(ADVANTAGES),
+        images=[None] * 8, completion_ids=ids, mask=mask, advantages=torch.tensor(ADVANTAGES),
         loss_weights=aggregation_weights(mask, loss_type, max_completion_length=width), **extra,
     )
 
@@ -288,7 +297,7 @@ def test_lambda_zero_needs_no_teacher_at_all():
 
 def test_no_gradient_reaches_the_teacher():
     teacher, batch = model(1), make_batch()
-    hidden = teacher_hidden(teacher, batch, PAD)
+    hidden = teacher_hidden(teacher, batch, Layout(PAD))
     assert not hidden.requires_grad and hidden.shape == (8, 6, 32)
     assert (hidden[[2, 6]] == 0).all() and (hidden[LIVE].abs().sum((1, 2)) > 0).all()
     run(batch, teacher=teacher).loss.backward()

@@ -1,81 +1,27 @@
 import pytest
 import torch
 import transformers
+from families import EOS, PAD, build, right_pad, sequences
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from rlsd import TrainConfig, UserError
-from rlsd.demo import tiny_model, word_tokenizer
+from rlsd.demo import word_tokenizer
 from rlsd.rollout import (
-    completion_hidden,
     eos_ids,
     evaluate,
     generate,
-    head_of,
     leak_rate,
-    left_pad,
     require_room,
     roll_out,
     token_texts,
 )
-from rlsd_kernels import linear_log_probs
 
-PAD, EOS = 0, 1
 TOKENIZER = word_tokenizer([f"w{i}" for i in range(40)])
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64,
-    "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "initializer_range": 0.3,
-}
-
-
-def build(name):
-    """A tiny model of a family; weights large enough that its logits are far from uniform."""
-    torch.manual_seed(0)
-    t = transformers
-    if name == "qwen3":
-        return tiny_model(64, seed=0, hidden=32).eval()
-    if name == "llama":
-        return t.LlamaForCausalLM(t.LlamaConfig(**SIZES, tie_word_embeddings=False)).eval()
-    if name == "gemma2":
-        return t.Gemma2ForCausalLM(t.Gemma2Config(
-            **SIZES, head_dim=8, final_logit_softcapping=5.0, sliding_window=4,
-        )).eval()
-    if name == "gemma3":
-        return t.Gemma3ForCausalLM(t.Gemma3TextConfig(
-            **SIZES, head_dim=8, final_logit_softcapping=5.0, sliding_window=4,
-        )).eval()
-    if name == "granite":
-        return t.GraniteForCausalLM(t.GraniteConfig(**SIZES, logits_scaling=4.0)).eval()
-    if name == "cohere":
-        return t.CohereForCausalLM(t.CohereConfig(**SIZES, logit_scale=0.25)).eval()
-    if name == "phi":  # a head with a bias
-        made = t.PhiForCausalLM(t.PhiConfig(**SIZES)).eval()
-        torch.nn.init.normal_(made.lm_head.bias)
-        return made
-    return t.GPT2LMHeadModel(t.GPT2Config(  # learned positions
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3,
-        bos_token_id=None, eos_token_id=EOS,
-    )).eval()
-
-
-FAMILIES = ["qwen3", "llama", "gemma2", "gemma3", "granite", "cohere", "phi", "gpt2"]
 
 
 @pytest.fixture(scope="module")
 def qwen():
     return build("qwen3")
-
-
-def sequences(lengths, seed=0):
-    """Token lists without special ids."""
-    rng = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 43, (n,), generator=rng).tolist() for n in lengths]
-
-
-def right_pad(lists):
-    width = max(map(len, lists))
-    ids = torch.tensor([x + [PAD] * (width - len(x)) for x in lists])
-    return ids, torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x in lists]).bool()
 
 
 def config(**options):
@@ -89,102 +35,18 @@ def rows(prompts, **columns):
     ]
 
 
-def naive_log_probs(model, prompt, completion, temperature):
-    """One sequence, no padding, the model's own logits."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].double()
-    log_probs = torch.log_softmax(logits / temperature, -1)
-    return [log_probs[len(prompt) - 1 + t, y].item() for t, y in enumerate(completion)]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_align_with_the_models_own_logits_eos_included(family, temperature):
-    model = build(family)
-    # One-token prompts and completions, and both paddings at once.
-    prompts = sequences([1, 7, 3, 12])
-    completions = [c + [EOS] for c in sequences([4, 0, 9, 2], seed=1)]
-    ids, mask = right_pad(completions)
-    head = head_of(model)
-    with torch.no_grad():
-        hidden = completion_hidden(model, prompts, ids, mask, PAD)
-        got = linear_log_probs(
-            hidden, head.weight, ids, bias=head.bias, temperature=temperature,
-            logit_scale=head.logit_scale, final_logit_softcapping=head.final_logit_softcapping,
-        )
-    assert hidden.shape[:2] == ids.shape
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        want = naive_log_probs(model, prompt, completion, temperature)
-        assert got[i, : len(completion)].tolist() == pytest.approx(want, abs=3e-5)
-    assert len({round(x, 3) for x in got[mask].tolist()}) > 15  # nothing is constant
-
-
-def test_what_lies_in_the_padding_changes_nothing(qwen):
-    prompts, completions = sequences([2, 5]), sequences([3, 6], seed=1)
-    ids, mask = right_pad(completions)
-    other = ids.masked_fill(~mask, 17)
-    with torch.no_grad():
-        a = completion_hidden(qwen, prompts, ids, mask, PAD)
-        b = completion_hidden(qwen, prompts, other, mask, 9)
-    assert torch.equal(a[mask], b[mask])
-
-
-def test_left_pad():
-    ids, mask = left_pad([[5], [6, 7, 8], [9, 4]], PAD, "cpu")
-    assert ids.tolist() == [[0, 0, 5], [6, 7, 8], [0, 9, 4]]
-    assert mask.tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1]]
-
-
-@pytest.mark.parametrize("family, scale, cap", [
-    ("qwen3", 1.0, None), ("llama", 1.0, None), ("gemma2", 1.0, 5.0), ("gemma3", 1.0, 5.0),
-    ("granite", 0.25, None), ("cohere", 0.25, None), ("phi", 1.0, None), ("gpt2", 1.0, None),
-])
-def test_head_is_found(family, scale, cap):
-    model = build(family).train()
-    head = head_of(model)
-    assert head.weight is model.get_output_embeddings().weight
-    assert (head.bias is None) == (family != "phi")
-    assert (head.logit_scale, head.final_logit_softcapping) == (scale, cap)
-    assert model.training  # the check leaves the mode as it was
-
-
-@pytest.mark.parametrize("change", [
-    lambda z: z + 1.0, lambda z: 1.01 * z, lambda z: 30 * torch.tanh(z / 30),
-    lambda z: z.masked_fill(torch.arange(64) > 60, -1e9), lambda z: z * float("nan"),
-], ids=["shift", "scale", "softcap", "masked-ids", "nan"])
-def test_head_that_does_something_else_is_refused(change):
-    model = build("llama")
-    model.lm_head.register_forward_hook(lambda module, args, out: change(out))
-    with pytest.raises(UserError, match="LM head of LlamaForCausalLM computes something beyond"):
-        head_of(model)
-
-
-@pytest.mark.parametrize("option", [{"logits_scaling": 2.0}, {"final_logit_softcapping": 1.0}])
-def test_config_that_promises_what_the_model_does_not_do_is_refused(option):
-    model = build("llama")
-    for name, value in option.items():
-        setattr(model.config, name, value)
-    with pytest.raises(UserError, match="LM head"):
-        head_of(model)
-
-
-def test_model_without_a_head_is_refused():
-    with pytest.raises(UserError, match="no linear LM head"):
-        head_of(build("llama").model)
-
-
 @pytest.mark.parametrize("of_model, of_tokenizer, want", [
     (1, "<eos>", [1]), ([5, 1], "<eos>", [5, 1]), ([5, 6], "<eos>", [5, 6, 1]),
     (None, "<eos>", [1]), (7, None, [7]),
 ])
 def test_every_eos_id_ends_a_completion(of_model, of_tokenizer, want):
-    model, tokenizer = build("llama"), word_tokenizer(["a"])
+    model, tokenizer = build("llama3"), word_tokenizer(["a"])
     model.generation_config.eos_token_id, tokenizer.eos_token = of_model, of_tokenizer
     assert eos_ids(model, tokenizer) == want
 
 
 def test_no_eos_anywhere_is_an_error():
-    model, tokenizer = build("llama"), word_tokenizer(["a"])
+    model, tokenizer = build("llama3"), word_tokenizer(["a"])
     model.generation_config.eos_token_id, tokenizer.eos_token = None, None
     with pytest.raises(UserError, match="EOS"):
         eos_ids(model, tokenizer)
@@ -214,7 +76,7 @@ CANNED = [  # (ids as generated, length with the first EOS, truncated)
 
 
 def test_mask_covers_the_first_eos_and_nothing_after(monkeypatch):
-    model = build("llama").train()
+    model = build("llama3").train()
     model.generation_config.eos_token_id = [EOS, 5]
     calls = canned(monkeypatch, model, [c for c, _, _ in CANNED])
     ids, mask, truncated = generate(model, TOKENIZER, [[7, 8]] * 6, config())
@@ -226,7 +88,7 @@ def test_mask_covers_the_first_eos_and_nothing_after(monkeypatch):
 
 
 def test_rollout_batch_size_splits_the_work_and_joins_the_shapes(monkeypatch):
-    model = build("llama")
+    model = build("llama3")
     calls = canned(monkeypatch, model, [c for c, _, _ in CANNED])
     prompts = sequences([3, 1, 2, 5, 4, 2])
     ids, mask, truncated = generate(model, TOKENIZER, prompts, config(rollout_batch_size=2))
@@ -261,7 +123,7 @@ DISTORTING = {
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 4.0])  # at 4 every id has a real share
 def test_samples_follow_the_policy_that_is_scored(temperature):
-    model = build("llama")
+    model = build("llama3")
     # What some models ship with must not bend the policy.
     own = transformers.GenerationConfig(**DISTORTING, eos_token_id=EOS)
     model.generation_config = own
@@ -281,7 +143,7 @@ def test_samples_follow_the_policy_that_is_scored(temperature):
 
 
 def test_greedy_ignores_the_models_own_generation_config():
-    model = build("llama")
+    model = build("llama3")
     prompts = sequences([4, 2])
     want = generate(model, TOKENIZER, prompts, config(), greedy=True)[0]
     model.generation_config = transformers.GenerationConfig(**DISTORTING, eos_token_id=EOS)
@@ -289,7 +151,7 @@ def test_greedy_ignores_the_models_own_generation_config():
 
 
 def test_a_failing_generate_leaves_the_model_as_it_was(monkeypatch):
-    model = build("llama").train()
+    model = build("llama3").train()
     own = model.generation_config
 
     def fail(**_):
@@ -306,7 +168,7 @@ def length_reward(prompts, completions, completion_ids, **columns):
 
 
 def test_roll_out_scores_each_completion_with_its_row(monkeypatch):
-    model = build("llama")
+    model = build("llama3")
     canned(monkeypatch, model, [[3, 4, EOS], [5, 7, 8], [6, EOS, 9]])
     seen = []
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from families import build
 from runs import (
     TEMPLATE,
     assert_same,
@@ -31,6 +32,8 @@ import rlsd.report
 import rlsd.rollout
 import rlsd.trainer
 from rlsd import UserError
+from rlsd.cli import main
+from rlsd.models import STUDENT, TEACHER, adapter_weights
 from rlsd_kernels import torch_impl
 
 # Measured over the cases below: 1e-6, once 1e-4 where Adam normalises a gradient that is nearly 0;
@@ -81,6 +84,20 @@ CASES = {
     "masked-truncated": {"mask_truncated_completions": True},
     "masked-truncated-grpo": {"mask_truncated_completions": True, "loss_type": "grpo"},
     "weight-decay-micro-batches": {"weight_decay": 0.1, "per_device_train_batch_size": 3},
+    "padding-free": {"padding_free": True, "per_device_train_batch_size": 5},
+    "padding-free-tokens": {"padding_free": True, "max_tokens_per_micro_batch": 50, "beta": 0.1},
+    "tokens": {"max_tokens_per_micro_batch": 60, "num_iterations": 2},
+    "gradient-checkpointing": {"gradient_checkpointing": True, "beta": 0.1},
+    "gradient-checkpointing-live": {"gradient_checkpointing": True, "teacher_model_kind": "live"},
+    "lora": {"use_peft": True, "lora_r": 4},
+    "lora-base-beta": {"use_peft": True, "lora_r": 4, "teacher_model_kind": "base", "beta": 0.3},
+    "lora-live-iterations-2": {
+        "use_peft": True, "lora_r": 4, "teacher_model_kind": "live", "num_iterations": 2,
+    },
+    "lora-all-at-once": {
+        "use_peft": True, "lora_r": 4, "padding_free": True, "gradient_checkpointing": True,
+        "max_tokens_per_micro_batch": 50, "weight_decay": 0.1,
+    },
 }
 
 
@@ -239,23 +256,43 @@ def test_all_truncated_and_masked_makes_no_step(tmp_path, monkeypatch):
     assert_same(parameters(trainer.model), before)
 
 
+def scoring_weights(trainer, adapter=None):
+    """What the teacher runs with; of one adapter under its plain names."""
+    if adapter is None:
+        return parameters(trainer.teacher.model)
+    named = adapter_weights(trainer.model, adapter)
+    return {name: p.detach().clone() for name, p in named.items()}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["live", "base", "snapshot", "ema"])
-def test_teacher_follows_its_rule_through_the_trainer(kind, tmp_path):
+def test_teacher_follows_its_rule_through_the_trainer(kind, lora, tmp_path):
     trainer = make_trainer(
-        tmp_path, teacher_model_kind=kind, teacher_sync_steps=2, teacher_ema_rate=0.25
+        tmp_path, teacher_model_kind=kind, teacher_sync_steps=2, teacher_ema_rate=0.25,
+        use_peft=lora, lora_r=2,
     )
-    want = start = parameters(trainer.model)
+    assert (trainer.teacher.model is trainer.model) == (lora or kind == "live")
+    if lora:
+        frozen = {n: p for n, p in parameters(trainer.model).items() if ".lora_" not in n}
+    own = STUDENT if lora else None
+    theirs = {"base": None, "live": own}.get(kind, TEACHER) if lora else None
+    want = start = scoring_weights(trainer, own) if lora else parameters(trainer.model)
     for step in range(1, 6):
         trainer.train_step(step)
-        student = parameters(trainer.model)
+        student = scoring_weights(trainer, own) if lora else parameters(trainer.model)
         if kind == "snapshot" and step % 2 == 0 or kind == "live":
             want = student
         elif kind == "ema":
             want = {n: want[n] + 0.25 * (student[n] - want[n]) for n in want}
-        got = parameters(trainer.teacher.model)
+        if lora and kind == "base":
+            continue  # no weights of its own: the naive loop covers it
+        got = scoring_weights(trainer, theirs)
         for name in want:
             torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6, msg=name)
             assert step == 1 or not torch.equal(student[name], start[name]), name
+    if lora:
+        now = parameters(trainer.model)
+        assert_same({name: now[name] for name in frozen}, frozen)
 
 
 def noisy_reward(prompts, completions, completion_ids, **columns):
@@ -266,6 +303,13 @@ def noisy_reward(prompts, completions, completion_ids, **columns):
 RESUMED = {
     **{kind: {"teacher_model_kind": kind} for kind in ("live", "base", "snapshot", "ema")},
     "snapshot-beta-iterations-2": {"beta": 0.1, "num_iterations": 2},
+    **{f"lora-{kind}": {"use_peft": True, "lora_r": 4, "teacher_model_kind": kind}
+       for kind in ("base", "snapshot", "ema")},
+    "lora-bf16-beta": {"use_peft": True, "lora_r": 4, "bf16": True, "beta": 0.1},
+    "bf16-ema": {"bf16": True, "teacher_model_kind": "ema", "beta": 0.1},
+    "packed-recomputed": {
+        "padding_free": True, "gradient_checkpointing": True, "max_tokens_per_micro_batch": 50,
+    },
     "grpo-beta-linear": {
         "objective": "grpo", "beta": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 2
     },
@@ -308,6 +352,114 @@ def test_resume_from_an_older_checkpoint_replaces_the_newer_one(tmp_path):
     assert_same(parameters(model), parameters(trainer.model))
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_checkpoint_of_another_shape_is_one_sentence(lora, tmp_path):
+    make_trainer(tmp_path, max_steps=1, use_peft=lora).train()
+    saved = tmp_path / "run" / "checkpoint-1"
+    state = torch.load(saved / "trainer_state.pt", weights_only=True)
+    moments = state["optimizer"]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"][:, :-1].clone()
+    torch.save(state, saved / "trainer_state.pt")
+    with pytest.raises(UserError, match="^The checkpoint .* is of another shape .*\\.$"):
+        make_trainer(tmp_path, resume_from=saved, max_steps=2, use_peft=lora)
+
+
+def test_lora_checkpoint_loads_is_small_and_starts_no_other_run(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, use_peft=True, lora_r=2)
+    trainer.train()
+    saved = tmp_path / "run" / "checkpoint-1"
+    assert not (saved / "model.safetensors").exists()
+    state = torch.load(saved / "trainer_state.pt", weights_only=True)
+    assert state["teacher"]["adapter"].keys() == adapter_weights(trainer.model, TEACHER).keys()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(saved).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(loaded(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
+    assert main(["eval", str(saved.parent)]) == 0
+    with pytest.raises(UserError, match="is a LoRA adapter; merge it .*\\.$"):
+        make_trainer(
+            tmp_path, model_name_or_path=str(saved), output_dir=str(tmp_path / "other")
+        )
+    with pytest.raises(UserError, match="is a LoRA adapter; resume it with use_peft\\.$"):
+        make_trainer(tmp_path, resume_from=saved, max_steps=2)
+
+
+def test_load_balancing_of_experts_does_not_depend_on_micro_batches(tmp_path):
+    make_trainer(tmp_path)
+    model = build("qwen3-moe")
+    model.config.output_router_logits = False
+    model.save_pretrained(tmp_path / "model")
+    results = []
+    for coefficient, changed in (
+        (0.5, {}), (0.5, {"per_device_train_batch_size": 3}),
+        (0.5, {"max_tokens_per_micro_batch": 50, "padding_free": True, "num_iterations": 1}),
+        (None, {}),
+    ):
+        trainer = make_trainer(tmp_path, router_aux_loss_coef=coefficient, **changed)
+        start = parameters(trainer.model)
+        after, metrics = run_steps(trainer, 2)
+        results.append((after[-1], metrics[0]))
+    for after, metrics in results[1:3]:
+        assert relative_distance(after, results[0][0], start) < NOISE
+        assert metrics["aux_loss"] == pytest.approx(results[0][1]["aux_loss"], rel=1e-4)
+        assert metrics["loss"] == pytest.approx(results[0][1]["loss"], abs=1e-5)
+    assert results[0][1]["aux_loss"] > 0.5 and results[3][1]["aux_loss"] == 0
+    assert relative_distance(results[3][0], results[0][0], start) > 0.1
+
+
+def test_bf16_micro_batches_agree_and_masters_are_saved(tmp_path):
+    results = []
+    for size in (3, 64):
+        trainer = make_trainer(
+            tmp_path, bf16=True, per_device_train_batch_size=size, max_steps=1,
+            output_dir=str(tmp_path / str(size)), validate_every=1,
+        )
+        masters = trainer.weights.masters
+        start = [m.detach().clone() for m in masters]
+        trainer.train()
+        results.append([m.detach() - s for m, s in zip(masters, start, strict=True)])
+    error = sum((a - b).norm() ** 2 for a, b in zip(*results, strict=True)) ** 0.5
+    # Adam's first step is the gradient's sign: only those that round to either side differ.
+    assert error < 0.2 * sum(a.norm() ** 2 for a in results[0]) ** 0.5
+    state = torch.load(tmp_path / "64" / "checkpoint-1" / "trainer_state.pt", weights_only=True)
+    assert all(m.dtype == torch.float32 for m in state["masters"])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "64" / "checkpoint-1", dtype="auto"
+    )
+    assert_same(parameters(loaded), parameters(trainer.model))
+
+
+@pytest.mark.parametrize("phase, hint", [
+    ("roll_out", "sampling; lower rollout_batch_size"),
+    ("fused_linear_rlsd_loss", "training; lower per_device_train_batch_size"),
+])
+def test_out_of_memory_names_what_to_lower(phase, hint, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=3, save_steps=1)
+    real_step = trainer.train_step
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def train_step(step):
+        if step == 2:
+            monkeypatch.setattr(rlsd.trainer, phase, full)
+        return real_step(step)
+
+    trainer.train_step = train_step
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    assert str(error.value).startswith(f"Out of memory while {hint}")
+    assert str(error.value).endswith("checkpoint-1.") and "\n" not in str(error.value)
+
+
+def test_time_is_split_and_throughput_logged(tmp_path):
+    for record in make_trainer(tmp_path, beta=0.1, max_steps=2).train():
+        parts = [record[f"time/{name}"] for name in ("rollout", "teacher", "loss", "optim")]
+        assert all(part > 0 for part in parts)
+        assert sum(parts[1:]) <= record["time/update"]
+        assert record["perf/tokens_per_second"] > 0 and record["perf/peak_memory_gb"] > 0.05
+        assert "perf/mfu" not in record  # no data sheet for a CPU
+
+
 def kind(name):
     return {"teacher_model_kind": name}
 
@@ -320,8 +472,12 @@ def kind(name):
         (kind("base"), kind("ema"), "holds a base teacher"),
         (kind("live"), kind("snapshot"), "holds a live teacher"),
         (kind("snapshot"), kind("live"), "holds a snapshot teacher"),
+        ({}, {"use_peft": True}, "holds no LoRA adapter"),
+        ({"use_peft": True}, {"use_peft": True, "lora_r": 8}, "holds an adapter with lora_r 16"),
+        ({}, {"bf16": True}, "is of another shape"),
     ],
-    ids=["no-teacher", "no-reference", "base-as-ema", "live-as-snapshot", "snapshot-as-live"],
+    ids=["no-teacher", "no-reference", "base-as-ema", "live-as-snapshot", "snapshot-as-live",
+         "full-as-lora", "other-rank", "fp32-as-bf16"],
 )
 def test_resume_never_falls_back_to_another_teacher(saved, wanted, words, tmp_path):
     make_trainer(tmp_path, max_steps=1, **saved).train()
