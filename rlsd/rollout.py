@@ -108,33 +108,15 @@ def roll_out(model, tokenizer, rows, config, reward_funcs, *, greedy=False):
     )
     lists = [line[keep].tolist() for line, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
     texts = tokenizer.batch_decode(lists, skip_special_tokens=True)
-    per_func, rewards = score(reward_funcs, config.reward_weights, rows, texts, lists)
+    per_func, rewards = score(
+        reward_funcs, config.reward_weights, rows, texts, lists, config.reward_timeout
+    )
     return Rollout(rows, ids, mask, texts, truncated, rewards, per_func)
 
 
 def leak_rate(texts, markers):
     """Share of texts that contain any marker of the privileged context."""
     return sum(any(m in text for m in markers) for text in texts) / max(1, len(texts))
-
-
-def evaluate(model, tokenizer, rows, config, reward_funcs, seed):
-    """Held-out pass@1, greedy and sampled: share whose first reward function gives full marks, 1.
-
-    The random state of training is left as it was.
-    """
-    metrics = {}
-    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        for name, greedy in (("greedy", True), ("sampled", False)):
-            out = roll_out(model, tokenizer, rows, config, reward_funcs, greedy=greedy)
-            full_marks = out.rewards_per_func[:, 0] >= 1
-            metrics[f"eval/pass@1_{name}"] = full_marks.double().mean().item()
-            metrics[f"eval/reward_{name}"] = out.rewards.mean().item()
-            if config.leak_markers:
-                metrics[f"eval/leak_rate_{name}"] = leak_rate(out.texts, config.leak_markers)
-    metrics["eval/completion_length"] = out.mask.sum(1).double().mean().item()
-    return metrics
 
 
 def token_texts(tokenizer, ids):

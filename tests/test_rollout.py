@@ -8,7 +8,6 @@ from rlsd import TrainConfig, UserError
 from rlsd.demo import word_tokenizer
 from rlsd.rollout import (
     eos_ids,
-    evaluate,
     generate,
     leak_rate,
     require_room,
@@ -185,45 +184,6 @@ def test_roll_out_scores_each_completion_with_its_row(monkeypatch):
     assert out.rewards.tolist() == pytest.approx([1.3, 0.3, 2.2])
     assert out.rewards_per_func[1].isnan().tolist() == [True, False]
     assert out.mask.sum(1).tolist() == [3, 3, 2]
-
-
-def test_evaluate_leaves_the_random_state_and_mode_unchanged(qwen):
-    given, options = rows(sequences([3, 5, 2] * 10)), config(leak_markers=["w3", "never"])
-    qwen.train()
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-
-    def reward(completion_ids, **_):
-        return [float(sum(ids)) for ids in completion_ids]
-
-    first = evaluate(qwen, TOKENIZER, given, options, [reward], seed=3)
-    assert torch.equal(torch.get_rng_state(), before) and qwen.training
-    torch.rand(5)
-    assert evaluate(qwen, TOKENIZER, given, options, [reward], seed=3) == first
-    other = evaluate(qwen, TOKENIZER, given, options, [reward], seed=4)
-    assert other["eval/reward_greedy"] == first["eval/reward_greedy"]
-    assert other["eval/reward_sampled"] != first["eval/reward_sampled"]
-    assert set(first) == {
-        "eval/pass@1_greedy", "eval/reward_greedy", "eval/leak_rate_greedy", "eval/pass@1_sampled",
-        "eval/reward_sampled", "eval/leak_rate_sampled", "eval/completion_length",
-    }
-
-
-def test_pass_at_1_counts_full_marks_of_the_first_function(monkeypatch, qwen):
-    canned(monkeypatch, qwen, [[3, EOS]] * 8)
-    marks = iter([[1.0, 0.5, 0.99, None], [0.0, 1.0, 2.0, 1.0]])
-
-    def first(**_):
-        return next(marks)
-
-    def second(**_):
-        return [1.0] * 4
-
-    got = evaluate(qwen, TOKENIZER, rows([[5]] * 4), config(), [first, second], seed=0)
-    assert got == {
-        "eval/pass@1_greedy": 0.25, "eval/pass@1_sampled": 0.75, "eval/completion_length": 2.0,
-        "eval/reward_greedy": (2.49 + 4) / 4, "eval/reward_sampled": 2.0,
-    }
 
 
 @pytest.mark.parametrize("texts, markers, want", [

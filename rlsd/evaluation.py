@@ -1,0 +1,86 @@
+"""Held-out pass@1 and pass@k with 95 % intervals that count questions, not samples.
+
+pass@k of a question with c of n samples right is 1 - C(n - c, k) / C(n, k), the unbiased estimate
+(Chen et al. 2021, arXiv 2107.03374, equation 1), and the metric is its mean over questions.
+Samples of one question are alike, so the interval takes its spread between questions (clustering,
+Miller 2024, arXiv 2411.00640): Wilson's, with the number of independent trials that would spread as
+much (as for surveys, Franco et al. 2019). It stays inside [0, 1] and has a width at 0 and 1.
+"""
+
+import math
+
+import torch
+
+from .rollout import leak_rate, roll_out
+
+Z = 1.959964  # of a two-sided 95 % interval
+
+
+def pass_at_k(n, c, k):
+    """1 - C(n - c, k) / C(n, k): chance that k of n samples, c of them right, hold a right one."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def interval(values, samples=1):
+    """(low, high) of the mean of per-question values in [0, 1], each from so many samples.
+
+    With one sample per question this is Wilson's interval. Equal questions show no spread; they
+    count as at most all samples, and as mere questions where all are 0 or all are 1.
+    """
+    count = len(values)
+    mean = sum(values) / count
+    spread = sum((v - mean) ** 2 for v in values) / count
+    trials = count
+    if 0 < mean < 1:
+        most = count * samples
+        trials = most if spread == 0 else min(most, count * mean * (1 - mean) / spread)
+    centre = mean + Z * Z / (2 * trials)
+    half = Z * math.sqrt(mean * (1 - mean) / trials + Z * Z / (4 * trials * trials))
+    scale = 1 + Z * Z / trials
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def ks_of(n):
+    """1, 2, 4, .. below n, and n."""
+    return sorted({*(2**i for i in range(n.bit_length()) if 2**i < n), n})
+
+
+def evaluate(model, tokenizer, rows, config, reward_funcs, seed):
+    """Held-out metrics, greedy and sampled: the share of full marks, 1, of the first function.
+
+    Samples num_generations_eval completions per question. Every eval/pass@* has its interval in
+    eval/pass@*_low and eval/pass@*_high. The random state of training is left as it was.
+    """
+    metrics = {}
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        for name, greedy in (("greedy", True), ("sampled", False)):
+            n = 1 if greedy else config.num_generations_eval
+            out = roll_out(
+                model, tokenizer, [row for row in rows for _ in range(n)], config, reward_funcs,
+                greedy=greedy,
+            )
+            right = (out.rewards_per_func[:, 0] >= 1).view(len(rows), n).sum(1).tolist()
+            for k in ks_of(n):
+                values = [pass_at_k(n, c, k) for c in right]
+                metric = f"eval/pass@{k}_{name}"
+                metrics[metric] = sum(values) / len(values)
+                metrics[f"{metric}_low"], metrics[f"{metric}_high"] = interval(values, n)
+            metrics[f"eval/reward_{name}"] = out.rewards.mean().item()
+            if config.leak_markers:
+                metrics[f"eval/leak_rate_{name}"] = leak_rate(out.texts, config.leak_markers)
+    metrics["eval/completion_length"] = out.mask.sum(1).double().mean().item()
+    return metrics
+
+
+def summary(metrics):
+    """(name, text) of each eval/ metric, a pass@k with its interval: 0.5000  [0.4038, 0.5962]."""
+    lines = []
+    for name, value in metrics.items():
+        if not name.startswith("eval/") or value is None or name.endswith(("_low", "_high")):
+            continue
+        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+        text = f"{value:.4f}" if low is None else f"{value:.4f}  [{low:.4f}, {high:.4f}]"
+        lines.append((name.removeprefix("eval/"), text))
+    return lines
