@@ -25,7 +25,7 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
   rlsd train [--seed N]                          the embedded demo
   rlsd train --config x.yaml [--key value ...]   train; see `rlsd train --help` for every option
   rlsd train --resume_from_checkpoint RUN        continue a run folder or a checkpoint in it
-  rlsd eval RUN [--key value ...]                held-out pass@1 of a run's newest checkpoint
+  rlsd eval RUN [--key value ...]                held-out pass@1, pass@k of its newest checkpoint
   rlsd plot RUN [RUN ...] [--output x.png]       draw the curves of runs
   rlsd validate                                  every implementation against the reference
   rlsd bench [--rows N] [--live SHARE]           time, memory and error of a step on this machine
@@ -165,21 +165,24 @@ def evaluate(arguments):
     quiet_libraries()
     from .checkpoint import load_model, load_processor, load_tokenizer
     from .data import load_data
+    from .evaluation import evaluate as run
+    from .evaluation import summary
     from .rewards import load_reward_funcs
-    from .rollout import evaluate as run
 
+    functions = load_reward_funcs(config.reward_funcs, config)
     tokenizer = load_tokenizer(str(path))
     _, held_out = load_data(config, tokenizer, processor=load_processor(str(path)))
     if not held_out:
-        raise UserError("There is nothing to evaluate: eval_size is 0 and eval_dataset is not set.")
+        raise UserError(
+            "There is nothing to evaluate: eval_size is 0, and neither eval_dataset nor "
+            "eval_split_size is set."
+        )
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model = load_model(str(path), config.device, dtype=dtype)
-    metrics = run(
-        model, tokenizer, held_out, config, load_reward_funcs(config.reward_funcs), config.seed
-    )
-    print(f"{path} on {len(held_out)} held-out questions")
-    for name, value in metrics.items():
-        print(f"  {name.removeprefix('eval/'):<24}{value:.4f}")
+    metrics = run(model, tokenizer, held_out, config, functions, config.seed)
+    print(f"{path} on {len(held_out)} held-out questions, [95 % interval]")
+    for name, text in summary(metrics):
+        print(f"  {name:<24}{text}")
     return 0
 
 

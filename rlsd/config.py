@@ -6,6 +6,7 @@ Names follow TRL's GRPOConfig where it has one and ms-swift's for RLSD.
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ class UserError(ValueError):
 OBJECTIVES = ("rlsd", "grpo")
 TEACHER_MODEL_KINDS = ("live", "base", "snapshot", "ema")
 SCALE_REWARDS = ("group", "batch", "none")
+FORMATS = ("think_answer", "think", "boxed")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 DEFAULT_PRIVILEGED_TEMPLATE = "Reference solution:\n{privileged_context}\n\n{prompt}"
 
@@ -64,9 +66,12 @@ class TrainConfig:
 
     # Data
     train_dataset: str = option("", ".jsonl, .parquet, hub id, or reasoning-gym:task[,task...]")
-    eval_dataset: str | None = option(None, "default: eval_size rows held out of train_dataset")
+    eval_dataset: str | None = option(None, "default: rows held out of train_dataset")
     dataset_size: int = option(1000, "rows generated per reasoning-gym dataset")
-    eval_size: int = option(128, "held-out questions; 0 turns evaluation off")
+    eval_size: int = option(128, "held-out questions, train_dataset's last; 0 turns evaluation off")
+    eval_split_size: float | None = option(
+        None, "hold out so many rows, or this share below 1, drawn by seed, instead of eval_size"
+    )
     max_prompt_length: int | None = option(
         None, "longer prompts are dropped and counted, never cut"
     )
@@ -87,9 +92,29 @@ class TrainConfig:
     temperature: float = option(1.0, "of sampling, and of the log-probs of both contexts")
     reward_funcs: list[str] = option(
         lambda: ["exact_match"],
-        "exact_match, reasoning_gym, math_verify, dotted paths; pass@1 is the first's",
+        "exact_match, reasoning_gym, math_verify, format_reward, soft_overlong_punishment, "
+        "code_tests, dotted paths; pass@1 is the first's",
     )
     reward_weights: list[float] | None = option(None, "one per reward function; default: all 1")
+    reward_timeout: float = option(
+        300.0, "seconds until a call of a reward function counts as hung and stops the run"
+    )
+    verify_timeout: float = option(
+        6.0, "seconds for one answer in math_verify and one test in code_tests; then it scores 0"
+    )
+    format_pattern: str = option(
+        "think_answer", "of format_reward: think_answer, think, boxed, or a regular expression "
+        "that the whole completion must match"
+    )
+    soft_punish_cache: int | None = option(
+        None, "soft_overlong_punishment falls from 0 to -1 over the last so many tokens of "
+        "max_completion_length; default: a fifth of it"
+    )
+    code_memory_mb: int = option(1024, "address space of a program under code_tests, in MiB")
+    allow_unsandboxed_code: bool = option(
+        False, "code_tests without namespaces, where the machine refuses them: programs then reach "
+        "the network and your files"
+    )
     scale_rewards: str = option("group", "divide centred rewards by the std of: group, batch, none")
     mask_truncated_completions: bool = option(
         False, "leave completions without EOS out of the loss"
@@ -149,6 +174,9 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
 
     # Evaluation, logging, checkpoints
+    num_generations_eval: int = option(
+        1, "sampled completions per held-out question; n > 1 adds pass@k for k = 2, 4, 8, .., n"
+    )
     eval_steps: int = option(50, "held-out evaluation every so many steps; 0: never")
     logging_steps: int = option(1, "a progress line every so many steps; metrics.jsonl has all")
     save_steps: int = option(50, "a checkpoint every so many steps and at the end; 0: at the end")
@@ -201,10 +229,43 @@ class TrainConfig:
                 f"reward_weights has {len(self.reward_weights)} entries but reward_funcs has "
                 f"{len(self.reward_funcs)}; give one weight per function."
             )
+        for name in ("reward_timeout", "verify_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(
+                    f"{name} must be a positive number of seconds, but got {getattr(self, name)}."
+                )
+        self._check_split_and_format()
         for part in ("{prompt}", "{privileged_context}"):
             if self.privileged_template.count(part) != 1:
                 raise UserError(f"privileged_template must contain {part} exactly once.")
         self.loss_config()
+
+    def _check_split_and_format(self):
+        share = self.eval_split_size
+        if share is not None and not (0 < share < 1 or share >= 1 and share == int(share)):
+            raise UserError(
+                "eval_split_size must be a whole number of rows or a share between 0 and 1, but "
+                f"got {share}."
+            )
+        if share is not None and self.eval_dataset:
+            raise UserError("Give eval_dataset or eval_split_size, but not both.")
+        cache = self.soft_punish_cache
+        if cache is not None and cache > self.max_completion_length:
+            raise UserError(
+                f"soft_punish_cache ({cache}) must not exceed max_completion_length "
+                f"({self.max_completion_length})."
+            )
+        pattern = self.format_pattern
+        try:
+            re.compile(pattern)
+            known = pattern in FORMATS or not re.fullmatch(r"\w*", pattern)
+        except re.error:
+            known = False
+        if not known:
+            raise UserError(
+                f"format_pattern must be one of {', '.join(FORMATS)} or a valid regular "
+                f"expression, but got {pattern!r}."
+            )
 
     def loss_config(self):
         """The scalars of the loss; lambda of the GRPO objective is 0."""
@@ -234,7 +295,8 @@ _AT_LEAST = {
     "per_device_train_batch_size": 1, "max_tokens_per_micro_batch": 1, "lora_r": 1,
     "lora_alpha": 1, "router_aux_loss_coef": 0, "warmup_steps": 0, "weight_decay": 0,
     "eval_steps": 0, "logging_steps": 1, "save_steps": 0, "save_total_limit": 1,
-    "log_completions_steps": 0, "validate_every": 0,
+    "log_completions_steps": 0, "validate_every": 0, "num_generations_eval": 1,
+    "soft_punish_cache": 1, "code_memory_mb": 16,
 }
 
 

@@ -1,12 +1,16 @@
 """Datasets as lists of rows: jsonl, parquet, hub ids and reasoning-gym tasks, one set of columns.
 
-Columns: `prompt` (text or chat messages) and `solution`; optional `privileged_context` (default:
-`solution`), `teacher_prompt` and `images`. GSM8K's question/answer and verl's parquet are
-recognised. Every row knows where it came from, so that a complaint can name it.
+Columns: `prompt` (text or chat messages) and `solution` (or `tests`); optional
+`privileged_context` (default: `solution`), `teacher_prompt` and `images`. GSM8K's question/answer,
+verl's parquet, MBPP and HumanEval are recognised. Every row knows where it came from, so that a
+complaint can name it.
 """
 
 import json
 import os
+import random
+
+import torch
 
 from .config import UserError
 from .images import PromptImages
@@ -93,8 +97,14 @@ def _read_hub(spec):
 
 
 def _uniform(row, source):
-    """Rename the columns of GSM8K and verl; a missing prompt or solution names the row."""
+    """Rename the columns of known datasets; a missing prompt or solution names the row."""
     row = dict(row)
+    try:
+        _rename_code(row)
+        if row.get("tests") is not None:
+            row["tests"] = read_tests(row["tests"])
+    except UserError as error:
+        raise UserError(f"Row {source} cannot be used: {error}.") from None
     if "prompt" not in row and isinstance(row.get("question"), str) and "answer" in row:
         answer = "" if row["answer"] is None else str(row["answer"])
         row["prompt"], row["_as_chat"] = row.pop("question"), True
@@ -102,11 +112,14 @@ def _uniform(row, source):
         row.setdefault("privileged_context", answer)
     reward_model, extra = row.get("reward_model"), row.get("extra_info")
     if isinstance(reward_model, dict) and "ground_truth" in reward_model:
-        row.setdefault("solution", reward_model["ground_truth"])
+        if not row.get("tests"):
+            row.setdefault("solution", _one_answer(reward_model["ground_truth"], source))
         if isinstance(extra, dict) and extra.get("answer"):
             row.setdefault("privileged_context", extra["answer"])
+    if row.get("tests") and row.get("solution") is None:
+        row["solution"] = ""
     for column in ("prompt", "solution"):
-        if row.get(column) in (None, "", []):
+        if row.get(column) in (None, "", []) and not (column == "solution" and row.get("tests")):
             raise UserError(f"Row {source} has no {column}.")
     prompt = row["prompt"]
     if not isinstance(prompt, str) and not is_chat(prompt):
@@ -122,6 +135,125 @@ def _uniform(row, source):
         raise UserError(f"Row {source}: privileged_context must be a text.")
     row[SOURCE] = source
     return row
+
+
+def _one_answer(answer, source):
+    """verl's ground_truth; some sets wrap it in a list."""
+    if isinstance(answer, list | tuple) and len(answer) == 1:
+        return answer[0]
+    if isinstance(answer, list | tuple | dict):
+        raise UserError(
+            f"Row {source}: reward_model.ground_truth must be one answer or the tests of a program "
+            f"(inputs and outputs, or assertions), but is {answer!r:.80}."
+        )
+    return answer
+
+
+def _rename_code(row):
+    """Fill `tests` and `solution` from the columns of MBPP, HumanEval, open-r1 and verl's code."""
+    if row.get("tests") is not None:
+        return
+    reward_model = row.get("reward_model")
+    if isinstance(row.get("test_list"), list):
+        setup = row.get("test_setup_code") or row.get("test_imports") or ""
+        setup = "\n".join(setup) if isinstance(setup, list) else setup
+        row["tests"] = "\n".join([setup, *row["test_list"]])
+        task = row.pop("text", None) or row.get("prompt")
+        shown = "\n".join(row["test_list"])
+        row["prompt"] = f"{task}\nYour code should pass these tests:\n{shown}"
+        row["_as_chat"] = True
+        row.setdefault("solution", row.pop("code", None))
+    elif isinstance(row.get("test"), str) and isinstance(row.get("entry_point"), str):
+        row["tests"] = {
+            "asserts": f"{row.pop('test')}\ncheck({row['entry_point']})",
+            "prefix": row.get("prompt"), "entry_point": row["entry_point"],
+        }
+        row.setdefault("solution", row.pop("canonical_solution", None))
+    elif isinstance(row.get("verification_info"), str | dict):
+        row["tests"] = row.pop("verification_info")
+    elif isinstance(reward_model, dict) and _is_tests(reward_model.get("ground_truth")):
+        row["tests"] = reward_model["ground_truth"]
+
+
+def _is_tests(answer):
+    """Whether a ground truth is the tests of a program rather than an answer."""
+    if isinstance(answer, str):
+        try:
+            answer = json.loads(answer)
+        except ValueError:
+            return False
+    if isinstance(answer, list):
+        return bool(answer) and all(isinstance(a, dict) and "input" in a for a in answer)
+    return isinstance(answer, dict) and bool(answer.keys() & TEST_KEYS)
+
+
+TEST_KEYS = {"inputs", "asserts", "assert_case", "test_cases", "functional"}
+
+
+def read_tests(tests):
+    """Tests of a program, from the forms that RLVR datasets have, in one of two.
+
+    {"asserts": Python source}, with HumanEval's "prefix" and "entry_point" where given; or
+    {"cases": [[input, output], ...], "fn_name": name or None}: with a name, input is the list of
+    its arguments and output what it returns; without, both are the text of a standard stream.
+
+    tests: {"inputs": [...], "outputs": [...], "fn_name": ...} (APPS, PRIME), a list of
+    {"input", "output"} or {"test_cases": that list} (LiveCodeBench, open-r1), a list of assertions
+    (MBPP), {"assert_case": that list} or {"functional": source} (verl), any of them as JSON, or
+    Python source. Raises UserError, a clause that the caller completes with the row's name.
+    """
+    if isinstance(tests, str):
+        try:
+            tests = json.loads(tests)
+        except ValueError:
+            return {"asserts": tests}
+    if isinstance(tests, dict) and isinstance(tests.get("cases"), list):
+        return tests
+    if isinstance(tests, dict):
+        tests = {name: value for name, value in tests.items() if value is not None}
+        if isinstance(tests.get("asserts"), str):
+            return tests
+        for name in ("assert_case", "asserts", "test_cases", "functional"):
+            if name in tests:
+                return read_tests(tests[name])
+        inputs, outputs = tests.get("inputs"), tests.get("outputs")
+        if isinstance(inputs, list) and isinstance(outputs, list):
+            if not inputs or len(inputs) != len(outputs):
+                raise UserError(f"its tests have {len(inputs)} inputs and {len(outputs)} outputs")
+            return _cases(zip(inputs, outputs, strict=True), tests.get("fn_name"))
+    if isinstance(tests, list) and tests and all(isinstance(t, str) for t in tests):
+        return {"asserts": "\n".join(tests)}
+    if isinstance(tests, list) and tests and all(
+        isinstance(t, dict) and t.get("input") is not None and t.get("output") is not None
+        for t in tests
+    ):
+        names = {t.get("fn_name") or (t.get("metadata") or {}).get("func_name") for t in tests}
+        if len(names) > 1:
+            raise UserError("its tests call several functions")
+        return _cases([(t["input"], t["output"]) for t in tests], names.pop())
+    raise UserError(
+        f"its tests must be assertions, or inputs and outputs of the same number, but are "
+        f"{tests!r:.80}"
+    )
+
+
+def _cases(pairs, fn_name):
+    """Cases of read_tests; texts of a function's arguments hold one JSON value per line."""
+    cases = []
+    for given, wanted in pairs:
+        try:
+            if fn_name and isinstance(given, str):
+                given = [json.loads(line) for line in given.splitlines() if line.strip()]
+                wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
+        except ValueError:
+            raise UserError(f"a test of {fn_name} is not JSON: {given!r:.80}") from None
+        if not fn_name:
+            given, wanted = (
+                "\n".join(map(str, text)) if isinstance(text, list) else str(text)
+                for text in (given, wanted)
+            )
+        cases.append([given, wanted])
+    return {"cases": cases, "fn_name": fn_name}
 
 
 def _reasoning_gym(tasks, size, seed):
@@ -214,25 +346,70 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, processor=None):
     return kept, note
 
 
+def question(row):
+    """What makes two rows the same question: the text of the prompt, or of its user turns."""
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = "\n".join(m["content"] for m in prompt if m["role"] == "user")
+    return " ".join(prompt.split())
+
+
+def split_rows(rows, config):
+    """(training, held-out) rows of train_dataset; both have none in common, repeats included.
+
+    Without eval_split_size the last eval_size rows are held out. With it, whole questions (all
+    rows that repeat one) are drawn by the seed until that many rows, or that share, are reached.
+    """
+    if config.eval_dataset:
+        return rows, []
+    if config.eval_split_size is None:
+        count = config.eval_size
+    else:
+        share = config.eval_split_size
+        count = max(1, round(share * len(rows))) if share < 1 else int(share)
+    if count and len(rows) <= count:
+        option = "eval_size" if config.eval_split_size is None else "eval_split_size"
+        raise UserError(
+            f"{config.train_dataset} has {len(rows)} rows, too few to hold out {option} = "
+            f"{count}; lower {option} or name an eval_dataset."
+        )
+    if config.eval_split_size is None:
+        return rows[: len(rows) - count], rows[len(rows) - count :]
+    groups = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(question(row), []).append(i)
+    order, chosen = list(groups), set()
+    random.Random(config.seed).shuffle(order)
+    for name in order:
+        if len(chosen) + len(groups[name]) <= count:
+            chosen.update(groups[name])
+    if not chosen:
+        raise UserError(
+            f"{config.train_dataset} cannot hold out eval_split_size = {count} rows, as more than "
+            "that ask the same question; raise it or name an eval_dataset."
+        )
+    train = [row for i, row in enumerate(rows) if i not in chosen]
+    return train, [rows[i] for i in sorted(chosen)]
+
+
 def load_data(config, tokenizer, log=print, processor=None):
     """(training rows, held-out rows), tokenised; no held-out question occurs in training."""
     need_hint = config.objective == "rlsd" and config.rlsd_lambda > 0
     rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.seed)
-    held_out = []
+    repeated = len(rows) - len({question(row) for row in rows})
+    if config.eval_split_size is not None and repeated:
+        log(
+            f"{repeated} of {len(rows)} rows repeat another's question; repeats stay on one side "
+            "of the split."
+        )
+    rows, held_out = split_rows(rows, config)
     if config.eval_dataset:
         # Entry i of a reasoning-gym dataset is seeded with seed + i: start past the training rows.
         seed = config.seed + config.dataset_size
         held_out = load_rows(config.eval_dataset, size=config.eval_size, seed=seed)
         held_out = held_out[: config.eval_size]
-    elif config.eval_size:
-        if len(rows) <= config.eval_size:
-            raise UserError(
-                f"{config.train_dataset} has {len(rows)} rows, too few to hold out eval_size = "
-                f"{config.eval_size}; lower eval_size or name an eval_dataset."
-            )
-        rows, held_out = rows[: -config.eval_size], rows[-config.eval_size :]
-    seen = {str(row["prompt"]) for row in rows}
-    fresh = [row for row in held_out if str(row["prompt"]) not in seen]
+    seen = {question(row) for row in rows}
+    fresh = [row for row in held_out if question(row) not in seen]
     if len(fresh) < len(held_out):
         log(f"Left out {len(held_out) - len(fresh)} held-out questions that occur in training.")
     if held_out and not fresh:
@@ -251,3 +428,15 @@ def load_data(config, tokenizer, log=print, processor=None):
         if note:
             log(f"Held-out: {note}")
     return rows, fresh
+
+
+def rows_of_step(rows, count, step, seed):
+    """`count` rows for a 1-based step: a function of seed and step, reshuffled per epoch."""
+    picked, orders = [], {}
+    for i in range((step - 1) * count, step * count):
+        epoch, k = divmod(i, len(rows))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
+        picked.append(rows[orders[epoch][k]])
+    return picked

@@ -18,7 +18,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from .config import UserError, make_config
-from .data import load_rows
+from .data import load_rows, split_rows
 from .packing import left_pad
 from .prompts import insert_hint
 from .report import plot_runs, series
@@ -132,12 +132,7 @@ def scratch_model(config, folder):
     Returns the folder to load. The model sees characters; it is for trying things out.
     """
     rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.seed)
-    rows = rows[: -config.eval_size] if config.eval_size and not config.eval_dataset else rows
-    if not rows:
-        raise UserError(
-            f"{config.train_dataset} has no row left beside eval_size = {config.eval_size}; lower "
-            "eval_size or name an eval_dataset."
-        )
+    rows, _ = split_rows(rows, config)
     if any(not isinstance(row["prompt"], str) for row in rows):
         raise UserError("model_name_or_path: scratch needs plain-text prompts, not chats.")
     hinted = [

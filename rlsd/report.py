@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from .config import UserError
+from .evaluation import summary
 from .rollout import token_texts
 
 METRICS = "metrics.jsonl"
@@ -146,8 +147,12 @@ class Reporter:
             f"{label} {metrics[name]:{form}}" for label, name, form in PROGRESS
             if metrics.get(name) is not None
         ]
-        evals = [f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items()
-                 if k.startswith("eval/pass@1")]
+        evals = []
+        for name, value in metrics.items():
+            if name.startswith("eval/pass@") and not name.endswith(("_low", "_high")):
+                ends = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+                shown_interval = "" if None in ends else " [{:.3f}, {:.3f}]".format(*ends)
+                evals.append(f"{name.removeprefix('eval/')} {value:.3f}{shown_interval}")
         line = "  ".join([
             f"step {step}/{self.max_steps}", *shown, *evals, f"{seconds:.2f} s/step",
             f"ETA {left // 60}:{left % 60:02d}",
@@ -301,10 +306,10 @@ def model_card(config, step, records):
     measured = {}
     for record in records:
         measured.update({
-            name.removeprefix("eval/"): value for name, value in record.items()
+            name: value for name, value in record.items()
             if name.startswith("eval/") and value is not None
         })
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(measured.items()))
+    rows = "\n".join(f"| {name} | {text} |" for name, text in sorted(summary(measured)))
     table = f"| held-out metric | value |\n|---|--:|\n{rows}" if rows else "No evaluation was run."
     method = "GRPO, no teacher"
     if config.objective == "rlsd":

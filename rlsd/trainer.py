@@ -23,7 +23,8 @@ from rlsd_kernels import (
 from . import checkpoint
 from .advantages import group_advantages, rlsd_lambda_at
 from .config import TrainConfig, UserError
-from .data import load_data
+from .data import load_data, rows_of_step
+from .evaluation import evaluate
 from .models import (
     Flops,
     checkpoint_layers,
@@ -56,8 +57,8 @@ from .report import (
     samples_of,
     write_completions,
 )
-from .rewards import load_reward_funcs, name_of
-from .rollout import evaluate, leak_rate, require_room, roll_out
+from .rewards import RewardError, load_reward_funcs, reward_metrics
+from .rollout import leak_rate, require_room, roll_out
 from .teacher import Teacher
 
 
@@ -81,7 +82,7 @@ class Trainer:
         why_not = available_impls(None if on_gpu else torch.empty(0)).get(config.impl, "ok")
         if why_not != "ok":
             raise UserError(f"impl={config.impl!r} cannot run: {why_not}")
-        self.reward_funcs = load_reward_funcs(reward_funcs or config.reward_funcs)
+        self.reward_funcs = load_reward_funcs(reward_funcs or config.reward_funcs, config)
         require_packages(config)
         weights = str(resume_from or config.model_name_or_path)
         self.tokenizer = checkpoint.load_tokenizer(weights)
@@ -127,7 +128,10 @@ class Trainer:
             if self.step == 0 and config.eval_steps:
                 report.log(0, self.evaluate())
             while self.step < config.max_steps:
-                metrics, samples = self.train_step(self.step + 1)
+                try:
+                    metrics, samples = self.train_step(self.step + 1)
+                except RewardError as error:  # raised before the update: nothing need be lost
+                    raise self._saved(error) from error.__cause__
                 self.step += 1
                 if self._due(config.eval_steps):
                     metrics |= self.evaluate()
@@ -141,6 +145,14 @@ class Trainer:
                     self.save()
         plot_runs({config.objective: [self.run_dir]}, self.run_dir / "curves.png")
         return read_metrics(self.run_dir)
+
+    def _saved(self, error):
+        """The error, and where all steps before it are safe."""
+        where = self.run_dir / f"checkpoint-{self.step}"
+        if self.step and not where.exists():
+            self.save()
+        said = f"{str(error).rstrip('.')}; all {self.step} steps before are safe in {where}."
+        return UserError(said) if self.step else error
 
     def _due(self, every):
         return every > 0 and (self.step % every == 0 or self.step == self.config.max_steps)
@@ -157,27 +169,15 @@ class Trainer:
             )
         return metrics | {"time/eval": time.monotonic() - began}
 
-    def rows_at(self, step):
-        """The questions of a rollout step: a function of seed and step, reshuffled per epoch."""
-        count = self.config.generation_batch_size // self.config.num_generations
-        picked, orders = [], {}
-        for i in range((step - 1) * count, step * count):
-            epoch, k = divmod(i, len(self.rows))
-            orders[epoch] = orders.get(epoch) or self._order(epoch)
-            picked.append(self.rows[orders[epoch][k]])
-        return picked
-
-    def _order(self, epoch):
-        seed = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.rows), generator=seed).tolist()
-
     def train_step(self, step):
         """One rollout and its optimizer steps; returns (metrics, samples or None)."""
         config, self.clock = self.config, Clock(self.model.device)
         # Every generator, at every step: what ran in between, a table printed by rich (it draws
         # from Python's) or a resume, then cannot change a reward function that draws.
         transformers.set_seed((config.seed * 1_000_003 + step) % 2**32)
-        rows = [row for row in self.rows_at(step) for _ in range(config.num_generations)]
+        questions = config.generation_batch_size // config.num_generations
+        rows = rows_of_step(self.rows, questions, step, config.seed)
+        rows = [row for row in rows for _ in range(config.num_generations)]
         with self.clock("rollout"), memory_named(
             "sampling", "rollout_batch_size or max_completion_length", self.run_dir
         ):
@@ -213,9 +213,7 @@ class Trainer:
             rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows),
             self.flops.update(batch, config), self.peak_flops,
         )
-        for k, function in enumerate(self.reward_funcs):
-            values = rollout.rewards_per_func[:, k]
-            metrics[f"rewards/{name_of(function)}/mean"] = values.nanmean().item()
+        metrics |= reward_metrics(self.reward_funcs, rollout.rewards_per_func)
         if config.leak_markers:
             metrics["leak_rate"] = leak_rate(rollout.texts, config.leak_markers)
         samples = None

@@ -215,6 +215,10 @@ def with_none(completions, **columns):
     return [None] * len(completions)
 
 
+def hanging(completions, **columns):
+    time.sleep(600)
+
+
 @pytest.mark.parametrize(
     "name, words",
     [
@@ -231,6 +235,14 @@ def with_none(completions, **columns):
 )
 def test_bad_reward_function(name, words, tmp_path, capsys):
     assert words in train_fails(capsys, tmp_path, reward_funcs=[name])
+
+
+def test_hanging_reward_function(tmp_path, capsys):
+    message = train_fails(
+        capsys, tmp_path, reward_funcs=["test_cli.hanging"], reward_timeout=0.5
+    )
+    assert "hanging did not return within reward_timeout = 0.5 seconds on 16 comp" in message
+    assert "row line" in message and "and 3 others" in message
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
@@ -392,7 +404,13 @@ def finished(tmp_path_factory):
 
 def shown(out):
     """{metric: printed value} of rlsd eval."""
-    return {k: float(v) for k, v in re.findall(r"^  (\S+) +(-?[\d.]+)$", out, re.MULTILINE)}
+    found = {}
+    line = r"^  (\S+) +(-?[\d.]+)(?:  \[([\d.]+), ([\d.]+)\])?$"
+    for name, value, low, high in re.findall(line, out, re.MULTILINE):
+        found[name] = float(value)
+        if low:
+            found[f"{name}_low"], found[f"{name}_high"] = float(low), float(high)
+    return found
 
 
 def test_eval_of_run_and_checkpoint(finished, capsys):
@@ -401,12 +419,22 @@ def test_eval_of_run_and_checkpoint(finished, capsys):
     for path in (run, run / "checkpoint-3", f"{run}/checkpoint-3/"):
         assert main(["eval", str(path)]) == 0
         out, err = capsys.readouterr()
-        assert out.startswith(f"{run}/checkpoint-3 on 4 held-out questions\n") and not err.strip()
+        assert out.startswith(f"{run}/checkpoint-3 on 4 held-out questions, ") and not err.strip()
         assert shown(out) == pytest.approx(want, abs=1e-4)
     assert main(["eval", str(run / "checkpoint-2"), "--eval_size", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{run}/checkpoint-2 on 2 held-out questions\n")
+    assert out.startswith(f"{run}/checkpoint-2 on 2 held-out questions, [95 % interval]\n")
     assert shown(out).keys() == want.keys()
+
+
+def test_eval_with_several_samples_shows_pass_at_k(finished, capsys):
+    run, _ = finished
+    assert main(["eval", str(run), "--num_generations_eval", "4"]) == 0
+    got = shown(capsys.readouterr().out)
+    names = [f"pass@{k}_sampled" for k in (1, 2, 4)]
+    assert got[names[0]] <= got[names[1]] <= got[names[2]]
+    assert all(got[f"{n}_low"] <= got[n] <= got[f"{n}_high"] for n in [*names, "pass@1_greedy"])
+    assert "pass@2_greedy" not in got
 
 
 def test_plot_of_two_runs(finished, tmp_path, capsys):

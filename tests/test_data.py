@@ -11,6 +11,8 @@ from rlsd.data import (
     UNUSABLE_TASKS,
     load_data,
     load_rows,
+    question,
+    read_tests,
     shuffle_hints,
     tokenize_rows,
 )
@@ -445,3 +447,153 @@ def test_shuffling_never_brings_a_held_out_hint_into_training(tmp_path):
     config = options(path, eval_size=2, shuffle_privileged_context=True)
     train, _ = load_data(config, tokenizer())
     assert sorted(row["privileged_context"] for row in train) == [f"hint{i}" for i in range(4)]
+
+
+CASES = {"cases": [["1 2", "3"], ["3 4", "7"]], "fn_name": None}
+CALLS = {"cases": [[[1, "a"], [2]], [[3, "b"], [4]]], "fn_name": "f"}
+
+
+@pytest.mark.parametrize("tests, want", [
+    ({"inputs": ["1 2", "3 4"], "outputs": ["3", "7"]}, CASES),
+    ({"inputs": ["1 2", "3 4"], "outputs": ["3", "7"], "fn_name": None}, CASES),
+    ('{"inputs": ["1 2", "3 4"], "outputs": ["3", "7"]}', CASES),
+    ({"inputs": [["1 2"], ["3 4"]], "outputs": [["3"], ["7"]]}, CASES),  # lists of lines
+    ([{"input": "1 2", "output": "3", "testtype": "stdin"},
+      {"input": "3 4", "output": "7", "testtype": "stdin"}], CASES),
+    ({"language": "python", "test_cases": [{"input": "1 2", "output": "3", "type": "stdin_stdout"},
+                                           {"input": "3 4", "output": "7"}]}, CASES),
+    ({"inputs": [[1, "a"], [3, "b"]], "outputs": [[2], [4]], "fn_name": "f"}, CALLS),
+    ({"inputs": ['1\n"a"', '3\n"b"'], "outputs": ["[2]", "[4]"], "fn_name": "f"}, CALLS),
+    ([{"input": '1\n"a"', "output": "[2]", "metadata": {"func_name": "f"}},
+      {"input": '3\n"b"', "output": "[4]", "metadata": {"func_name": "f"}}], CALLS),
+    (["assert f(1)", "assert f(2)"], {"asserts": "assert f(1)\nassert f(2)"}),
+    ({"assert_case": ["assert f(1)"]}, {"asserts": "assert f(1)"}),
+    ({"functional": "def check(f): pass"}, {"asserts": "def check(f): pass"}),
+    ("assert f(1) == [2]", {"asserts": "assert f(1) == [2]"}),
+], ids=str)
+def test_forms_of_tests(tests, want):
+    assert read_tests(tests) == want
+    assert read_tests(read_tests(tests)) == want
+
+
+@pytest.mark.parametrize("tests, part", [
+    ({"inputs": ["1", "2"], "outputs": ["1"]}, "2 inputs and 1 outputs"),
+    ({"inputs": [], "outputs": []}, "0 inputs"),
+    ({"input": "1"}, "must be assertions"),
+    ([], "must be assertions"), (7, "must be assertions"), ([1, 2], "must be assertions"),
+    ({"inputs": ["1"], "outputs": ["x"], "fn_name": "f"}, "not JSON"),
+    ([{"input": "1", "output": "1", "fn_name": "f"}, {"input": "1", "output": "1"}], "several"),
+], ids=str)
+def test_bad_tests_name_the_row(tests, part, tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"prompt": "write f", "tests": tests}])
+    with pytest.raises(UserError) as error:
+        load_rows(path)
+    sentence(error, f"line 1 of {path}", part)
+
+
+def test_verl_code_rows(tmp_path):
+    row = {
+        "data_source": "codeforces", "prompt": CHAT, "ability": "code", "extra_info": {"index": 3},
+        "reward_model": {
+            "style": "rule", "ground_truth": '{"inputs": ["1 2", "3 4"], "outputs": ["3", "7"]}'
+        },
+    }
+    (got,) = load_rows(parquet(tmp_path / "x.parquet", [row]))
+    assert got["tests"] == CASES and got["solution"] == got["privileged_context"] == ""
+    assert got["data_source"] == "codeforces" and got["extra_info"] == {"index": 3}
+    answer = row | {"extra_info": {"answer": "print(1)"}}
+    (got,) = load_rows(parquet(tmp_path / "x.parquet", [answer]))
+    assert got["privileged_context"] == "print(1)"
+    with pytest.raises(UserError) as error:  # nothing that a teacher could be shown
+        load_data(options(parquet(tmp_path / "x.parquet", [row])), tokenizer(TEMPLATE))
+    sentence(error, "no privileged context")
+
+
+@pytest.mark.parametrize("truth, want", [(["4"], "4"), ("4", "4"), (4, "4"), ("[1, 2]", "[1, 2]")])
+def test_verl_answers(tmp_path, truth, want):
+    row = {"prompt": CHAT, "reward_model": {"ground_truth": truth}}
+    (got,) = load_rows(write(tmp_path / "x.jsonl", [row]))
+    assert got["solution"] == want and "tests" not in got
+
+
+@pytest.mark.parametrize("truth", [["4", "5"], {"a": 1}, []], ids=str)
+def test_verl_answers_that_are_none(tmp_path, truth):
+    path = write(tmp_path / "x.jsonl", [{"prompt": CHAT, "reward_model": {"ground_truth": truth}}])
+    with pytest.raises(UserError) as error:
+        load_rows(path)
+    sentence(error, f"line 1 of {path}", "ground_truth")
+
+
+def test_mbpp_rows(tmp_path):
+    row = {"task_id": 2, "text": "Write f.", "code": "def f(): return 1",
+           "test_list": ["assert f() == 1", "assert f() < 2"], "test_setup_code": "import math"}
+    clean = {"task_id": 2, "prompt": "Write f.", "code": "def f(): return 1",
+             "test_list": ["assert f() == 1", "assert f() < 2"], "test_imports": ["import math"]}
+    for given in (row, clean):
+        (got,) = load_rows(write(tmp_path / "x.jsonl", [given]))
+        assert got["prompt"] == (
+            "Write f.\nYour code should pass these tests:\nassert f() == 1\nassert f() < 2"
+        )
+        assert got["tests"] == {"asserts": "import math\nassert f() == 1\nassert f() < 2"}
+        assert got["solution"] == got["privileged_context"] == "def f(): return 1"
+
+
+def test_humaneval_rows(tmp_path):
+    row = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n",
+           "test": "def check(candidate):\n    assert candidate() == 1", "entry_point": "f"}
+    (got,) = load_rows(write(tmp_path / "x.jsonl", [row]))
+    assert got["prompt"] == "def f():\n" and got["solution"] == "    return 1\n"
+    assert got["tests"] == {
+        "asserts": row["test"] + "\ncheck(f)", "prefix": "def f():\n", "entry_point": "f"
+    }
+
+
+@pytest.mark.parametrize("size, held", [(3, 3), (0.3, 3), (0.01, 1), (9, 9)])
+def test_eval_split_size_draws_by_the_seed(tmp_path, size, held):
+    path = write(tmp_path / "x.jsonl", numbered(10))
+    splits = {}
+    for seed in (0, 0, 1):
+        rows, held_out = load_data(
+            options(path, eval_split_size=size, seed=seed), tokenizer(), pytest.fail
+        )
+        prompts = columns(rows, "prompt"), columns(held_out, "prompt")
+        assert len(prompts[1]) == held and sorted(prompts[0] + prompts[1]) == [
+            (f"q{i}",) for i in range(10)
+        ]
+        assert splits.setdefault(seed, prompts) == prompts
+    if size == 3:
+        assert splits[0] != splits[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_repeats_of_a_question_stay_on_one_side(tmp_path, seed):
+    rng = random.Random(seed)
+    rows = [{"prompt": f"q{' ' * (i % 3)} {rng.randrange(20)}", "solution": "4"} for i in range(40)]
+    path, notes = write(tmp_path / "x.jsonl", rows), []
+    train, held_out = load_data(
+        options(path, eval_split_size=10, seed=seed), tokenizer(), notes.append
+    )
+    sides = {question(r) for r in train}, {question(r) for r in held_out}
+    assert not sides[0] & sides[1] and len(train) + len(held_out) == 40
+    assert 7 <= len(held_out) <= 10
+    repeated = 40 - len(sides[0]) - len(sides[1])
+    assert notes == [
+        f"{repeated} of 40 rows repeat another's question; repeats stay on one side of the split."
+    ]
+
+
+def test_a_question_is_the_same_as_a_text_and_as_a_chat():
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2 + 2?\n"}]
+    assert question({"prompt": chat}) == question({"prompt": " 2 +  2?"}) == "2 + 2?"
+    assert question({"prompt": "2 + 2"}) != question({"prompt": "2 + 3"})
+
+
+def test_eval_split_size_too_large(tmp_path):
+    path = write(tmp_path / "x.jsonl", numbered(4))
+    with pytest.raises(UserError) as error:
+        load_data(options(path, eval_split_size=4), tokenizer())
+    sentence(error, "4 rows", "eval_split_size = 4")
+    same = write(tmp_path / "same.jsonl", [ROW] * 4)
+    with pytest.raises(UserError) as error:
+        load_data(options(same, eval_split_size=2), tokenizer())
+    sentence(error, "eval_split_size = 2", "same question")

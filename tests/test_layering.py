@@ -18,8 +18,9 @@ KERNEL_ORDER = [
 ]
 TRAINER_ORDER = [
     ["cli"], ["validate", "bench"], ["demo"], ["trainer"], ["report"], ["objectives"], ["teacher"],
-    ["models"], ["rollout"], ["packing"], ["checkpoint"], ["rewards"], ["data"], ["prompts"],
-    ["images"], ["advantages"], ["config"], ["measure"],
+    ["models"], ["evaluation"], ["rollout"], ["packing"], ["checkpoint"], ["rewards"], ["data"],
+    ["grader"], ["math_judge"], ["sandbox"], ["prompts"], ["images"], ["advantages"], ["config"],
+    ["measure"],
 ]
 TORCH_ONLY = {"torch", "rlsd_kernels"} | sys.stdlib_module_names
 

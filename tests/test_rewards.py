@@ -1,25 +1,34 @@
+import asyncio
 import functools
+import logging
 import math
 import sys
+import threading
+import time
 import types
 
 import numpy as np
 import pytest
 import torch
 
-from rlsd import UserError
+from rlsd import TrainConfig, UserError
 from rlsd.data import load_rows
 from rlsd.rewards import (
-    BUILT_IN,
+    RewardError,
+    code_tests,
     exact_match,
     final_answer,
+    format_reward,
     load_reward_funcs,
     math_verify,
     name_of,
     reasoning_gym,
+    reward_metrics,
     score,
+    soft_overlong_punishment,
     text_of,
 )
+from rlsd.sandbox import Run, Sandbox, isolation
 
 
 def chat(text):
@@ -266,7 +275,7 @@ def test_objects_are_named_by_their_type():
 @pytest.fixture
 def my_rewards(monkeypatch):
     module = types.ModuleType("my_rewards")
-    module.good, module.number = returning([1.0, 0.0]), 5
+    module.good, module.number = returning([1.0, 0.0], "good"), 5
     monkeypatch.setitem(sys.modules, "my_rewards", module)
     return module
 
@@ -275,8 +284,9 @@ def test_names_paths_and_callables_are_loaded(my_rewards):
     def mine(**_):
         return []
 
-    got = load_reward_funcs([*BUILT_IN, "my_rewards.good", mine])
-    assert got == [exact_match, reasoning_gym, math_verify, my_rewards.good, mine]
+    names = ["exact_match", "reasoning_gym", "my_rewards.good", mine]
+    got = load_reward_funcs(names, TrainConfig())
+    assert got == [exact_match, reasoning_gym, my_rewards.good, mine]
 
 
 @pytest.mark.parametrize("name, parts", [
@@ -289,7 +299,7 @@ def test_names_paths_and_callables_are_loaded(my_rewards):
 ])
 def test_a_name_that_cannot_be_loaded_is_one_sentence(my_rewards, name, parts):
     with pytest.raises(UserError) as error:
-        load_reward_funcs([name])
+        load_reward_funcs([name], TrainConfig())
     sentence(error, *parts)
 
 
@@ -297,5 +307,269 @@ def test_a_module_that_fails_to_import_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "broken_rewards.py").write_text("def f(:\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError) as error:
-        load_reward_funcs(["broken_rewards.f"])
+        load_reward_funcs(["broken_rewards.f"], TrainConfig())
     sentence(error, "broken_rewards.f", "SyntaxError")
+
+
+def test_a_late_judgement_scores_0_and_names_the_row(monkeypatch, caplog):
+    monkeypatch.setattr("rlsd.math_judge.judge", lambda pairs, seconds: [True, "time"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    (function,) = load_reward_funcs(["math_verify"], TrainConfig(verify_timeout=2.5))
+    with caplog.at_level(logging.WARNING):
+        values, total = run(function)
+    assert total.tolist() == [1.0, 0.0]
+    (message,) = caplog.messages
+    for part in ("math_verify", "1 of 2", "2.5 seconds", "row line 2 of x.jsonl", "score 0"):
+        assert part in message
+
+
+def test_missing_math_verify_is_told_before_the_first_rollout(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError) as error:
+        load_reward_funcs(["math_verify"], TrainConfig())
+    sentence(error, "math_verify", ".[rewards]")
+
+
+def test_two_functions_of_one_name_are_refused():
+    with pytest.raises(UserError) as error:
+        load_reward_funcs(["exact_match", "exact_match"], TrainConfig())
+    sentence(error, "2 functions called exact_match")
+
+
+@pytest.mark.parametrize("pattern, text, want", [
+    ("think_answer", "<think>a\nb</think>\n<answer>4</answer>", 1),
+    ("think_answer", " <think></think><answer>4</answer>\n", 1),
+    ("think_answer", "<think>a</think> so <answer>4</answer>", 0),
+    ("think_answer", "<think>a</think><answer>4</answer><answer>5</answer>", 0),
+    ("think_answer", "<think><think>a</think></think><answer>4</answer>", 0),
+    ("think_answer", "<answer>4</answer><think>a</think>", 0),
+    ("think_answer", "x<think>a</think><answer>4</answer>", 0),
+    ("think_answer", "", 0),
+    ("think", "<think>a</think> 4", 1),
+    ("think", "<think>a 4", 0),
+    ("think", "<think>a</think> <think>b</think>", 0),
+    ("boxed", "so\n\\boxed{\\frac{1}{2}}.", 1),
+    ("boxed", "so \\boxed{1", 0),
+    (r"#### -?\d+", "#### 12", 1),
+    (r"#### -?\d+", "so #### 12", 0),
+])
+def test_format_reward(pattern, text, want):
+    for completion in (text, chat(text)):
+        assert format_reward(None, [completion], format_pattern=pattern) == [want]
+
+
+@pytest.mark.parametrize("length, want", [
+    # L_max 20, L_cache 5: free up to 15, then (15 - |y|) / 5.
+    (0, 0), (15, 0), (16, -0.2), (18, -0.6), (20, -1), (21, -1), (99, -1),
+])
+def test_soft_overlong_punishment_is_daposs_equation_13(length, want):
+    got = soft_overlong_punishment(
+        None, None, [[7] * length], max_completion_length=20, soft_punish_cache=5
+    )
+    assert got == pytest.approx([want])
+
+
+def test_built_ins_read_the_config():
+    config = TrainConfig(max_completion_length=10, soft_punish_cache=5, format_pattern="c.")
+    functions = load_reward_funcs(["soft_overlong_punishment", "format_reward"], config)
+    assert [name_of(f) for f in functions] == ["soft_overlong_punishment", "format_reward"]
+    given = rows(1)
+    values, total = score(functions, [0.5, 2.0], given, ["c0"], [[1] * 7])
+    assert values.tolist() == [[pytest.approx(-0.4), 1.0]] and total.tolist() == [1.8]
+    assert soft_overlong_punishment(  # a fifth of the length by default, as in DAPO
+        None, None, [[1] * 9], max_completion_length=10
+    ) == [-0.5]
+
+
+def test_metrics_are_trls():
+    functions = returning([1.0, None], "a"), returning([2.0, 4.0], "b"), returning([0, None], "c")
+    values = torch.tensor([[1.0, 2.0, math.nan], [3.0, 4.0, math.nan], [math.nan, 6.0, 5.0]])
+    got = reward_metrics(functions, values)
+    assert list(got) == [f"rewards/{n}/{m}" for n in "abc" for m in ("mean", "std")]
+    assert got["rewards/a/mean"] == 2 and got["rewards/a/std"] == pytest.approx(2**0.5)
+    assert got["rewards/b/mean"] == 4 and got["rewards/b/std"] == pytest.approx(2.0)
+    assert got["rewards/c/mean"] == 5 and math.isnan(got["rewards/c/std"])
+
+
+def later(seconds, value, name):
+    async def function(prompts, completions, **columns):
+        started.append(name)
+        await asyncio.sleep(seconds)
+        return [value] * len(prompts)
+
+    started = later.started
+    function.__name__ = name
+    return function
+
+
+later.started = []
+
+
+def test_async_functions_run_at_the_same_time():
+    later.started.clear()
+    functions = [later(0.4, float(i), f"f{i}") for i in range(5)] + [returning([9.0, 9.0], "last")]
+    began = time.monotonic()
+    values, _ = run(*functions)
+    assert time.monotonic() - began < 0.4 * 5
+    assert values.tolist() == [[0.0, 1.0, 2.0, 3.0, 4.0, 9.0]] * 2
+    assert sorted(later.started) == [f"f{i}" for i in range(5)]
+
+
+def test_async_functions_keep_their_loop():
+    loops = []
+
+    async def function(prompts, **_):
+        loops.append(asyncio.get_running_loop())
+        return [1.0] * len(prompts)
+
+    class Judge:
+        async def __call__(self, prompts, **_):
+            return [0.5] * len(prompts)
+
+    async def within_a_notebook():  # whose cells run inside a loop already
+        return run(function, Judge())[1].tolist()
+
+    assert run(function)[1].tolist() == [1.0, 1.0]
+    assert asyncio.run(within_a_notebook()) == [1.5, 1.5]
+    assert loops[0] is loops[1] and loops[0].is_running()
+
+
+def test_a_raising_async_function_is_named_with_its_cause():
+    async def broken(**_):
+        raise ZeroDivisionError("division by zero")
+
+    began = time.monotonic()
+    with pytest.raises(RewardError) as error:
+        run(later(60.0, 1.0, "slow"), broken)
+    assert time.monotonic() - began < 30
+    sentence(error, "broken", "ZeroDivisionError")
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def spins(**_):
+    while True:
+        pass
+
+
+def sleeps(**_):
+    time.sleep(600)
+
+
+def swallows(**_):
+    while True:
+        try:
+            time.sleep(600)
+        except Exception:
+            pass
+
+
+def waits(**_):
+    threading.Event().wait()
+
+
+async def sleeps_async(**_):
+    await asyncio.sleep(600)
+
+
+async def blocks_async(**_):
+    time.sleep(3)  # and with it the loop of all async rewards
+
+
+@pytest.mark.parametrize("function", [spins, sleeps, swallows, waits, sleeps_async, blocks_async],
+                         ids=lambda f: f.__name__)
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_a_hanging_function_is_cut_and_named_with_its_rows(function, where):
+    if where == "thread" and function is spins:
+        pytest.skip("the thread would spin to the end of the tests")
+    caught = []
+
+    def attempt():
+        try:
+            score([function], None, rows(3), ["a"] * 3, [[1]] * 3, timeout=0.3)
+        except BaseException as error:
+            caught.append(error)
+
+    began = time.monotonic()
+    if where == "main":
+        attempt()
+    else:
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+    assert time.monotonic() - began < 30
+    (error,) = caught
+    assert type(error) is RewardError and str(error) == (
+        f"The reward function {function.__name__} did not return within reward_timeout = 0.3 "
+        "seconds on 3 completions of row line 1 of x.jsonl and 2 others; bound what it waits for, "
+        "or raise reward_timeout."
+    )
+    if function is blocks_async:
+        time.sleep(3)  # it frees the loop
+
+
+def test_functions_may_use_alarms_of_their_own():
+    import signal
+
+    def alarmed(prompts, **_):
+        rang = []
+        before = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        time.sleep(0.2)
+        signal.signal(signal.SIGALRM, before)
+        return [float(len(rang))] * len(prompts)
+
+    assert run(alarmed)[1].tolist() == [1.0, 1.0]
+    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
+
+
+needs_sandbox = pytest.mark.skipif(
+    isolation() != "ok", reason=f"programs cannot be isolated here: {isolation()}"
+)
+ECHO = "import sys\nprint(sum(map(int, sys.stdin.read().split())))"
+STREAMS = {"inputs": ["1 2\n", "3\n4\n"], "outputs": ["3\n", "7"]}
+
+
+@needs_sandbox
+def test_code_tests_grades_the_program_in_each_completion():
+    assert code_tests(None, [chat(f"```python\n{ECHO}\n```"), "print(3)"], tests=[
+        STREAMS, {"inputs": [""], "outputs": ["3"]}
+    ], verify_timeout=30.0) == [1.0, 1.0]
+
+
+@needs_sandbox
+def test_a_program_that_hangs_fails_and_its_neighbours_do_not():
+    programs = ["```python\nwhile True: pass\n```", f"```python\n{ECHO}\n```", "no code here"]
+    got = code_tests(None, programs * 2, tests=[STREAMS] * 6, verify_timeout=5.0)
+    assert got == [0.0, 1.0, 0.0] * 2
+
+
+def test_rows_without_tests_have_no_score(monkeypatch):
+    monkeypatch.setattr(Sandbox, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(Sandbox, "close", lambda self: None)
+    monkeypatch.setattr(Sandbox, "run", lambda *_, **__: Run("ok", "3", ""))
+    given = {"inputs": ["1"], "outputs": ["3"]}
+    assert code_tests(None, ["x", "y"], tests=[None, given]) == [None, 1.0]
+    for tests in (None, [None, None]):
+        with pytest.raises(UserError, match="needs rows with tests"):
+            code_tests(None, ["x", "y"], tests=tests)
+
+
+def test_a_machine_that_cannot_isolate_is_refused_unless_allowed(monkeypatch, caplog):
+    monkeypatch.setattr("rlsd.sandbox.isolation", lambda: "unshare: Operation not permitted")
+    with pytest.raises(UserError) as error:
+        load_reward_funcs(["code_tests"], TrainConfig())
+    sentence(error, "code_tests", "unshare: Operation not permitted", "allow_unsandboxed_code")
+    boxes = []
+
+    class Stub:
+        def __init__(self, limits=None, *, isolate=True):
+            boxes.append(isolate)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("rlsd.sandbox.Sandbox", Stub)
+    with caplog.at_level(logging.WARNING):
+        (function,) = load_reward_funcs(["code_tests"], TrainConfig(allow_unsandboxed_code=True))
+    assert name_of(function) == "code_tests" and boxes == [False]
+    assert "reach the network" in caplog.text

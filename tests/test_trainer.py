@@ -597,6 +597,31 @@ def test_bad_reward_names_function_and_row(bad, tmp_path):
         trainer.train()
 
 
+def test_a_failing_reward_loses_no_step(tmp_path):
+    calls = []
+
+    def my_reward(completion_ids, **columns):
+        calls.append(1)
+        if len(calls) == 4:
+            raise ConnectionError("the judge is away")
+        return [sum(ids) % 5 / 4 for ids in completion_ids]
+
+    common = {"max_steps": 5, "reward": my_reward}
+    trainer, saved = make_trainer(tmp_path, **common), tmp_path / "run" / "checkpoint-3"
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    assert str(error.value) == (
+        "The reward function my_reward raised ConnectionError: the judge is away; all 3 steps "
+        f"before are safe in {saved}."
+    )
+    resumed = make_trainer(tmp_path, resume_from=saved, **common)
+    records = resumed.train()
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
+    whole = make_trainer(tmp_path, output_dir=str(tmp_path / "whole"), **common)
+    assert without_times(whole.train()) == without_times(records)
+    assert_same(parameters(whole.model), parameters(resumed.model))
+
+
 SECTION_5 = {
     *(f"rlsd/{name}" for name in (
         "delta_mean", "delta_std", "delta_mean_pos", "delta_mean_neg", "weight_mean_pos",
