@@ -222,8 +222,7 @@ def test_auto_takes_the_first_that_runs_and_says_it_once(monkeypatch, caplog):
     assert [r.message for r in caplog.records] == [
         "impl='auto' runs 'torch', the fastest for torch.bfloat16 inputs on cuda. Passed over "
         "triton: Not installed. cuda: No nvcc.",
-        "impl='auto' runs 'triton', the fastest for torch.bfloat16 inputs on cuda. Passed over "
-        "cuda: No nvcc.",
+        "impl='auto' runs 'triton', the fastest for torch.bfloat16 inputs on cuda.",
         "impl='auto' runs 'torch', the fastest for torch.float32 inputs on cpu.",
     ]
 
