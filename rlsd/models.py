@@ -88,6 +88,7 @@ def head_of(model):
     with torch.no_grad(), _eval_mode(model), _verifying(name):
         want = model(input_ids=ids, use_cache=False).logits.float()
         hidden = hidden_states(model, ids, torch.ones_like(ids)).last_hidden_state
+        hidden = hidden.to(head.weight.dtype)  # a head may be wider than its trunk
         got = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * scale
         got = got if cap is None else cap * torch.tanh(got / cap)
     error = (want - got).abs().max().item()

@@ -33,15 +33,20 @@ def is_chat(prompt):
     )
 
 
-def render(prompt, tokenizer):
-    """(text, assistant boundary): the prompt as the model sees it and how it must end."""
+def render(prompt, tokenizer, template_options=None):
+    """(text, assistant boundary): the prompt as the model sees it and how it must end.
+
+    template_options: dict, further arguments of the chat template, as enable_thinking.
+    """
     if isinstance(prompt, str):
         return prompt, ""
     if tokenizer.chat_template is None:
         raise UserError("it is a chat, but the tokenizer has no chat template; use a plain text")
     try:
         full, without = (
-            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=turn)
+            tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=turn, **template_options or {}
+            )
             for turn in (True, False)
         )
     except Exception as error:  # a template raises what it likes, as for roles that it refuses
@@ -58,29 +63,70 @@ def encode(prompt, tokenizer, images=None):
     return tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
 
 
+def privileged_prompt(row, template):
+    """The teacher's prompt of a row or None without one; its teacher_prompt column wins.
+
+    Raises UserError, a clause that the caller completes with the row's name.
+    """
+    privileged = row.get("teacher_prompt") or None
+    if privileged is None and row.get("privileged_context") is not None:
+        return insert_hint(row["prompt"], row["privileged_context"], template)
+    if privileged is not None and not isinstance(privileged, str) and not is_chat(privileged):
+        raise UserError(f"its teacher_prompt is neither a text nor a chat but {privileged!r:.80}")
+    return privileged
+
+
+def require_same_start(prompt, privileged, tokenizer, template_options=None):
+    """The response must start at the same assistant boundary after both prompts, else UserError."""
+    boundaries = [render(p, tokenizer, template_options)[1] for p in (prompt, privileged)]
+    if boundaries[0] != boundaries[1]:
+        raise UserError(
+            f"the assistant turn starts with {boundaries[0]!r} for the student but "
+            f"{boundaries[1]!r} for the privileged prompt, so the response would shift"
+        )
+
+
+def teacher_prompt(
+    row, name, tokenizer, template, *, allow_missing=False, template_options=None, check_start=True
+):
+    """What the teacher reads for a row of prompt, teacher_prompt and privileged_context (any type).
+
+    None where the hint is missing and may be. check_start: also compare the assistant boundary.
+    Raises UserError, a sentence that starts with `name`.
+    """
+    hint = "" if row["privileged_context"] is None else str(row["privileged_context"])
+    if not row.get("teacher_prompt") and not hint.strip():
+        if allow_missing:
+            return None
+        raise UserError(
+            f"{name} has no privileged context, so it would silently train as plain GRPO; fill "
+            "teacher_prompt, privileged_context or solution, or set "
+            "allow_missing_privileged_context."
+        )
+    try:
+        if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
+            raise UserError("its prompt is neither a text nor messages with text content")
+        privileged = privileged_prompt({**row, "privileged_context": hint}, template)
+        if check_start:
+            require_same_start(row["prompt"], privileged, tokenizer, template_options)
+    except UserError as error:
+        raise UserError(f"{name} cannot be used: {error}.") from None
+    return privileged
+
+
 def encode_pair(row, tokenizer, template):
     """(student ids, privileged ids or None) of a row; its teacher_prompt column wins.
 
     Raises UserError, a clause that the caller completes with the row's name.
     """
-    prompt = row["prompt"]
-    privileged = row.get("teacher_prompt") or None
-    if privileged is None and row.get("privileged_context") is not None:
-        privileged = insert_hint(prompt, row["privileged_context"], template)
-    elif privileged is not None and not isinstance(privileged, str) and not is_chat(privileged):
-        raise UserError(f"its teacher_prompt is neither a text nor a chat but {privileged!r:.80}")
+    prompt, privileged = row["prompt"], privileged_prompt(row, template)
     images = row.get("_images")
     student_ids = encode(prompt, tokenizer, images)
     if not student_ids:
         raise UserError("its prompt has no token")
     if privileged is None:
         return student_ids, None
-    boundaries = [render(p, tokenizer)[1] for p in (prompt, privileged)]
-    if boundaries[0] != boundaries[1]:
-        raise UserError(
-            f"the assistant turn starts with {boundaries[0]!r} for the student but "
-            f"{boundaries[1]!r} for the privileged prompt, so the response would shift"
-        )
+    require_same_start(prompt, privileged, tokenizer)
     teacher_ids = encode(privileged, tokenizer, images)
     if not teacher_ids:
         raise UserError("its privileged prompt has no token")

@@ -69,6 +69,23 @@ class Teacher:
     def _adapter(self):
         return {} if self.kind == "base" else adapter_weights(self.student, TEACHER)
 
+    @contextlib.contextmanager
+    def lent_to(self, model):
+        """`model`, which holds the student's parameters, has the teacher's and is in eval mode."""
+        pairs = []
+        if self.kind != "live":
+            pairs = list(zip(self.student.parameters(), self.model.parameters(), strict=True))
+        training = model.training
+        for own, lent in pairs:
+            own.data, lent.data = lent.data, own.data
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+            for own, lent in pairs:
+                own.data, lent.data = lent.data, own.data
+
     def state_dict(self):
         """Everything a resumed run needs; empty for live."""
         if self.kind == "live":

@@ -1,0 +1,175 @@
+"""The Liger-shaped loss against Liger's formula, and against Liger itself where it is installed."""
+
+import inspect
+
+import pytest
+import torch
+
+from rlsd.integrations.liger import LigerFusedLinearRLSDLoss
+
+B, T, H, V = 4, 7, 12, 53
+LOSS_TYPES = ["grpo", "bnpo", "dapo", "dr_grpo"]
+
+
+def problem(seed=0, **more):
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    x = {
+        "_input": draw(B, T, H).requires_grad_(), "lin_weight": draw(V, H).requires_grad_(),
+        "bias": draw(V).requires_grad_(),
+        "selected_token_ids": torch.randint(0, V, (B, T), generator=rng),
+        "attention_mask": torch.tensor([[1] * T, [1] * 3 + [0] * (T - 3), [1] * T, [0] * T]),
+        "advantages": torch.tensor([1.2, -0.7, 0.0, 0.4], dtype=torch.float64),
+    }
+    log_probs = plain_log_probs(x["_input"], x["lin_weight"], x["bias"], x["selected_token_ids"])
+    return {**x, **{name: make(draw, log_probs.detach()) for name, make in more.items()}}
+
+
+def near(draw, log_probs):
+    return log_probs + 0.4 * draw(B, T)
+
+
+def plain_log_probs(hidden, weight, bias, ids, temperature=1.0):
+    logits = (hidden @ weight.T + (0 if bias is None else bias)) / temperature
+    return logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+
+
+def plain(x, *, beta=0.0, epsilon_low=0.2, epsilon_high=0.2, loss_type="dapo", delta=None,
+          max_completion_length=None, temperature=1.0, rlsd_lambda=0.0, eps_w=0.2):
+    """Liger's ppo_loss_fn, written out, on the re-weighted advantages."""
+    lp = plain_log_probs(
+        x["_input"], x["lin_weight"], x["bias"], x["selected_token_ids"], temperature
+    )
+    mask, a = x["attention_mask"], x["advantages"]
+    a = a if a.dim() == 2 else a[:, None]
+    if rlsd_lambda:
+        w = (a.sign() * (x["teacher_per_token_logps"] - lp.detach())).exp()
+        a = a * ((1 - rlsd_lambda) + rlsd_lambda * w.clamp(1 - eps_w, 1 + eps_w))
+    old = x.get("old_per_token_logps")
+    rho = (lp - (lp.detach() if old is None else old)).exp()
+    clipped = rho.clamp(1 - epsilon_low, 1 + epsilon_high)
+    loss = -torch.min((rho if delta is None else rho.clamp(max=delta)) * a, clipped * a)
+    loss = loss * x.get("vllm_is_ratio", 1)
+    metrics = []
+    if beta:
+        gap = x["ref_per_token_logps"] - lp
+        kl = gap.exp() - gap - 1
+        loss = loss + beta * kl
+        metrics.append((kl * mask).sum() / mask.sum())
+    bad = ((rho < 1 - epsilon_low) & (a < 0)) | ((rho > 1 + epsilon_high) & (a > 0))
+    metrics.append((bad * mask).sum() / mask.sum())
+    loss = loss * mask
+    if loss_type == "grpo":
+        return (loss.sum(1) / mask.sum(1).clamp(min=1)).mean(), metrics
+    if loss_type == "dr_grpo":
+        return loss.sum() / (B * max_completion_length), metrics
+    items = x.get("num_items_in_batch", mask.sum()) if loss_type == "dapo" else mask.sum()
+    return loss.sum() / items, metrics
+
+
+def gradients(loss, x):
+    return torch.autograd.grad(loss, [x["_input"], x["lin_weight"], x["bias"]])
+
+
+CASES = {
+    "on-policy": ({}, {}),
+    "off-policy": ({"old_per_token_logps": near}, {}),
+    "kl": ({"old_per_token_logps": near, "ref_per_token_logps": near}, {"beta": 0.3}),
+    "dual-clip": ({"old_per_token_logps": near}, {"delta": 1.25}),
+    "temperature": ({"old_per_token_logps": near}, {"temperature": 0.7, "epsilon_high": 0.28}),
+    "items": ({"num_items_in_batch": lambda *_: torch.tensor(29)}, {}),
+    "token-ratio": ({"vllm_is_ratio": lambda draw, _: draw(B, T).abs()}, {}),
+    "sequence-ratio-kl": ({"vllm_is_ratio": lambda draw, _: draw(B, 1).abs(),
+                           "ref_per_token_logps": near}, {"beta": 0.3}),
+    "per-token": ({"advantages": lambda draw, _: draw(B, T), "old_per_token_logps": near}, {}),
+}
+
+
+@pytest.mark.parametrize("rlsd_lambda", [0.0, 0.5], ids=["grpo", "rlsd"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_equals_ligers_formula(loss_type, case, rlsd_lambda):
+    more, options = CASES[case]
+    x = problem(**more, **({"teacher_per_token_logps": near} if rlsd_lambda else {}))
+    options = {"beta": 0.0, "loss_type": loss_type, "max_completion_length": 9,
+               "rlsd_lambda": rlsd_lambda, **options}
+    loss, metrics = LigerFusedLinearRLSDLoss(**options)(**x)
+    want, want_metrics = plain(x, **options)
+    assert loss.item() == pytest.approx(want.item(), abs=1e-6)
+    assert [m.item() for m in metrics] == pytest.approx([m.item() for m in want_metrics])
+    for got, expected in zip(gradients(loss, x), gradients(want, x), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)  # a_t is fp32
+
+
+def test_reference_and_teacher_from_hidden_states():
+    x = problem()
+    ref, teacher, head = torch.randn(3, B, T, H, dtype=torch.float64)[[0, 1]].unbind() + (
+        torch.randn(V, H, dtype=torch.float64),)
+    ids = x["selected_token_ids"]
+    loss, _ = LigerFusedLinearRLSDLoss(beta=0.1)(
+        **x, ref_input=ref, ref_weight=head, ref_bias=x["bias"].detach(), teacher_input=teacher
+    )
+    given = {
+        "ref_per_token_logps": plain_log_probs(ref, head, x["bias"], ids).detach(),
+        "teacher_per_token_logps":
+            plain_log_probs(teacher, x["lin_weight"], x["bias"], ids).detach(),
+    }
+    want, _ = plain({**x, **given}, beta=0.1, rlsd_lambda=0.5)
+    assert loss.item() == pytest.approx(want.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_equals_liger(loss_type, case):
+    """One code path of both: the same keywords go to both classes."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="needs liger-kernel")
+    more, options = CASES[case]
+    if case == "per-token":
+        pytest.skip("Liger's advantages are (B,)")
+    x = problem(**more)
+    cast = {n: v.detach().float() if v.is_floating_point() else v for n, v in x.items()}
+    options = {"beta": 0.0, "loss_type": loss_type, "max_completion_length": 9,
+               "compiled": False, "use_ref_model": "beta" in options, **options}
+    results = []
+    for loss in (liger.LigerFusedLinearGRPOLoss(**options),
+                 LigerFusedLinearRLSDLoss(**options, rlsd_lambda=0.0)):
+        for name in ("_input", "lin_weight", "bias"):
+            cast[name].requires_grad_()
+        value, metrics = loss(**cast)
+        results.append((value, *metrics, *gradients(value, cast)))
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got.float(), want.float(), atol=2e-6, rtol=2e-5)
+
+
+def test_keywords_are_ligers():
+    liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="needs liger-kernel")
+    for method in ("__init__", "forward"):
+        theirs = inspect.signature(getattr(liger.LigerFusedLinearGRPOLoss, method)).parameters
+        ours = inspect.signature(getattr(LigerFusedLinearRLSDLoss, method)).parameters
+        assert list(ours)[: len(theirs)] == list(theirs)
+        for name, parameter in theirs.items():
+            assert ours[name].default == parameter.default, name
+
+
+@pytest.mark.parametrize("options, complaint", [
+    ({"loss_type": "cispo"}, "loss_type must be one of"),
+    ({"importance_sampling_level": "sequence"}, "must be 'token'"),
+    ({"use_bias_correction_kl": True}, "use_bias_correction_kl"),
+    ({"delta": 1.1}, "at least 1 [+] epsilon_high"),
+    ({"loss_type": "dr_grpo"}, "max_completion_length"),
+    ({"rlsd_lambda": 2.0}, "rlsd_lambda"),
+], ids=lambda x: "" if isinstance(x, str) else next(iter(x)))
+def test_refuses_in_a_sentence(options, complaint):
+    with pytest.raises(ValueError, match=complaint) as error:
+        LigerFusedLinearRLSDLoss(**options)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_needs_a_reference():
+    with pytest.raises(ValueError, match="ref_per_token_logps"):
+        LigerFusedLinearRLSDLoss(rlsd_lambda=0.0)(**problem())
+    loss = LigerFusedLinearRLSDLoss(rlsd_lambda=0.0, use_ref_model=False)
+    assert [m.item() for m in loss(**problem())[1]] == [0, 0]

@@ -1,0 +1,147 @@
+"""Tiny runs of TRL's trainers, recorded, and RLSD by hook A in plain PyTorch to compare with."""
+
+import copy
+import warnings
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from runs import TEMPLATE, naive_log_probs, problems, save_tiny, sum_reward
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from rlsd.checkpoint import load_tokenizer
+from rlsd.integrations.trl import RLSDConfig
+
+DATA = problems(12)
+OFF = {"rlsd_lambda": 0.0}
+
+
+class Recorder(TrainerCallback):
+    """Losses of micro-batches, gradients of optimizer steps and completions of a run."""
+
+    def __init__(self, trainer):
+        self.losses, self.gradients, self.completions = [], [], []
+        compute = trainer._compute_loss
+
+        def recorded(model, inputs):
+            loss = compute(model, inputs)
+            self.losses.append(loss.item())
+            self.completions.append(inputs["completion_ids"])
+            return loss
+
+        trainer._compute_loss = recorded
+        trainer.add_callback(self)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append({
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        })
+
+
+def make(cls, folder, *, model=None, reward=sum_reward, data=None, more=None, **changed):
+    """A trainer with its recorder; `more` are arguments of the trainer, the rest of its config."""
+    if not (folder / "model").exists():
+        save_tiny(folder / "model")
+    args = RLSDConfig(**{
+        "output_dir": str(folder / "run"), "use_cpu": True, "bf16": False, "report_to": "none",
+        "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6,
+        "max_steps": 2, "logging_steps": 1, "learning_rate": 0.05, "optim": "sgd",
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "save_strategy": "no",
+        "gradient_checkpointing": False, "disable_tqdm": True, "privileged_template": TEMPLATE,
+        **changed,
+    })
+    # TRL keeps what it patches on the model: every trainer gets its own.
+    model = copy.deepcopy(model) if model is not None else str(folder / "model")
+    trainer = cls(
+        model, reward, args, Dataset.from_list(DATA if data is None else data),
+        processing_class=load_tokenizer(str(folder / "model")), **more or {},
+    )
+    return trainer, Recorder(trainer)
+
+
+def run(cls, folder, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        trainer, recorder = make(cls, folder, **options)
+        trainer.train()
+    return trainer, recorder
+
+
+def differences(got, want):
+    """(largest |loss difference|, largest relative Frobenius distance of a step's gradient)."""
+    assert len(got.losses) == len(want.losses) > 0
+    assert len(got.gradients) == len(want.gradients) > 0
+    for ours, theirs in zip(got.completions, want.completions, strict=True):
+        assert torch.equal(ours, theirs), "the runs sampled differently"
+    loss = max(abs(a - b) for a, b in zip(got.losses, want.losses, strict=True))
+    worst = 0.0
+    for ours, theirs in zip(got.gradients, want.gradients, strict=True):
+        assert ours.keys() == theirs.keys()
+        error = sum((ours[n] - theirs[n]).double().square().sum() for n in theirs)
+        size = sum(theirs[n].double().square().sum() for n in theirs)
+        worst = max(worst, (error / size).sqrt().item())
+    assert worst == worst and any(x != 0 for x in want.losses)
+    return loss, worst
+
+
+def log_probs_of(model, prompts, ids, mask, config):
+    """(B, T) plain log-probs, one unpadded sequence at a time, 0 where masked."""
+    out = torch.zeros(ids.shape)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for i, prompt in enumerate(prompts):
+            y = ids[i][mask[i].bool()].tolist()
+            if y:
+                out[i, : len(y)] = naive_log_probs(model, prompt, y, config)
+    model.train(training)
+    return out
+
+
+class PlainHookA(GRPOTrainer):
+    """A_hat of the method, section 1, in plain PyTorch, handed to TRL's own loss."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rollouts, self.teacher = 0, copy.deepcopy(self.model)
+        base = self.teacher.get_base_model() if is_peft_model(self.teacher) else self.teacher
+        del base.forward  # TRL's patch is bound to the student
+
+    def _follow(self):
+        for own, new in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+            if self.args.teacher_model_kind == "ema":
+                own.data += self.args.teacher_ema_rate * (new.data - own.data)
+            elif self.args.teacher_model_kind == "snapshot" and (
+                self.rollouts % self.args.teacher_sync_steps == 0
+            ):
+                own.data.copy_(new.data)
+
+    def _generate_and_score_completions(self, inputs):
+        out = super()._generate_and_score_completions(inputs)
+        if self.rollouts:
+            self._follow()
+        self.rollouts += 1
+        ids = [self._tokenizer(row["prompt"])["input_ids"] for row in inputs]
+        out["questions"] = ids
+        out["hinted"] = [
+            self._tokenizer(f"<h> {row['solution']} {row['prompt']}")["input_ids"]
+            for row in inputs
+        ]
+        return out
+
+    def _compute_loss(self, model, inputs):
+        args, a = self.args, inputs["advantages"][:, None]
+        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+        lam = args.rlsd_lambda * max(1 - self.rollouts / args.rlsd_lambda_decay_steps, 0)
+        teacher = self.model if args.teacher_model_kind == "live" else self.teacher
+        hinted = log_probs_of(teacher, inputs["hinted"], ids, mask, args)
+        student = log_probs_of(self.model, inputs["questions"], ids, mask, args)
+        if args.rlsd_delta_source == "old_log_probs" and "old_per_token_logps" in inputs:
+            student = inputs["old_per_token_logps"]
+        eps = args.rlsd_reweight_clip_range
+        w = torch.exp(a.sign() * (hinted - student)).clamp(1 - eps, 1 + eps)
+        if args.rlsd_negative_only:
+            w = torch.where(a < 0, w, 1)
+        a_hat = torch.where(mask.bool(), a * ((1 - lam) + lam * w), 0)
+        return super()._compute_loss(model, {**inputs, "advantages": a_hat})
