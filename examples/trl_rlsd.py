@@ -30,7 +30,7 @@ from rlsd.demo import (
 from rlsd.integrations.trl import RLSDConfig, RLSDTrainer
 
 
-def warm_start(folder, steps=150):
+def warm_start(folder, steps):
     """A 0.1 M parameter model that has seen the task, saved with its tokenizer."""
     words = ["#", MARKER, "<q>", "<a>", "<h>", *map(str, range(10))]
     tokenizer = word_tokenizer([*words, *[f"{o}{b}" for o in OPERATIONS for b in range(10)]])
@@ -39,7 +39,7 @@ def warm_start(folder, steps=150):
     return save_model(model, tokenizer, folder)
 
 
-def main(warm_up_steps=150, max_steps=30):
+def main(warm_up_steps=300, max_steps=40):
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="trl_rlsd_"))
     model = warm_start(folder / "warm_start", warm_up_steps)
@@ -48,6 +48,7 @@ def main(warm_up_steps=150, max_steps=30):
     dataset = Dataset.from_list([{"prompt": p, "solution": s} for p, s in pairs])
     args = RLSDConfig(
         output_dir=str(folder / "run"), max_steps=max_steps, learning_rate=5e-4,
+        lr_scheduler_type="constant", adam_beta2=0.98,
         per_device_train_batch_size=64, num_generations=8, max_completion_length=LENGTH + 2,
         rlsd_lambda=1.0, rlsd_reweight_clip_range=1.0, rlsd_lambda_decay_steps=60,
         privileged_template=TEMPLATE, logging_steps=5, save_strategy="no", report_to="none",

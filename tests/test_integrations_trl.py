@@ -57,7 +57,8 @@ def chats(**columns):
     (without("solution"), "none of the columns teacher_prompt, privileged_context, solution"),
     (changed(3, solution=" "), "^Row 3 of train_dataset has no privileged context"),
     ([{**r, "privileged_context": None} for r in DATA], "^Row 0 .* plain GRPO"),
-    (changed(2, teacher_prompt=7), "Row 2 .* teacher_prompt is neither a text nor a chat"),
+    ([{**r, "teacher_prompt": 7 if i == 2 else None} for i, r in enumerate(DATA)],
+     "Row 2 .* teacher_prompt is neither a text nor a chat"),
     ([{"prompt": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
        "solution": "# 1"}] * 12, "neither a text nor messages with text content"),
 ], ids=["no-column", "empty-hint", "null-hint", "odd-teacher-prompt", "blocks"])

@@ -106,8 +106,8 @@ def test_equals_ligers_formula(loss_type, case, rlsd_lambda):
 
 def test_reference_and_teacher_from_hidden_states():
     x = problem()
-    ref, teacher, head = torch.randn(3, B, T, H, dtype=torch.float64)[[0, 1]].unbind() + (
-        torch.randn(V, H, dtype=torch.float64),)
+    ref, teacher = torch.randn(2, B, T, H, dtype=torch.float64)
+    head = torch.randn(V, H, dtype=torch.float64)
     ids = x["selected_token_ids"]
     loss, _ = LigerFusedLinearRLSDLoss(beta=0.1)(
         **x, ref_input=ref, ref_weight=head, ref_bias=x["bias"].detach(), teacher_input=teacher

@@ -17,7 +17,7 @@ ACCUMULATION = {
     "accumulated": {"gradient_accumulation_steps": 3},
     # Rollouts of 4 micro-batches for 2 optimizer steps, read twice: old log-probs, ratios off 1.
     "reused": {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2,
-               "max_steps": 6},
+               "max_steps": 5},
 }
 MASKS = {"unmasked": {}, "truncated-masked": {"mask_truncated_completions": True}}
 
@@ -72,16 +72,14 @@ RLSD_OPTIONS = {
     "full-weight": {"rlsd_lambda": 1.0, "rlsd_reweight_clip_range": 1.0},
     "masked": {"mask_truncated_completions": True},
     "temperature": {"temperature": 0.7},
-    "dual-clip": {"delta": 1.5, "epsilon_high": 0.28},
+    "dual-clip": {"delta": 1.1, "epsilon_high": 0.05},
     "kl": {"beta": 0.3, "use_bias_correction_kl": False},
 }
 
 
 @pytest.mark.parametrize("options", RLSD_OPTIONS.values(), ids=RLSD_OPTIONS)
 def test_options_are_hook_a_in_plain_pytorch(folder, options):
-    trainer = assert_parity(
-        folder, PlainHookA, **{**ACCUMULATION["reused"], "max_steps": 9, **options}
-    )
+    trainer = assert_parity(folder, PlainHookA, **{**ACCUMULATION["reused"], **options})
     assert trainer.obstacle is None
     if "delta" in options:
         assert max(history(trainer, "clip_ratio/dual_mean")) > 0
@@ -93,7 +91,8 @@ def test_options_are_hook_a_in_plain_pytorch(folder, options):
 FALLBACKS = {
     "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0}, "loss_type='cispo'"),
     "sapo": ({"loss_type": "sapo"}, "loss_type='sapo'"),
-    "sequence": ({"importance_sampling_level": "sequence", "loss_type": "grpo"}, "'sequence'"),
+    "sequence": ({"importance_sampling_level": "sequence", "loss_type": "grpo"},
+                 "importance_sampling_level"),
     "delta": ({"delta": 1.1, "epsilon_high": 0.28}, "delta=1.1"),
     "kl": ({"beta": 0.3}, "use_bias_correction_kl"),
     "quantile": ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
@@ -132,7 +131,7 @@ def tiny(name, **config):
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 4,
-       "output_router_logits": True, "router_aux_loss_coef": 0.5, "decoder_sparse_step": 1}
+       "router_aux_loss_coef": 0.5, "decoder_sparse_step": 1}
 MODELS = {
     "softcap": lambda: tiny("Gemma2", head_dim=4, final_logit_softcapping=2.0),
     "scale": lambda: tiny("Cohere", logit_scale=0.3),
