@@ -21,7 +21,7 @@ from bench.common import MIB, environment, interleave, peak_extra_bytes, summary
 from rlsd.demo import word_tokenizer
 from rlsd.integrations.trl import RLSDConfig, RLSDTrainer
 
-VOCAB, HIDDEN, LAYERS, BATCH, PROMPT, HINT, LENGTH = 32768, 256, 2, 8, 64, 64, 192
+VOCAB, HIDDEN, LAYERS, BATCH, PROMPT, HINT, LENGTH = 16384, 256, 2, 8, 32, 32, 96
 ARMS = {
     "GRPOTrainer": (GRPOTrainer, 0.0),
     "RLSDTrainer, lambda 0": (RLSDTrainer, 0.0),
@@ -83,12 +83,13 @@ def step_of(trainer, live):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--live", type=float, nargs="+", default=[1.0, 0.5])
     parser.add_argument("--out", default=None, help="folder for trl.json and trl.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: make_trainer(name, folder) for name in ARMS}
     rows = []
-    for live in (1.0, 0.5):
+    for live in options.live:
         steps = {name: step_of(trainer, live) for name, trainer in trainers.items()}
 
         def clear():

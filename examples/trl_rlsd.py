@@ -1,4 +1,4 @@
-"""RLSD in TRL's trainer, on a CPU in about a minute: a tiny model learns chain arithmetic.
+"""RLSD in TRL's trainer, on a CPU in under two minutes: a tiny model learns chain arithmetic.
 
     python examples/trl_rlsd.py
 
