@@ -82,6 +82,7 @@ def test_a_shifted_assistant_turn_is_refused(folder):
 def test_versions_and_arguments(folder, monkeypatch):
     with pytest.raises(UserError, match="args must be an RLSDConfig, but is a GRPOConfig"):
         RLSDTrainer("model", [], GRPOConfig(str(folder / "x"), use_cpu=True, bf16=False))
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     with pytest.raises(UserError, match="rollout_func") as error:
         make(RLSDTrainer, folder, more={"rollout_func": lambda prompts, trainer: {}})
     one_sentence(error)
@@ -245,7 +246,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_r
           "optim": "adamw_torch", "gradient_accumulation_steps": 2}
 
 
-@pytest.mark.parametrize("kind", ["snapshot", "ema", "base"])
+@pytest.mark.parametrize("kind", ["snapshot", "ema", pytest.param("base", marks=pytest.mark.slow)])
 def test_resume_is_exact(folder, tmp_path, kind):
     options = {**SAVING, "teacher_model_kind": kind, "teacher_sync_steps": 3,
                "output_dir": str(tmp_path)}
