@@ -161,8 +161,8 @@ def test_heads(folder, name, reference):
 
 
 def test_a_head_that_cannot_be_reproduced_goes_to_trl(folder):
-    model = tiny("FalconH1", lm_head_multiplier=0.5, mamba_d_ssm=16, mamba_n_heads=4,
-                 mamba_d_head=4, mamba_d_state=8, mamba_n_groups=1)
+    model = tiny("Qwen3", head_dim=4)
+    model.lm_head.register_forward_hook(lambda layer, inputs, logits: logits + logits.mean())
     trainer, _ = make(RLSDTrainer, folder, model=model)
     assert "computes something beyond" in trainer.obstacle
 
