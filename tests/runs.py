@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,8 @@ def child(*arguments):
     return subprocess.Popen(
         [sys.executable, *arguments], env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A suite that a shell started in the background ignores SIGINT, and so would the child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

@@ -33,6 +33,7 @@ import rlsd.rollout
 import rlsd.trainer
 from rlsd import UserError
 from rlsd.cli import main
+from rlsd.data import rows_of_step
 from rlsd.models import STUDENT, TEACHER, adapter_weights
 from rlsd_kernels import torch_impl
 
@@ -702,14 +703,15 @@ def test_held_out_questions_are_not_trained_on(tmp_path):
     trainer = make_trainer(tmp_path)
     prompts = [row["prompt"] for row in trainer.rows + trainer.held_out]
     assert prompts == [row["prompt"] for row in problems(12)]
-    seen = {row["prompt"] for step in range(1, 9) for row in trainer.rows_at(step)}
+    trained = [rows_of_step(trainer.rows, 4, step, seed=0) for step in range(1, 9)]
+    seen = {row["prompt"] for rows in trained for row in rows}
     assert seen == {row["prompt"] for row in trainer.rows}
 
 
 def test_every_epoch_shows_every_question_once(tmp_path):
     trainer = make_trainer(tmp_path)  # 8 questions, 4 a step
     epochs = [
-        [row["prompt"] for step in steps for row in trainer.rows_at(step)]
+        [row["prompt"] for step in steps for row in rows_of_step(trainer.rows, 4, step, seed=0)]
         for steps in ((1, 2), (3, 4))
     ]
     assert [len(set(e)) for e in epochs] == [8, 8] and epochs[0] != epochs[1]
