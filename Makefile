@@ -16,11 +16,14 @@ BENCH_READY := $(BENCH_VENV)/.ready
 demo: $(READY)
 	$(BIN)/rlsd train
 
+# One process per core, each on one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
