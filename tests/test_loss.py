@@ -83,7 +83,7 @@ HEAD_ERRORS = [
     ({"max_workspace_bytes": 0}, ValueError, r"^max_workspace_bytes must be a finite number in"),
     ({"max_workspace_bytes": 1e6}, TypeError, r"^max_workspace_bytes must be an int or None"),
     ({"max_workspace_bytes": True}, TypeError, r"^max_workspace_bytes must be an int or None"),
-    ({"tp_group": object()}, TypeError, r"^tp_group must be a torch.distributed.ProcessGroup"),
+    ({"tp_group": "all ranks"}, TypeError, r"^tp_group must be a torch.distributed.ProcessGroup"),
     ({"weight": torch.ones(V * H // 2)}, ValueError, r"^weight .* FSDP or ZeRO-3 shard"),
     ({"impl": "numpy"}, ValueError, r"^impl must be one of auto, cuda, triton, torch, ref, but"),
     ({"old_log_probs": LP[:2]}, ValueError, r"^old_log_probs must have shape \(6,\).*\(2,\)"),
