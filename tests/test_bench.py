@@ -1,6 +1,7 @@
 """The benchmark: every provider computes the same function, and tables say what was measured."""
 
 import dataclasses
+import importlib
 import json
 import sys
 
@@ -312,3 +313,10 @@ def test_committed_results_can_be_traced():
     data = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert not data["environment"]["dirty"] and data["rounds"] >= 5
     assert {p["name"] for p in data["providers"]} == set(BY_NAME)
+
+
+@pytest.mark.parametrize("path", sorted(common.ROOT.glob("bench/*.py")), ids=lambda path: path.stem)
+def test_every_script_can_be_imported(path):
+    for package in ("trl",) if "trl" in path.stem else ("triton",) if "aot" in path.stem else ():
+        pytest.importorskip(package)
+    importlib.import_module("bench" if path.stem == "__init__" else f"bench.{path.stem}")
