@@ -206,7 +206,8 @@ ARMS = {
     "RLSD, shuffled hints": {"objective": "rlsd", "shuffle_privileged_context": True},
 }
 CAVEATS = """What this shows, and what it does not:
-- The gain depends on the warm start. Its 400 steps were chosen after 300 had shown no gain; see
+- The gain depends on the warm start. Its 400 steps were chosen after 300 had shown none, which a
+  change of rounding alone has since turned into a smaller gain; see
   bench/results/demo_warmup300 in the repository.
 - The gain is in speed, on long chains whose errors propagate. Most task variants tried while the
   demo was designed showed little or none, and more rollouts with a higher rate erased it.
