@@ -45,12 +45,18 @@ ODD = {"V", "stride_out", "stride_e"}  # no multiples of 16 at an odd vocabulary
 
 
 @dataclass
-class Row:
+class Build:
+    """What the machine code of a kernel costs; spills and shared memory in bytes."""
+
     kernel: str
     arch: str
     registers: int
     spills: int
     shared: int
+
+
+@dataclass
+class Row(Build):
     matrix: str
 
 
@@ -178,10 +184,15 @@ def main():
     if args.print:
         print(json.dumps(report))
         return
-    folder = ROOT / "bench" / "results" / "aot"
+    write("aot", report, table(rows))
+
+
+def write(name, report, text):
+    """bench/results/<name>/report.{json,md}."""
+    folder = ROOT / "bench" / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "report.md").write_text(table(rows))
+    (folder / "report.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.aot_report import BIN  # noqa: E402  CUDA's cuobjdump comes with Triton
+from bench.aot_report import BIN, Build, write  # noqa: E402  CUDA's cuobjdump comes with Triton
 from rlsd_kernels import extension  # noqa: E402
 
 
 @dataclass
-class Row:
-    kernel: str
-    arch: str
-    registers: int
-    spills: int
-    shared: int
+class Row(Build):
     loads: int
     stores: int
 
@@ -115,10 +110,7 @@ def main():
     if args.print:
         print(json.dumps(report))
         return
-    folder = ROOT / "bench" / "results" / "cuda"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "report.md").write_text(table(rows, version))
+    write("cuda", report, table(rows, version))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ def capturing(x):
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def trusted_rows(s):
+    """False for NaN and for the row sums of a bad guess."""
+    return (s >= ROW_SUM_BOUNDS[0]) & (s <= ROW_SUM_BOUNDS[1])
+
+
 def constant_when_compiled(function):
     """torch.compiler.assume_constant_result without its import of Dynamo, which takes seconds."""
     function._dynamo_marked_constant = True

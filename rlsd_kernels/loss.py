@@ -326,8 +326,9 @@ def fused_linear_rlsd_loss(
                 f"teacher_weight has {t_weight.shape[0]} rows but weight has {weight.shape[0]}; "
                 "student and teacher need one vocabulary."
             )
+    layout = head_layout(weight, tp_group)
     if check_inputs:
-        check_ids(completion_ids, head_layout(weight, tp_group)[1], force=True)
+        check_ids(completion_ids, layout[1], force=True)
         _check_finite(
             {"hidden": hidden, "weight": weight, "bias": bias, "teacher_hidden": teacher_hidden,
              "teacher_weight": teacher_weight}, tokens,
@@ -365,7 +366,7 @@ def fused_linear_rlsd_loss(
             config.rlsd_delta_source, config.rlsd_negative_only, config.epsilon,
             config.epsilon_high, config.delta, config.beta, config.entropy_coef,
             config.temperature, float(logit_scale), final_logit_softcapping, return_entropy,
-            *need, impl, head_layout(weight, tp_group), group_name(tp_group), workspace,
+            *need, impl, layout, group_name(tp_group), workspace,
         )
     stats = token_stats(
         sums.detach(), (tokens.loss_weights != 0).sum(), lam, dtype,

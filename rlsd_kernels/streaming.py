@@ -7,10 +7,12 @@ whose sum the guess spoiled the row maximum and exp anew. All three are always l
 at once for the other rows: nothing waits for the host. An implementation supplies the kernels.
 """
 
+import abc
+
 import torch
 
 from . import gemm
-from .config import ROW_SUM_BOUNDS
+from .config import trusted_rows
 
 STORE_NONE, STORE_EXP, STORE_LOGITS = 0, 1, 2
 
@@ -31,11 +33,7 @@ def unit_stride(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def trusted_rows(s):
-    return (s >= ROW_SUM_BOUNDS[0]) & (s <= ROW_SUM_BOUNDS[1])
-
-
-class StreamingScorer:
+class StreamingScorer(abc.ABC):
     """Streams rows of one head through exp; owns the fp32 logit chunk.
 
     reduce_sum and reduce_max all-reduce an (M,) tensor in place over the holders of the other
@@ -97,10 +95,10 @@ class StreamingScorer:
             )
         return self._scratch[:rows, : self.vocab]
 
+    @abc.abstractmethod
     def _exp(self, x, epilogue, c, s, t, out, store, total=None):
         """s, t and what `store` says of rows x; with `total`, of rows whose sum there is bad."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _row_max(self, x, epilogue, c, total):
         """c := the row's largest z, for rows whose sum in `total` is not trusted."""
-        raise NotImplementedError

@@ -12,7 +12,7 @@ import math
 import torch
 
 from . import gemm
-from .config import LOG_FLOOR, MAX_LOG_RATIO, ROW_SUM_BOUNDS, capturing, compute_dtype
+from .config import LOG_FLOOR, MAX_LOG_RATIO, capturing, compute_dtype, trusted_rows
 from .tuning import SCORE_TILE
 
 
@@ -125,8 +125,7 @@ class Scorer:
         s, t = self._pass(h, c, out, keep, want_entropy)
         if capturing(h):
             return c, s, t
-        low, high = ROW_SUM_BOUNDS
-        rows = (~((s > low) & (s < high))).nonzero().squeeze(-1)
+        rows = (~trusted_rows(s)).nonzero().squeeze(-1)
         if len(rows) == 0:
             return c, s, t
         c = c.clone()

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .config import MAX_LOG_RATIO, ROW_SUM_BOUNDS, TOKEN_SUMS, capturing
-from .streaming import STORE_NONE, StreamingScorer, scratch_bytes, trusted_rows, unit_stride
+from .config import MAX_LOG_RATIO, ROW_SUM_BOUNDS, TOKEN_SUMS, capturing, trusted_rows
+from .streaming import STORE_NONE, StreamingScorer, scratch_bytes, unit_stride
 
 __all__ = ["Scorer", "fix_targets", "scratch_bytes", "target_logits", "token_rows"]
 LOG_RATIO_LIMIT = tl.constexpr(MAX_LOG_RATIO)

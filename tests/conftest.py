@@ -49,6 +49,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """For the runs of one test file, which take one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path_factory.mktemp("runs")
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)

@@ -23,14 +23,6 @@ from rlsd.integrations.trl import RLSDConfig, RLSDTrainer  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path_factory.mktemp("trl")
-    torch.set_num_threads(threads)
-
-
 def one_sentence(error):
     text = str(error.value)
     assert text.endswith(".") and ". " not in text and "\n" not in text, text

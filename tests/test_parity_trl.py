@@ -23,14 +23,6 @@ ACCUMULATION = {
 MASKS = {"unmasked": {}, "truncated-masked": {"mask_truncated_completions": True}}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path_factory.mktemp("trl")
-    torch.set_num_threads(threads)
-
-
 def assert_parity(folder, reference, *, loss=2e-6, gradient=2e-5, **options):
     """Same samples, micro-batch losses and gradients; returns our trainer."""
     _, want = run(reference, folder, **options)
