@@ -9,6 +9,7 @@ memory as a sentence.
 import contextlib
 import copy
 import functools
+import types
 import warnings
 from typing import NamedTuple
 
@@ -32,12 +33,30 @@ PEAK_FLOPS = {
 
 
 class Head(NamedTuple):
-    """The LM head of a model, in the terms of the fused loss."""
+    """What an LM head does beside weight and bias, as keywords of the fused loss."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
     logit_scale: float
     final_logit_softcapping: float | None
+
+
+def open_forward(model):
+    """Let `model(compute=f)` return f(model), and its LM head(hidden, compute=g) g(hidden, weight,
+    bias): inside forward, where data-parallel engines gather the weights and hook the gradients.
+    """
+    @functools.wraps(type(model).forward)  # generate checks its arguments against the signature
+    def forward(self, *args, compute=None, **kwargs):
+        if compute is not None:
+            return compute(self)
+        return type(self).forward(self, *args, **kwargs)
+
+    def head_forward(self, hidden, compute=None):
+        if compute is not None:
+            return compute(hidden, self.weight, self.bias)
+        return type(self).forward(self, hidden)
+
+    layer = model.get_output_embeddings()
+    model.forward = types.MethodType(forward, model)
+    layer.forward = types.MethodType(head_forward, layer)
 
 
 def load_student(config, path, *, resuming):
@@ -83,13 +102,13 @@ def head_of(model):
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
-    head = Head(layer.weight, layer.bias, scale, cap)
+    weight = layer.weight
     ids = torch.arange(1, 9, device=layer.weight.device).remainder(layer.weight.shape[0])[None]
     with torch.no_grad(), _eval_mode(model), _verifying(name):
         want = model(input_ids=ids, use_cache=False).logits.float()
         hidden = hidden_states(model, ids, torch.ones_like(ids)).last_hidden_state
-        hidden = hidden.to(head.weight.dtype)  # a head may be wider than its trunk
-        got = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * scale
+        hidden = hidden.to(weight.dtype)  # a head may be wider than its trunk
+        got = torch.nn.functional.linear(hidden, weight, layer.bias).float() * scale
         got = got if cap is None else cap * torch.tanh(got / cap)
     error = (want - got).abs().max().item()
     if not error <= TOLERANCE[layer.weight.dtype] * max(1.0, want.abs().max().item()):
@@ -97,7 +116,7 @@ def head_of(model):
             f"The LM head of {name} computes something beyond weight, bias, scale and softcap "
             f"(its logits differ by {error:.3g}), so the fused loss cannot stand in."
         )
-    return head
+    return Head(scale, cap)
 
 
 def layout_of(model, pad_id, padding_free):

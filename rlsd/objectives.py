@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from rlsd_kernels import fused_linear_rlsd_loss, linear_log_probs, rlsd_advantages
+from rlsd_kernels import (
+    RLSDLossOutput,
+    fused_linear_rlsd_loss,
+    linear_log_probs,
+    rlsd_advantages,
+)
 
 from .config import UserError
 from .packing import completion_hidden
@@ -58,8 +63,8 @@ class Batch(NamedTuple):
 def teacher_hidden(teacher, batch, layout):
     """(B, T, H) hidden states in the privileged context; zeros where no token is re-weighted."""
     need = [i for i, prompt in enumerate(batch.teacher_prompts) if prompt is not None]
-    weight = teacher.get_output_embeddings().weight
-    hidden = weight.new_zeros(*batch.completion_ids.shape, weight.shape[1])
+    layer = teacher.get_output_embeddings()
+    hidden = layer.weight.new_zeros(*batch.completion_ids.shape, layer.in_features)
     if need:
         training = teacher.training
         teacher.eval()
@@ -79,26 +84,24 @@ def teacher_inputs(teacher, head, batch, layout, config):
     """
     if batch.teacher_log_probs is not None:
         return {"teacher_log_probs": batch.teacher_log_probs}
-    layer, hidden = teacher.get_output_embeddings(), teacher_hidden(teacher, batch, layout)
-    if head.bias is None:
-        return {"teacher_hidden": hidden, "teacher_weight": layer.weight}
-    with torch.no_grad():  # the fused op has one bias, the student's
-        return {"teacher_log_probs": linear_log_probs(
-            hidden, layer.weight, batch.completion_ids, bias=layer.bias,
-            temperature=config.temperature, logit_scale=head.logit_scale,
-            final_logit_softcapping=head.final_logit_softcapping,
+
+    def of_head(hidden, weight, bias):
+        if bias is None:
+            return {"teacher_hidden": hidden, "teacher_weight": weight}
+        return {"teacher_log_probs": linear_log_probs(  # the fused op has one bias, the student's
+            hidden, weight, batch.completion_ids, bias=bias, temperature=config.temperature,
+            **head._asdict(),
         )}
 
+    with torch.no_grad():
+        return teacher(compute=lambda model: model.get_output_embeddings()(
+            teacher_hidden(model, batch, layout), compute=of_head
+        ))
 
-def student_inputs(model, head, batch, layout, rlsd_lambda, config, router_logits=None):
-    """The other arguments of the fused loss for one micro-batch, student forward included."""
-    return {
-        "hidden": completion_hidden(
-            model, batch.prompts, batch.completion_ids, batch.mask, layout,
-            images=batch.images, router_logits=router_logits,
-        ),
-        "weight": head.weight, "bias": head.bias, "logit_scale": head.logit_scale,
-        "final_logit_softcapping": head.final_logit_softcapping,
+
+def batch_inputs(head, batch, rlsd_lambda, config):
+    """The fused loss's arguments that need no forward pass."""
+    return head._asdict() | {
         "completion_ids": batch.completion_ids, "advantages": batch.advantages,
         "loss_weights": batch.loss_weights, "old_log_probs": batch.old_log_probs,
         "ref_log_probs": batch.ref_log_probs, "rlsd_lambda": rlsd_lambda, "config": config,
@@ -108,20 +111,64 @@ def student_inputs(model, head, batch, layout, rlsd_lambda, config, router_logit
     }
 
 
+class Terms(NamedTuple):
+    """What one micro-batch contributes."""
+
+    out: RLSDLossOutput
+    aux_loss: torch.Tensor  # load-balancing loss of a mixture of experts, else 0
+    errors: dict  # deviation_from_ref, if it was asked for
+
+
+def student_terms(
+    model, head, batch, layout, rlsd_lambda, config, teacher, *, impl, router=None, totals=None,
+    check_at=None,
+):
+    """Terms of one micro-batch, student forward included; teacher: its arguments of the loss.
+
+    router, totals: models.Router and router_totals. check_at: the step, where the loss is also to
+    be held against impl="ref".
+    """
+    recorded = [] if router else None
+    inputs = teacher | batch_inputs(head, batch, rlsd_lambda, config)
+
+    def of_head(hidden, weight, bias):
+        given = inputs | {"hidden": hidden, "weight": weight, "bias": bias}
+        errors = {}
+        if check_at is not None:
+            errors = deviation_from_ref(given, impl)
+            require_contract(errors, hidden.dtype, check_at)
+        return fused_linear_rlsd_loss(impl=impl, return_entropy=True, **given), errors
+
+    def terms(model):
+        hidden = completion_hidden(
+            model, batch.prompts, batch.completion_ids, batch.mask, layout, images=batch.images,
+            router_logits=recorded,
+        )
+        out, errors = model.get_output_embeddings()(hidden, compute=of_head)
+        aux = router.loss(recorded, totals) if router else torch.zeros_like(out.loss)
+        return Terms(out, aux, errors)
+
+    return model(compute=terms)
+
+
 @torch.no_grad()
 def log_probs_under(model, head, batch, parts, layout, temperature, impl):
     """(B, T) log-probs of the completions after the student's prompts, under any weights."""
     log_probs = torch.zeros_like(batch.loss_weights)
-    layer = model.get_output_embeddings()
     for rows in parts:
         part = batch.select(rows)
-        hidden = completion_hidden(
-            model, part.prompts, part.completion_ids, part.mask, layout, images=part.images
-        )
-        log_probs[rows, : part.mask.shape[1]] = linear_log_probs(
-            hidden, layer.weight, part.completion_ids, bias=layer.bias, temperature=temperature,
-            logit_scale=head.logit_scale, final_logit_softcapping=head.final_logit_softcapping,
-            impl=impl,
+
+        def of_head(hidden, weight, bias, ids=part.completion_ids):
+            return linear_log_probs(
+                hidden, weight, ids, bias=bias, temperature=temperature, impl=impl, **head._asdict()
+            )
+
+        log_probs[rows, : part.mask.shape[1]] = model(
+            compute=lambda model, part=part, of_head=of_head: model.get_output_embeddings()(
+                completion_hidden(
+                    model, part.prompts, part.completion_ids, part.mask, layout, images=part.images
+                ), compute=of_head,
+            )
         )
     return log_probs
 
@@ -132,10 +179,10 @@ def router_totals(router, model, batch, parts, layout):
     sent = tokens = 0
     for rows in parts:
         part, recorded = batch.select(rows), []
-        completion_hidden(
+        model(compute=lambda model, part=part, recorded=recorded: completion_hidden(
             model, part.prompts, part.completion_ids, part.mask, layout, images=part.images,
             router_logits=recorded,
-        )
+        ))
         more_sent, _, more_tokens = router.sums(recorded)
         sent, tokens = sent + more_sent, tokens + more_tokens
     return sent, tokens

@@ -13,12 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from rlsd_kernels import (
-    aggregation_weights,
-    available_impls,
-    fused_linear_rlsd_loss,
-    merge_stats,
-)
+from rlsd_kernels import aggregation_weights, available_impls, merge_stats
 
 from . import checkpoint
 from .advantages import group_advantages, rlsd_lambda_at
@@ -32,16 +27,15 @@ from .models import (
     layout_of,
     load_student,
     memory_named,
+    open_forward,
     peak_flops,
     router_of,
 )
 from .objectives import (
     Batch,
-    deviation_from_ref,
     log_probs_under,
-    require_contract,
     router_totals,
-    student_inputs,
+    student_terms,
     teacher_inputs,
     token_weights,
 )
@@ -92,6 +86,7 @@ class Trainer:
         self.head = head_of(self.model)
         self.layout = layout_of(self.model, self.tokenizer.pad_token_id, config.padding_free)
         self.router = router_of(self.model, config.router_aux_loss_coef)
+        open_forward(self.model)
         require_room(self.model, [*self.rows, *self.held_out], config)
         self.optimizer = torch.optim.AdamW(
             self.weights.masters, lr=config.learning_rate, weight_decay=config.weight_decay,
@@ -292,7 +287,7 @@ class Trainer:
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
         outputs = (torch.zeros_like(batch.loss_weights), torch.zeros_like(batch.loss_weights))
-        stats = []
+        stats, check = [], config.validate_every and step % config.validate_every == 0
         for iteration in range(config.num_iterations):
             self.optimizer.zero_grad(set_to_none=True)
             loss, aux_loss, parts, totals = 0.0, 0.0, self._micro_batches(batch), None
@@ -300,22 +295,21 @@ class Trainer:
                 with self.clock("loss"):
                     totals = router_totals(self.router, self.model, batch, parts, self.layout)
             for k, rows in enumerate(parts):
-                part, recorded = batch.select(rows), [] if self.router else None
-                inputs = self._teacher_inputs(part, lam)
+                part, teacher = batch.select(rows), {}
+                if lam > 0:
+                    with self.clock("teacher"), self.teacher.scoring() as model:
+                        teacher = teacher_inputs(
+                            model, self.head, part, self.layout, self.loss_config
+                        )
                 with self.clock("loss"):
-                    inputs |= student_inputs(
-                        self.model, self.head, part, self.layout, lam, loss_config, recorded
+                    out, aux, errors = student_terms(
+                        self.model, self.head, part, self.layout, lam, loss_config, teacher,
+                        impl=config.impl, router=self.router, totals=totals,
+                        check_at=step if k == 0 and check else None,
                     )
-                    if config.validate_every and step % config.validate_every == 0 and not k:
-                        errors = deviation_from_ref(inputs, config.impl)
-                        require_contract(errors, inputs["hidden"].dtype, step)
-                        metrics |= {f"validate/{name}": error for name, error in errors.items()}
-                    out = fused_linear_rlsd_loss(impl=config.impl, return_entropy=True, **inputs)
-                    aux = torch.zeros_like(out.loss)
-                    if self.router:
-                        aux = self.router.loss(recorded, totals)
                     (out.loss + aux).backward()
                     loss, aux_loss = loss + out.loss.item(), aux_loss + aux.item()
+                metrics |= {f"validate/{name}": error for name, error in errors.items()}
                 stats.append(out.stats)
                 if iteration == 0:
                     width = out.log_probs.shape[1]
@@ -345,12 +339,6 @@ class Trainer:
             merged = {k: v.item() for k, v in merge_stats(stats).items()}
             metrics = {k: v for k, v in merged.items() if not k.startswith("tokens/")} | metrics
         return metrics, outputs
-
-    def _teacher_inputs(self, part, lam):
-        if lam == 0:
-            return {}
-        with self.clock("teacher"), self.teacher.scoring() as teacher:
-            return teacher_inputs(teacher, self.head, part, self.layout, self.loss_config)
 
     def _require_finite(self, loss, grad_norm, step):
         if math.isfinite(loss) and math.isfinite(grad_norm):

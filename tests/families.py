@@ -5,6 +5,7 @@ import transformers
 from runs import naive_log_probs
 
 from rlsd.demo import tiny_model
+from rlsd.models import open_forward
 from rlsd.objectives import Batch
 from rlsd_kernels import aggregation_weights
 
@@ -18,6 +19,13 @@ EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.1, "output_router
 
 
 def build(name):
+    """A tiny model of a family, ready for the passes of the trainer."""
+    model = architecture(name)
+    open_forward(model)
+    return model
+
+
+def architecture(name):
     """A tiny model of a family; weights large enough that its logits are far from uniform."""
     torch.manual_seed(0)
     t = transformers

@@ -137,7 +137,8 @@ def own_logits(model, processor, ids, images):
 @pytest.mark.parametrize("which", ["prompt_ids", "teacher_prompt_ids"])
 def test_log_probs_align_with_the_models_own_logits(folder, which, packed):
     model, processor = load_model(str(folder), "cpu"), load_processor(str(folder))
-    given, head = tokenized(folder), head_of(model)
+    given, layer = tokenized(folder), model.get_output_embeddings()
+    head_of(model)  # takes it
     prompts = [row[which] for row in given]
     ids = torch.tensor([[5, 6, 7, 1], [8, 1, 0, 0], [1, 0, 0, 0], [9, 9, 1, 0]])
     mask = torch.tensor([[t < n for t in range(4)] for n in (4, 2, 1, 3)])
@@ -145,7 +146,7 @@ def test_log_probs_align_with_the_models_own_logits(folder, which, packed):
     layout = Layout(0, packed, model.config.image_token_id)
     with torch.no_grad():
         hidden = completion_hidden(model, prompts, ids, mask, layout, images=images)
-        got = linear_log_probs(hidden, head.weight, ids)
+        got = linear_log_probs(hidden, layer.weight, ids)
         without = completion_hidden(model, prompts[:1], ids[:1], mask[:1], layout)
     for i, prompt in enumerate(prompts):
         y = ids[i][mask[i]]

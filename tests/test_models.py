@@ -40,10 +40,10 @@ from rlsd.models import (
     router_of,
     using_adapter,
 )
-from rlsd.objectives import router_totals, student_inputs, teacher_inputs
+from rlsd.objectives import router_totals, student_terms, teacher_inputs
 from rlsd.packing import Layout, completion_hidden
 from rlsd.teacher import Teacher
-from rlsd_kernels import RLSDLossConfig, fused_linear_rlsd_loss
+from rlsd_kernels import RLSDLossConfig
 
 LAYOUTS = {"padded": Layout(PAD), "packed": Layout(PAD, padding_free=True)}
 CONFIG = RLSDLossConfig()
@@ -66,13 +66,14 @@ def ours(model, teacher, batch, parts, layout, lam=0.5, router=None):
     if router and len(parts) > 1:
         totals = router_totals(router, model, batch, parts, layout)
     for rows in parts:
-        part, recorded = batch.select(rows), [] if router else None
+        part = batch.select(rows)
         with teacher.scoring() as scorer:
             inputs = teacher_inputs(scorer, head, part, layout, CONFIG)
-        inputs |= student_inputs(model, head, part, layout, lam, CONFIG, recorded)
-        loss = fused_linear_rlsd_loss(impl="torch", **inputs).loss
-        if router:
-            loss = loss + router.loss(recorded, totals)
+        terms = student_terms(
+            model, head, part, layout, lam, CONFIG, inputs, impl="torch", router=router,
+            totals=totals,
+        )
+        loss = terms.out.loss + terms.aux_loss
         loss.backward()
         total += loss.item()
     return total, gradients(model)
@@ -115,8 +116,6 @@ def test_loss_and_gradient_equal_a_naive_loop(family, lora, layout):
 def test_head_is_found(family):
     model = build(family).train()
     head = head_of(model)
-    assert head.weight is model.get_output_embeddings().weight
-    assert (head.bias is None) == (family != "phi")
     assert head.logit_scale == (0.25 if family in ("granite", "cohere") else 1.0)
     capped = family in ("gemma2", "gemma3-softcap")
     assert head.final_logit_softcapping == (5.0 if capped else None)
@@ -195,15 +194,13 @@ def test_a_fresh_adapter_changes_nothing_and_freezes_the_model():
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained and all(".lora_" in n for n in trained)
-    assert not head_of(model).weight.requires_grad
+    head_of(model)
+    assert not model.get_output_embeddings().weight.requires_grad
 
 
 def test_frozen_head_forms_no_dw(monkeypatch):
     seen = []
     model = with_lora(build("llama3"))
-    inputs = student_inputs(
-        model, head_of(model), make_batch(), LAYOUTS["padded"], 0.0, CONFIG
-    )
     import rlsd_kernels.pipeline as pipeline
 
     real = pipeline.linear_rlsd_loss
@@ -213,7 +210,9 @@ def test_frozen_head_forms_no_dw(monkeypatch):
         return real(*args, need=need, **kwargs)
 
     monkeypatch.setattr(pipeline, "linear_rlsd_loss", recorded)
-    fused_linear_rlsd_loss(impl="torch", **inputs)
+    student_terms(
+        model, head_of(model), make_batch(), LAYOUTS["padded"], 0.0, CONFIG, {}, impl="torch"
+    )
     assert seen == [(True, False, False)]
 
 
@@ -352,7 +351,7 @@ def test_bf16_masters_sum_gradients_in_fp32_and_keep_small_steps():
     assert all(m.dtype == torch.float32 for m in weights.masters)
     for master, p in zip(weights.masters, reference.parameters(), strict=True):
         assert torch.equal(master, p)
-    assert head_of(model).weight is model.get_input_embeddings().weight  # still tied
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # tied
     rotary = [b for name, b in model.named_buffers() if "inv_freq" in name]
     assert rotary and all(b.dtype == torch.float32 for b in rotary)
     # 64 equal contributions add up to 64 of them; in bf16 a sum stalls long before.

@@ -9,17 +9,17 @@ import rlsd.objectives
 from rlsd import UserError
 from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE
 from rlsd.demo import tiny_model, word_tokenizer
-from rlsd.models import head_of
+from rlsd.models import head_of, open_forward
 from rlsd.objectives import (
     CONTRACT,
     Batch,
+    batch_inputs,
     deviation_from_ref,
     require_contract,
-    student_inputs,
     teacher_hidden,
     teacher_inputs,
 )
-from rlsd.packing import Layout
+from rlsd.packing import Layout, completion_hidden
 from rlsd.prompts import encode_pair
 from rlsd_kernels import (
     RLSDLossConfig,
@@ -41,7 +41,11 @@ def loss_inputs(student, head, teacher, batch, pad_id, lam, config):
     """All arguments of the fused loss, as the trainer joins them."""
     layout = Layout(pad_id)
     inputs = teacher_inputs(teacher, head, batch, layout, config) if lam > 0 else {}
-    return inputs | student_inputs(student, head, batch, layout, lam, config)
+    layer = student.get_output_embeddings()
+    hidden = completion_hidden(student, batch.prompts, batch.completion_ids, batch.mask, layout)
+    return inputs | batch_inputs(head, batch, lam, config) | {
+        "hidden": hidden, "weight": layer.weight, "bias": layer.bias,
+    }
 
 
 def model(seed=0):
@@ -50,6 +54,7 @@ def model(seed=0):
         for p in made.parameters():
             if p.dim() > 1:
                 p *= 3  # far enough from uniform that contexts matter
+    open_forward(made)
     return made.train()
 
 
@@ -362,6 +367,7 @@ def test_a_biased_head_scores_the_teacher_with_its_own_bias():
     )
     torch.manual_seed(0)
     student = transformers.PhiForCausalLM(config).eval()
+    open_forward(student)
     teacher = copy.deepcopy(student)
     with torch.no_grad():
         student.lm_head.bias.copy_(torch.linspace(-2, 2, 64))

@@ -28,12 +28,11 @@ def test_log_probs_align_with_the_models_own_logits_eos_included(family, layout,
     prompts = sequences([1, 7, 3, 12])
     completions = [c + [EOS] for c in sequences([4, 0, 9, 2], seed=1)]
     ids, mask = right_pad(completions)
-    head = head_of(model)
+    head, layer = head_of(model), model.get_output_embeddings()
     with torch.no_grad():
         hidden = completion_hidden(model, prompts, ids, mask, LAYOUTS[layout])
         got = linear_log_probs(
-            hidden, head.weight, ids, bias=head.bias, temperature=temperature,
-            logit_scale=head.logit_scale, final_logit_softcapping=head.final_logit_softcapping,
+            hidden, layer.weight, ids, bias=layer.bias, temperature=temperature, **head._asdict(),
         )
     assert hidden.shape[:2] == ids.shape
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

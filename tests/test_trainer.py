@@ -431,7 +431,7 @@ def test_bf16_micro_batches_agree_and_masters_are_saved(tmp_path):
 
 @pytest.mark.parametrize("phase, hint", [
     ("roll_out", "sampling; lower rollout_batch_size"),
-    ("fused_linear_rlsd_loss", "training; lower per_device_train_batch_size"),
+    ("student_terms", "training; lower per_device_train_batch_size"),
 ])
 def test_out_of_memory_names_what_to_lower(phase, hint, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=3, save_steps=1)

@@ -163,11 +163,9 @@ class RLSDTrainer(GRPOTrainer):
             if applies:
                 return reason
         try:
-            head = head_of(model)
+            self._scale = head_of(model)._asdict()
         except UserError as error:
             return str(error).rstrip(".")
-        self._scale = {"logit_scale": head.logit_scale,
-                       "final_logit_softcapping": head.final_logit_softcapping}
 
     def _require_teachable(self, args):
         """Refuse, before the first step, what would leave the teacher blind or wrong."""
