@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from .config import UserError
+from .distributed import placed
 
 PARTIAL = ".partial-"
 STATE = ("step", "rng", "optimizer", "scheduler", "teacher", "reference", "teacher_model_kind")
@@ -53,15 +54,18 @@ def _flush(folder):
             os.close(handle)
 
 
-def save(run_dir, step, model, tokenizer, state, *, limit=None, card=None):
-    """Write run_dir/checkpoint-<step>; returns its path, or raises UserError with nothing lost."""
+def save(run_dir, step, model, tokenizer, state, *, weights=None, limit=None, card=None):
+    """Write run_dir/checkpoint-<step>; returns its path, or raises UserError with nothing lost.
+
+    weights: {name: tensor}, what the model's files are to hold; default: its own.
+    """
     run_dir = Path(run_dir)
     final, partial = run_dir / f"checkpoint-{step}", run_dir / f"{PARTIAL}checkpoint-{step}"
     replaced = run_dir / f"{PARTIAL}replaced-{step}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
@@ -157,7 +161,12 @@ def fitting(path):
 def load_optimizer(optimizer, scheduler, state):
     """Moments and position come from the checkpoint, rates and decay from today's options."""
     groups, rates = optimizer.state_dict()["param_groups"], scheduler.base_lrs
-    optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+    parameters = optimizer.param_groups[0]["params"]
+    moments = {
+        i: {name: placed(v, parameters[i]) if v.dim() else v for name, v in of_one.items()}
+        for i, of_one in state["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     for p, moments in optimizer.state.items():  # load_state_dict does not compare shapes
         for value in moments.values():
             if value.dim() and value.shape != p.shape:

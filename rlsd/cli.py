@@ -165,6 +165,7 @@ def evaluate(arguments):
     quiet_libraries()
     from .checkpoint import load_model, load_processor, load_tokenizer
     from .data import load_data
+    from .distributed import Processes
     from .evaluation import evaluate as run
     from .evaluation import summary
     from .rewards import load_reward_funcs
@@ -179,7 +180,10 @@ def evaluate(arguments):
         )
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model = load_model(str(path), config.device, dtype=dtype)
-    metrics = run(model, tokenizer, held_out, config, functions, config.seed)
+    processes = Processes(config)
+    metrics = run(model, tokenizer, held_out, config, functions, config.seed, processes)
+    if not processes.main:
+        return 0
     print(f"{path} on {len(held_out)} held-out questions, [95 % interval]")
     for name, text in summary(metrics):
         print(f"  {name:<24}{text}")

@@ -45,7 +45,7 @@ def ks_of(n):
     return sorted({*(2**i for i in range(n.bit_length()) if 2**i < n), n})
 
 
-def evaluate(model, tokenizer, rows, config, reward_funcs, seed):
+def evaluate(model, tokenizer, rows, config, reward_funcs, seed, processes):
     """Held-out metrics, greedy and sampled: the share of full marks, 1, of the first function.
 
     Samples num_generations_eval completions per question. Every eval/pass@* has its interval in
@@ -59,7 +59,7 @@ def evaluate(model, tokenizer, rows, config, reward_funcs, seed):
             n = 1 if greedy else config.num_generations_eval
             out = roll_out(
                 model, tokenizer, [row for row in rows for _ in range(n)], config, reward_funcs,
-                greedy=greedy,
+                processes, greedy=greedy,
             )
             right = (out.rewards_per_func[:, 0] >= 1).view(len(rows), n).sum(1).tolist()
             for k in ks_of(n):

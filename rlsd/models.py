@@ -20,6 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from . import checkpoint
 from .config import UserError
+from .distributed import placed
 from .packing import Layout, completion_hidden, hidden_states
 
 STUDENT, TEACHER = "default", "teacher"  # names of the LoRA adapters; "default" is peft's
@@ -60,7 +61,7 @@ def open_forward(model):
 
 
 def load_student(config, path, *, resuming):
-    """(model, MasterWeights), with a LoRA adapter if the run trains one.
+    """The model of a run, with a LoRA adapter if it trains one.
 
     The model stays in eval mode: dropout would score another network than the one that sampled.
     """
@@ -86,7 +87,7 @@ def load_student(config, path, *, resuming):
         with torch.no_grad():
             for p in adapter_weights(model, STUDENT).values():
                 p.data = p.data.float()
-    return model, MasterWeights(model, config.bf16)
+    return model
 
 
 def head_of(model):
@@ -250,14 +251,15 @@ class MasterWeights:
     Per trained parameter 2 bytes run the passes and the rollout, 4 are the master, 4 its gradient,
     summed in fp32 over micro-batches, 8 the moments: 18, as autocast with its cache of casts, but
     teacher and reference copies then take 2 bytes, not 4, and generation casts nothing. In fp32,
-    and for the adapters of LoRA, the parameters are their own masters.
+    and for the adapters of LoRA, the parameters are their own masters; sharded too, because FSDP2
+    rounds what it gathers.
     """
 
-    def __init__(self, model, to_bf16):
+    def __init__(self, model, to_bf16, *, sharded=False):
         self.pairs, self.masters, self.bf16 = [], [], to_bf16
         for p in model.parameters():
             master = p
-            if to_bf16 and p.dtype == torch.float32 and not has_lora(model):
+            if to_bf16 and p.dtype == torch.float32 and not sharded and not has_lora(model):
                 # The rounded copy is made per parameter: buffers as of rotary positions stay fp32.
                 master = torch.nn.Parameter(p.data, requires_grad=p.requires_grad)
                 p.data = p.data.bfloat16()
@@ -282,8 +284,16 @@ class MasterWeights:
         if (saved is not None) != self.bf16:
             raise ValueError(f"it was written {'without' if saved is None else 'with'} bf16")
         for master, value in zip(self.masters, saved or self.masters, strict=True):
-            master.copy_(value)
+            master.copy_(placed(value, master))
         self.publish()
+
+    def files(self, weights):
+        """The model's weights, {name: tensor}, as its files hold them: rounded where it is bf16."""
+        if not self.bf16:
+            return weights
+        return {
+            name: w.bfloat16() if w.is_floating_point() else w for name, w in weights.items()
+        }
 
 
 def _hand_over(master, p):

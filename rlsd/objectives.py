@@ -48,7 +48,13 @@ class Batch(NamedTuple):
         return list(zip(longest, self.mask.sum(1).tolist(), strict=True))
 
     def select(self, rows):
-        """The sequences `rows` (index list), cut to their longest completion."""
+        """The sequences `rows` (index list), cut to their longest completion.
+
+        No rows: the first one without weight, for a process that only keeps the others company.
+        """
+        if not rows:
+            part = self.select([0])
+            return part._replace(loss_weights=torch.zeros_like(part.loss_weights))
         width = int(self.mask[rows].sum(1).max())
         out = {}
         for name, value in self._asdict().items():
@@ -60,33 +66,41 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def teacher_hidden(teacher, batch, layout):
-    """(B, T, H) hidden states in the privileged context; zeros where no token is re-weighted."""
+def teacher_hidden(teacher, batch, layout, *, always=False):
+    """(B, T, H) hidden states in the privileged context; zeros where no token is re-weighted.
+
+    always: run the teacher also where none is.
+    """
     need = [i for i, prompt in enumerate(batch.teacher_prompts) if prompt is not None]
-    layer = teacher.get_output_embeddings()
-    hidden = layer.weight.new_zeros(*batch.completion_ids.shape, layer.in_features)
-    if need:
-        training = teacher.training
-        teacher.eval()
-        hidden[need] = completion_hidden(
-            teacher, [batch.teacher_prompts[i] for i in need], batch.completion_ids[need],
-            batch.mask[need], layout, images=[batch.images[i] for i in need],
-        )
-        teacher.train(training)
+    need = need or [0] * always
+    ids, layer = batch.completion_ids, teacher.get_output_embeddings()
+    shape = (*ids.shape, layer.in_features)
+    if not need:
+        return torch.zeros(shape, dtype=layer.weight.dtype, device=ids.device)
+    training = teacher.training
+    teacher.eval()
+    scored = completion_hidden(
+        teacher, [batch.teacher_prompts[i] or batch.prompts[i] for i in need], ids[need],
+        batch.mask[need], layout, images=[batch.images[i] for i in need],
+    )
+    teacher.train(training)
+    hidden = scored.new_zeros(shape)
+    hidden[need] = scored
     return hidden
 
 
-def teacher_inputs(teacher, head, batch, layout, config):
+def teacher_inputs(teacher, head, batch, layout, config, *, sharded=False):
     """The fused loss's arguments on the teacher for one micro-batch, its forward included.
 
     Its head runs inside the fused op: with one guess of the log-sum-exp for both contexts, equal
-    hidden states give equal log-probs to the bit, and dead rows cost nothing.
+    hidden states give equal log-probs to the bit, and dead rows cost nothing. A sharded head is
+    whole only inside the teacher's own forward, and every process must run it.
     """
     if batch.teacher_log_probs is not None:
         return {"teacher_log_probs": batch.teacher_log_probs}
 
     def of_head(hidden, weight, bias):
-        if bias is None:
+        if bias is None and not sharded:
             return {"teacher_hidden": hidden, "teacher_weight": weight}
         return {"teacher_log_probs": linear_log_probs(  # the fused op has one bias, the student's
             hidden, weight, batch.completion_ids, bias=bias, temperature=config.temperature,
@@ -95,7 +109,7 @@ def teacher_inputs(teacher, head, batch, layout, config):
 
     with torch.no_grad():
         return teacher(compute=lambda model: model.get_output_embeddings()(
-            teacher_hidden(model, batch, layout), compute=of_head
+            teacher_hidden(model, batch, layout, always=sharded), compute=of_head
         ))
 
 
@@ -163,20 +177,22 @@ def log_probs_under(model, head, batch, parts, layout, temperature, impl):
                 hidden, weight, ids, bias=bias, temperature=temperature, impl=impl, **head._asdict()
             )
 
-        log_probs[rows, : part.mask.shape[1]] = model(
+        scored = model(
             compute=lambda model, part=part, of_head=of_head: model.get_output_embeddings()(
                 completion_hidden(
                     model, part.prompts, part.completion_ids, part.mask, layout, images=part.images
                 ), compute=of_head,
             )
         )
+        if rows:
+            log_probs[rows, : part.mask.shape[1]] = scored
     return log_probs
 
 
 @torch.no_grad()
 def router_totals(router, model, batch, parts, layout):
-    """(tokens sent to each expert, tokens) of the whole batch: a pass that several parts need."""
-    sent = tokens = 0
+    """(tokens sent to each expert, tokens) of all parts: a pass that several of them need."""
+    sent, tokens = (torch.zeros(n, device=batch.mask.device) for n in (router.num_experts, ()))
     for rows in parts:
         part, recorded = batch.select(rows), []
         model(compute=lambda model, part=part, recorded=recorded: completion_hidden(
@@ -184,7 +200,8 @@ def router_totals(router, model, batch, parts, layout):
             router_logits=recorded,
         ))
         more_sent, _, more_tokens = router.sums(recorded)
-        sent, tokens = sent + more_sent, tokens + more_tokens
+        if rows:
+            sent, tokens = sent + more_sent, tokens + more_tokens
     return sent, tokens
 
 

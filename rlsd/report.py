@@ -92,11 +92,16 @@ def number(value):
 
 
 class Reporter:
-    """Appends metrics to a run folder and shows progress; a context manager."""
+    """Appends metrics to a run folder and shows progress; a context manager.
 
-    def __init__(self, run_dir, config_dict, report_to, max_steps, start_step=0):
+    silent: of a process that is not the main one: it writes and shows nothing.
+    """
+
+    def __init__(self, run_dir, config_dict, report_to, max_steps, start_step=0, *, silent=False):
         self.run_dir, self.max_steps, self.start_step = Path(run_dir), max_steps, start_step
-        self.began, self.shown = time.monotonic(), 0
+        self.began, self.shown, self.silent = time.monotonic(), 0, silent
+        if silent:
+            return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(
             yaml.safe_dump(config_dict, sort_keys=False), encoding="utf-8"
@@ -118,6 +123,8 @@ class Reporter:
         return self
 
     def __exit__(self, *exception):
+        if self.silent:
+            return
         if sys.stdout.isatty() and self.shown:
             print()
         self.file.close()
@@ -131,6 +138,8 @@ class Reporter:
     def log(self, step, metrics):
         """Append one line of metrics for a step."""
         record = {"step": step, **{name: number(v) for name, v in metrics.items()}}
+        if self.silent:
+            return record
         self._write(record)
         if self.board:
             for name, value in record.items():
@@ -140,6 +149,8 @@ class Reporter:
 
     def progress(self, step, metrics):
         """One line: step, key metrics, seconds per step, time left; redrawn on a terminal."""
+        if self.silent:
+            return
         done = max(1, step - self.start_step)
         seconds = (time.monotonic() - self.began) / done
         left = round(seconds * (self.max_steps - step))

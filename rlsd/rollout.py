@@ -93,25 +93,73 @@ def generate(model, tokenizer, prompts, config, *, images=None, greedy=False):
         model.generation_config = own
         model.train(training)
     width = max(p.shape[1] for p in pieces)
-    ids = torch.cat([
-        torch.nn.functional.pad(p, (0, width - p.shape[1]), value=pad_id) for p in pieces
-    ])
+    ids = torch.cat([_widen(p, width, pad_id) for p in pieces])
     is_end = torch.isin(ids, torch.tensor(ends, device=device))
     return ids, is_end.cumsum(1) - is_end.long() == 0, ~is_end.any(1)
 
 
-def roll_out(model, tokenizer, rows, config, reward_funcs, *, greedy=False):
-    """Sample and score one completion per row (repeat a row to get a group)."""
-    ids, mask, truncated = generate(
-        model, tokenizer, [row["prompt_ids"] for row in rows], config, greedy=greedy,
-        images=[row.get("_images") for row in rows],
+def roll_out(model, tokenizer, rows, config, reward_funcs, processes, *, greedy=False):
+    """Sample and score one completion per row (repeat a row to get a group).
+
+    Each process samples and scores its share of the rows, and all hold the whole result.
+    """
+    def of_share():
+        mine = processes.share(rows)
+        if processes.rank:  # shares of one seed would be samples of one stream
+            torch.manual_seed(torch.initial_seed() + processes.rank)
+        ids, mask, truncated = generate(
+            model, tokenizer, [row["prompt_ids"] for row in mine], config, greedy=greedy,
+            images=[row.get("_images") for row in mine],
+        )
+        lists = [line[keep].tolist() for line, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
+        texts = tokenizer.batch_decode(lists, skip_special_tokens=True)
+        per_func, rewards = score(
+            reward_funcs, config.reward_weights, mine, texts, lists, config.reward_timeout
+        )
+        return ids.cpu(), mask.cpu(), texts, truncated.cpu(), rewards, per_func
+
+    device = model.get_input_embeddings().weight.device
+    with processes.gathered(model):
+        shares = processes.everywhere(of_share)
+    ids, mask, texts, truncated, rewards, per_func = zip(*shares, strict=True)
+    width, count = max(part.shape[1] for part in ids), len(rows)
+    ids, mask = (
+        torch.cat([_widen(part, width, value) for part in parts])[:count].to(device)
+        for parts, value in ((ids, tokenizer.pad_token_id), (mask, False))
     )
-    lists = [line[keep].tolist() for line, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
-    texts = tokenizer.batch_decode(lists, skip_special_tokens=True)
-    per_func, rewards = score(
-        reward_funcs, config.reward_weights, rows, texts, lists, config.reward_timeout
+    return Rollout(
+        rows, ids, mask, sum(texts, [])[:count], torch.cat(truncated)[:count].to(device),
+        torch.cat(rewards)[:count], torch.cat(per_func)[:count],
     )
-    return Rollout(rows, ids, mask, texts, truncated, rewards, per_func)
+
+
+def _widen(part, width, value):
+    return torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value)
+
+
+def loss_mask(rollout, config):
+    """(B, T) bool: the tokens that the loss may see."""
+    if not config.mask_truncated_completions:
+        return rollout.mask
+    return rollout.mask & ~rollout.truncated[:, None]
+
+
+def rollout_metrics(rollout, advantages, config):
+    """What a rollout is like, its share of tokens with A != 0 included."""
+    mask = loss_mask(rollout, config)
+    active = (mask & (advantages != 0)[:, None]).sum() / mask.sum().clamp(min=1)
+    groups = rollout.rewards.view(-1, config.num_generations)
+    metrics = {
+        "reward": rollout.rewards.mean().item(),
+        "reward_std": groups.std(1).mean().item(),
+        "frac_reward_zero_std": (groups == groups[:, :1]).all(1).double().mean().item(),
+        "completions/mean_length": rollout.mask.sum(1).double().mean().item(),
+        "completions/clipped_ratio": rollout.truncated.double().mean().item(),
+        "rlsd/active_token_frac": active.item(),
+    }
+    if config.leak_markers:
+        metrics["leak_rate"] = leak_rate(rollout.texts, config.leak_markers)
+    return metrics
 
 
 def leak_rate(texts, markers):

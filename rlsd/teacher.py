@@ -13,6 +13,7 @@ import copy
 
 import torch
 
+from .distributed import placed
 from .models import (
     STUDENT,
     TEACHER,
@@ -24,17 +25,20 @@ from .models import (
 
 
 class Teacher:
-    """Weights that score responses in the privileged context; `scoring` gives what to run."""
+    """Weights that score responses in the privileged context; `scoring` gives what to run.
 
-    def __init__(self, student, kind, *, sync_steps=10, ema_rate=0.05):
+    shard(model): spreads a copy of the student over the processes of the run.
+    """
+
+    def __init__(self, student, kind, *, sync_steps=10, ema_rate=0.05, shard=lambda model: model):
         self.kind, self.sync_steps, self.ema_rate = kind, sync_steps, ema_rate
         self.student, self.mean = student, None
         self.lora = kind != "live" and has_lora(student)
-        self.model = student if kind == "live" or self.lora else frozen_copy(student)
+        self.model = student if kind == "live" or self.lora else shard(frozen_copy(student))
         if self.lora and kind != "base":
             add_teacher_adapter(student)
         elif kind == "ema":
-            self.mean = [p.detach().float().clone() for p in student.parameters()]
+            self.mean = [p.detach().float().clone() for p in self.model.parameters()]
 
     def scoring(self):
         """Context manager: the model to run forward as the teacher."""
@@ -104,12 +108,15 @@ class Teacher:
             if own.keys() != state["adapter"].keys():
                 raise RuntimeError("its teacher's adapter has other layers")
             for name, p in own.items():
-                p.copy_(state["adapter"][name])
+                p.copy_(placed(state["adapter"][name], p))
             return
-        self.model.load_state_dict(state["model"])
+        now = self.model.state_dict()
+        self.model.load_state_dict({
+            name: placed(w, now.get(name)) for name, w in state["model"].items()
+        })
         if self.kind == "ema":
             for mean, saved in zip(self.mean, state["mean"], strict=True):
-                mean.copy_(saved)
+                mean.copy_(placed(saved, mean))
 
 
 def frozen_copy(model):

@@ -19,9 +19,11 @@ from . import checkpoint
 from .advantages import group_advantages, rlsd_lambda_at
 from .config import TrainConfig, UserError
 from .data import load_data, rows_of_step
+from .distributed import Processes, whole
 from .evaluation import evaluate
 from .models import (
     Flops,
+    MasterWeights,
     checkpoint_layers,
     head_of,
     layout_of,
@@ -52,7 +54,7 @@ from .report import (
     write_completions,
 )
 from .rewards import RewardError, load_reward_funcs, reward_metrics
-from .rollout import leak_rate, require_room, roll_out
+from .rollout import loss_mask, require_room, roll_out, rollout_metrics
 from .teacher import Teacher
 
 
@@ -64,13 +66,13 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, *, reward_funcs=None, resume_from=None, log=print):
-        self.config, self.log = config, log
+        self.config, self.processes = config, Processes(config)
         for name in ("model_name_or_path", "train_dataset"):
             if not getattr(config, name):
                 raise UserError(f"{name} is not set; give it in the config or as --{name}.")
         self.run_dir = Path(config.output_dir)
         if resume_from is None:
-            checkpoint.require_new_run(self.run_dir)
+            self.processes.once(lambda: checkpoint.require_new_run(self.run_dir))
         self.loss_config = config.loss_config()
         on_gpu = torch.cuda.is_available() and not config.device.startswith("cpu")
         why_not = available_impls(None if on_gpu else torch.empty(0)).get(config.impl, "ok")
@@ -81,13 +83,34 @@ class Trainer:
         weights = str(resume_from or config.model_name_or_path)
         self.tokenizer = checkpoint.load_tokenizer(weights)
         self.processor = checkpoint.load_processor(weights)
-        self.rows, self.held_out = load_data(config, self.tokenizer, log, self.processor)
-        self.model, self.weights = load_student(config, weights, resuming=resume_from is not None)
+        self.rows, self.held_out = load_data(
+            config, self.tokenizer, log if self.processes.main else lambda *_: None, self.processor
+        )
+        self.questions = config.generation_batch_size // config.num_generations
+        self.processes.require_room_for(self.questions, [*self.rows, *self.held_out])
+        self.model = load_student(config, weights, resuming=resume_from is not None)
         self.head = head_of(self.model)
         self.layout = layout_of(self.model, self.tokenizer.pad_token_id, config.padding_free)
         self.router = router_of(self.model, config.router_aux_loss_coef)
         open_forward(self.model)
         require_room(self.model, [*self.rows, *self.held_out], config)
+        self.flops, self.peak_flops = Flops(self.model), peak_flops(self.model.device)
+        shard, self.teacher = self.processes.shard, None
+        if self.processes.sharded:
+            self.model.to("cpu")  # layer by layer its shards go back to the device
+        else:
+            self.weights = MasterWeights(self.model, config.bf16)
+        if self.loss_config.rlsd_lambda > 0:
+            self.teacher = Teacher(
+                self.model, config.teacher_model_kind, sync_steps=config.teacher_sync_steps,
+                ema_rate=config.teacher_ema_rate, shard=shard,
+            )
+        self.reference = Teacher(self.model, "base", shard=shard) if config.beta > 0 else None
+        if config.gradient_checkpointing:  # after the copies: they never see a backward pass
+            checkpoint_layers(self.model)
+        if self.processes.sharded:
+            shard(self.model)
+            self.weights = MasterWeights(self.model, config.bf16, sharded=True)
         self.optimizer = torch.optim.AdamW(
             self.weights.masters, lr=config.learning_rate, weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -96,29 +119,20 @@ class Trainer:
             config.lr_scheduler_type, self.optimizer, num_warmup_steps=config.warmup_steps,
             num_training_steps=config.max_steps * config.num_iterations,
         )
-        self.teacher = None
-        if self.loss_config.rlsd_lambda > 0:
-            self.teacher = Teacher(
-                self.model, config.teacher_model_kind, sync_steps=config.teacher_sync_steps,
-                ema_rate=config.teacher_ema_rate,
-            )
-        self.reference = Teacher(self.model, "base") if config.beta > 0 else None
-        if config.gradient_checkpointing:  # after the copies: they never see a backward pass
-            checkpoint_layers(self.model)
-        self.flops, self.peak_flops = Flops(self.model), peak_flops(self.model.device)
         self.clock, self.step = Clock(self.model.device), 0
         if resume_from:
             self._restore(resume_from)
 
     def train(self):
-        """Run to config.max_steps; returns the records of metrics.jsonl."""
+        """Run to config.max_steps; returns the records of metrics.jsonl in the main process."""
         config = self.config
         if self.step >= config.max_steps:
             raise UserError(
                 f"{self.run_dir} is already at step {self.step}; raise max_steps to go on."
             )
         with Reporter(
-            self.run_dir, dataclasses.asdict(config), config.report_to, config.max_steps, self.step
+            self.run_dir, dataclasses.asdict(config), config.report_to, config.max_steps, self.step,
+            silent=not self.processes.main,
         ) as report:
             if self.step == 0 and config.eval_steps:
                 report.log(0, self.evaluate())
@@ -133,18 +147,20 @@ class Trainer:
                 record = report.log(self.step, metrics)
                 if self._due(config.logging_steps):
                     report.progress(self.step, record)
-                if samples:
+                if samples and self.processes.main:
                     write_completions(self.run_dir, self.step, samples)
                     print_samples(samples, self.step)
                 if self._due(config.save_steps) or self.step == config.max_steps:
                     self.save()
+        if not self.processes.main:
+            return []
         plot_runs({config.objective: [self.run_dir]}, self.run_dir / "curves.png")
         return read_metrics(self.run_dir)
 
     def _saved(self, error):
         """The error, and where all steps before it are safe."""
         where = self.run_dir / f"checkpoint-{self.step}"
-        if self.step and not where.exists():
+        if self.step and not self.processes.once(where.exists):
             self.save()
         said = f"{str(error).rstrip('.')}; all {self.step} steps before are safe in {where}."
         return UserError(said) if self.step else error
@@ -160,7 +176,7 @@ class Trainer:
         with memory_named("evaluating", "rollout_batch_size", self.run_dir):
             metrics = evaluate(
                 self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
-                self.config.seed,
+                self.config.seed, self.processes,
             )
         return metrics | {"time/eval": time.monotonic() - began}
 
@@ -170,13 +186,14 @@ class Trainer:
         # Every generator, at every step: what ran in between, a table printed by rich (it draws
         # from Python's) or a resume, then cannot change a reward function that draws.
         transformers.set_seed((config.seed * 1_000_003 + step) % 2**32)
-        questions = config.generation_batch_size // config.num_generations
-        rows = rows_of_step(self.rows, questions, step, config.seed)
+        rows = rows_of_step(self.rows, self.questions, step, config.seed)
         rows = [row for row in rows for _ in range(config.num_generations)]
         with self.clock("rollout"), memory_named(
             "sampling", "rollout_batch_size or max_completion_length", self.run_dir
         ):
-            rollout = roll_out(self.model, self.tokenizer, rows, config, self.reward_funcs)
+            rollout = roll_out(
+                self.model, self.tokenizer, rows, config, self.reward_funcs, self.processes
+            )
         advantages = group_advantages(
             rollout.rewards, config.num_generations, config.scale_rewards
         ).to(rollout.mask.device)
@@ -191,26 +208,13 @@ class Trainer:
         if self.teacher:
             self.teacher.after_step(step)
 
-        unmasked = self._mask(rollout).sum()
-        active = (self._mask(rollout) & (advantages != 0)[:, None]).sum()
-        groups = rollout.rewards.view(-1, config.num_generations)
-        metrics |= {
-            "reward": rollout.rewards.mean().item(),
-            "reward_std": groups.std(1).mean().item(),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).double().mean().item(),
-            "completions/mean_length": rollout.mask.sum(1).double().mean().item(),
-            "completions/clipped_ratio": rollout.truncated.double().mean().item(),
-            "rlsd/active_token_frac": (active / unmasked.clamp(min=1)).item(),
-            "live_sequences": len(live),
-            "time/update": time.monotonic() - rolled,
-        }
+        metrics |= {"live_sequences": len(live), "time/update": time.monotonic() - rolled}
+        metrics |= rollout_metrics(rollout, advantages, config)
         metrics |= self.clock.metrics(
             rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows),
-            self.flops.update(batch, config), self.peak_flops,
+            self.flops.update(batch, config) / self.processes.size, self.peak_flops,
         )
         metrics |= reward_metrics(self.reward_funcs, rollout.rewards_per_func)
-        if config.leak_markers:
-            metrics["leak_rate"] = leak_rate(rollout.texts, config.leak_markers)
         samples = None
         if config.log_completions_steps and step % config.log_completions_steps == 0:
             weights = torch.ones_like(rollout.mask, dtype=torch.float32)
@@ -219,17 +223,12 @@ class Trainer:
             samples = samples_of(self.tokenizer, rollout, advantages, weights)
         return metrics, samples
 
-    def _mask(self, rollout):
-        if not self.config.mask_truncated_completions:
-            return rollout.mask
-        return rollout.mask & ~rollout.truncated[:, None]
-
     def make_batch(self, rollout, advantages, step):
         """The live sequences of a rollout as a Batch, and their indices.
 
         Aggregation weights come from the whole rollout, so dropping and micro-batching are exact.
         """
-        config, mask = self.config, self._mask(rollout)
+        config, mask = self.config, loss_mask(rollout, self.config)
         weights = aggregation_weights(
             mask, config.loss_type, max_completion_length=config.max_completion_length
         )
@@ -253,10 +252,12 @@ class Trainer:
         )
         if self.reference is not None and live:
             with self.clock("teacher"), self.reference.scoring() as reference:
-                batch = batch._replace(ref_log_probs=log_probs_under(
+                log_probs = log_probs_under(
                     reference, self.head, batch, self._micro_batches(batch), self.layout,
                     config.temperature, config.impl,
-                ))
+                )
+                self.processes.sum_(log_probs)
+                batch = batch._replace(ref_log_probs=log_probs)
         return batch, live
 
     def _lambda(self, step):
@@ -267,11 +268,12 @@ class Trainer:
         )
 
     def _micro_batches(self, batch):
+        """This process's: lists of sequences, [] where it only keeps the others company."""
         config = self.config
-        return micro_batches(
+        return self.processes.deal(micro_batches(
             batch.lengths(), config.per_device_train_batch_size,
             config.max_tokens_per_micro_batch, config.padding_free,
-        )
+        ))
 
     def update(self, batch, step):
         """num_iterations optimizer steps on a batch; returns (metrics, outputs of the first).
@@ -290,16 +292,19 @@ class Trainer:
         stats, check = [], config.validate_every and step % config.validate_every == 0
         for iteration in range(config.num_iterations):
             self.optimizer.zero_grad(set_to_none=True)
-            loss, aux_loss, parts, totals = 0.0, 0.0, self._micro_batches(batch), None
-            if self.router and len(parts) > 1:
+            parts, totals = self._micro_batches(batch), None
+            losses = torch.zeros(2, dtype=torch.float64, device=batch.mask.device)
+            if self.router and (len(parts) > 1 or self.processes.size > 1):
                 with self.clock("loss"):
                     totals = router_totals(self.router, self.model, batch, parts, self.layout)
+                    self.processes.sum_(*totals)
             for k, rows in enumerate(parts):
                 part, teacher = batch.select(rows), {}
                 if lam > 0:
                     with self.clock("teacher"), self.teacher.scoring() as model:
                         teacher = teacher_inputs(
-                            model, self.head, part, self.layout, self.loss_config
+                            model, self.head, part, self.layout, self.loss_config,
+                            sharded=self.processes.sharded,
                         )
                 with self.clock("loss"):
                     out, aux, errors = student_terms(
@@ -307,21 +312,25 @@ class Trainer:
                         impl=config.impl, router=self.router, totals=totals,
                         check_at=step if k == 0 and check else None,
                     )
-                    (out.loss + aux).backward()
-                    loss, aux_loss = loss + out.loss.item(), aux_loss + aux.item()
+                    aux = aux * bool(rows)
+                    ((out.loss + aux) * self.processes.loss_scale()).backward()
+                    losses += torch.stack([out.loss.detach(), aux.detach()])
                 metrics |= {f"validate/{name}": error for name, error in errors.items()}
-                stats.append(out.stats)
-                if iteration == 0:
+                stats += [out.stats] if rows else []
+                if iteration == 0 and rows:
                     width = out.log_probs.shape[1]
                     outputs[0][rows, :width] = out.log_probs
                     if out.teacher_log_probs is not None:
                         outputs[1][rows, :width] = out.teacher_log_probs
+            self.processes.sum_(losses)
+            loss, aux_loss = losses.tolist()
             grad_norm = 0.0
             if batch.prompts:
                 with self.clock("optim"):
-                    grad_norm = torch.nn.utils.clip_grad_norm_(
+                    self.processes.sum_gradients(self.weights.masters)
+                    grad_norm = whole(torch.nn.utils.clip_grad_norm_(
                         self.weights.masters, config.max_grad_norm
-                    ).item()
+                    )).item()
                     self._require_finite(loss, grad_norm, step)
                     self.optimizer.step()
                     self.weights.publish()
@@ -329,12 +338,15 @@ class Trainer:
             metrics["loss"] += loss / config.num_iterations
             metrics["grad_norm"] += grad_norm / config.num_iterations
             metrics["aux_loss"] += aux_loss / config.num_iterations
+            if iteration == 0:
+                self.processes.sum_(*outputs)
             if iteration == 0 and config.num_iterations > 1:
                 loss_config = self.loss_config
                 keep = lam > 0 and self.teacher.kind != "live"  # a live teacher moves on
                 batch = batch._replace(
                     old_log_probs=outputs[0], teacher_log_probs=outputs[1] if keep else None
                 )
+        stats = [part for parts in self.processes.everywhere(lambda: stats) for part in parts]
         if stats:
             merged = {k: v.item() for k, v in merge_stats(stats).items()}
             metrics = {k: v for k, v in merged.items() if not k.startswith("tokens/")} | metrics
@@ -351,18 +363,22 @@ class Trainer:
 
     def save(self):
         """Write checkpoint-<step> of the run, whole or not at all."""
-        state = {
+        state = whole({
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "teacher": self.teacher.state_dict() if self.teacher else None,
             "reference": self.reference.state_dict() if self.reference else None,
             "masters": self.weights.state_dict(),
             "teacher_model_kind": self.config.teacher_model_kind,
-        }
+        })
+        weights = self.weights.files(whole(self.model.state_dict()))
+        return self.processes.once(lambda: self._write(state, weights))
+
+    def _write(self, state, weights):
         card = model_card(self.config, self.step, read_metrics(self.run_dir))
         (self.run_dir / "README.md").write_text(card, encoding="utf-8")
         return checkpoint.save(
             self.run_dir, self.step, self.model, self.processor or self.tokenizer, state,
-            limit=self.config.save_total_limit, card=card,
+            weights=weights, limit=self.config.save_total_limit, card=card,
         )
 
     def _restore(self, path):

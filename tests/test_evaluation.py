@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_rollout import EOS, TOKENIZER, build, canned, config, rows, sequences
 
+from rlsd.distributed import Processes
 from rlsd.evaluation import evaluate, interval, ks_of, pass_at_k, summary
 
 
@@ -85,11 +86,11 @@ def test_evaluate_leaves_the_random_state_and_mode_unchanged(qwen):
     def reward(completion_ids, **_):
         return [float(sum(ids)) for ids in completion_ids]
 
-    first = evaluate(qwen, TOKENIZER, given, options, [reward], seed=3)
+    first = evaluate(qwen, TOKENIZER, given, options, [reward], 3, Processes(options))
     assert torch.equal(torch.get_rng_state(), before) and qwen.training
     torch.rand(5)
-    assert evaluate(qwen, TOKENIZER, given, options, [reward], seed=3) == first
-    other = evaluate(qwen, TOKENIZER, given, options, [reward], seed=4)
+    assert evaluate(qwen, TOKENIZER, given, options, [reward], 3, Processes(options)) == first
+    other = evaluate(qwen, TOKENIZER, given, options, [reward], 4, Processes(options))
     assert other["eval/reward_greedy"] == first["eval/reward_greedy"]
     assert other["eval/reward_sampled"] != first["eval/reward_sampled"]
     names = {f"{name}_{how}" for name in ("pass@1", "reward", "leak_rate")
@@ -108,7 +109,10 @@ def test_pass_at_1_counts_full_marks_of_the_first_function(monkeypatch, qwen):
     def second(**_):
         return [1.0] * 4
 
-    got = evaluate(qwen, TOKENIZER, rows([[5]] * 4), config(), [first, second], seed=0)
+    options = config()
+    got = evaluate(
+        qwen, TOKENIZER, rows([[5]] * 4), options, [first, second], 0, Processes(options)
+    )
     bare = {name: v for name, v in got.items() if not name.endswith(("_low", "_high"))}
     assert bare == {
         "eval/pass@1_greedy": 0.25, "eval/pass@1_sampled": 0.75, "eval/completion_length": 2.0,
@@ -128,7 +132,8 @@ def test_several_samples_give_pass_at_k(monkeypatch, qwen):
 
     asked, given = [], rows([[5]] * 2)
     given[1]["prompt"] = "r"
-    got = evaluate(qwen, TOKENIZER, given, config(num_generations_eval=4), [reward], seed=0)
+    options = config(num_generations_eval=4)
+    got = evaluate(qwen, TOKENIZER, given, options, [reward], 0, Processes(options))
     assert asked == [["q", "r"], ["q"] * 4 + ["r"] * 4]
     assert got["eval/pass@1_greedy"] == 0.5 and "eval/pass@2_greedy" not in got
     assert got["eval/pass@1_sampled"] == pytest.approx((1 / 4 + 2 / 4) / 2)

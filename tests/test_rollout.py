@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from rlsd import TrainConfig, UserError
 from rlsd.demo import word_tokenizer
+from rlsd.distributed import Processes
 from rlsd.rollout import (
     eos_ids,
     generate,
@@ -176,8 +177,10 @@ def test_roll_out_scores_each_completion_with_its_row(monkeypatch):
         return [0.5, None, 1.0]
 
     given = [r | {"level": i} for i, r in enumerate(rows(sequences([2, 2, 3])))]
-    out = roll_out(model, TOKENIZER, given, config(reward_weights=[2.0, 0.1], reward_funcs=[
-        "exact_match", "exact_match"]), [reward, length_reward])
+    options = config(reward_weights=[2.0, 0.1], reward_funcs=["exact_match", "exact_match"])
+    out = roll_out(
+        model, TOKENIZER, given, options, [reward, length_reward], Processes(options)
+    )
     assert seen == [(["w0 w1", "w2 w4 w5", "w3"], [[3, 4, EOS], [5, 7, 8], [6, EOS]], [0, 1, 2])]
     assert out.texts == seen[0][0] and out.rows is given
     assert out.truncated.tolist() == [False, True, False]

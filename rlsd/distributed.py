@@ -1,0 +1,182 @@
+"""Several processes as one run: who samples what, and sums of losses and gradients over all.
+
+Every process holds the whole rollout, so that advantages, aggregation weights and micro-batches are
+those of one process. Process r of n samples its share of the rows and runs the micro-batches
+r, r + n, ..; the sums over processes are the loss and the gradient. Replicated (DDP): the weights
+are whole everywhere, and gradients are summed in fp32, once per optimizer step. Sharded (FSDP2, by
+accelerate): the same passes inside forward, where the weights are gathered layer by layer.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .config import UserError
+
+
+class Processes:
+    """The processes of a run, as `accelerate launch` or `torchrun` started them; one without.
+
+    rank: this one, 0 is the main one that writes; size: how many; sharded: FSDP2.
+    """
+
+    def __init__(self, config):
+        self.rank, self.size, self.accelerator = 0, 1, None
+        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise UserError(
+                "DeepSpeed's engine owns the optimizer that the trainer steps; shard with FSDP2 "
+                "instead: accelerate launch --config_file configs/accelerate/fsdp2.yaml."
+            )
+        if not self.sharded and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return
+        from accelerate import Accelerator
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        self.accelerator = Accelerator(cpu=config.device.startswith("cpu"))
+        self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.accelerator.mixed_precision != "no":
+            raise UserError(
+                f"mixed_precision is {self.accelerator.mixed_precision!r} in the configuration of "
+                "accelerate; set it to no there, and bf16 here."
+            )
+        if self.sharded:
+            self.plugin = FullyShardedDataParallelPlugin(
+                mixed_precision_policy=MixedPrecisionPolicy(
+                    param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+                ) if config.bf16 else None,
+                cpu_ram_efficient_loading=False,  # every process verifies the model that it loads
+            )
+            if self.plugin.fsdp_version != 2:
+                raise UserError("FSDP 1 is not supported; set fsdp_version: 2.")
+            self.accelerator.state.fsdp_plugin = self.plugin
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def require_room_for(self, questions, rows):
+        """Every process samples whole groups, and shards of every weight are asked for at once."""
+        if questions % self.size:
+            raise UserError(
+                f"{questions} questions per rollout step cannot be shared by {self.size} processes "
+                "in whole groups; make generation_batch_size a multiple of num_generations times "
+                f"{self.size}."
+            )
+        pictures = sum("_images" in row for row in rows)
+        if self.sharded and 0 < pictures < len(rows):
+            raise UserError(
+                f"{pictures} of {len(rows)} rows have images; under FSDP2 all or none may, because "
+                "processes without one would not gather the weights of the vision tower."
+            )
+
+    def everywhere(self, function):
+        """[function() of every process], by rank; what one raises, all raise."""
+        if self.size == 1:
+            return [function()]
+        try:
+            mine = function(), None
+        except Exception as error:  # a process that left alone would let the others wait for ever
+            mine = None, error
+        results = [None] * self.size
+        dist.all_gather_object(results, mine)
+        for _, error in results:
+            if error is not None:
+                raise error
+        return [value for value, _ in results]
+
+    def once(self, function):
+        """function() of the main process alone, in all."""
+        return self.everywhere(lambda: function() if self.main else None)[0]
+
+    def share(self, items):
+        """This process's share of a list, equally long in all: a contiguous part, filled up."""
+        each = -(-len(items) // self.size)
+        mine = items[self.rank * each : (self.rank + 1) * each]
+        return mine + items[-1:] * (each - len(mine))
+
+    def deal(self, parts):
+        """This process's micro-batches; sharded, as many as any other has, filled up with []."""
+        mine = parts[self.rank :: self.size]
+        most = -(-len(parts) // self.size)
+        return mine + [[]] * (most - len(mine) if self.sharded else 0)
+
+    def sum_(self, *tensors):
+        """Each tensor becomes its sum over all processes."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def sum_gradients(self, parameters):
+        """Replicated: gradients become sums over processes; one that no process has stays None."""
+        if self.size == 1 or self.sharded:
+            return
+        present = torch.tensor(
+            [p.grad is not None for p in parameters], dtype=torch.float32, device=self.device
+        )
+        self.sum_(present)
+        for p, anywhere in zip(parameters, present.tolist(), strict=True):
+            if anywhere:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                self.sum_(p.grad)
+
+    @property
+    def device(self):
+        return self.accelerator.device
+
+    def loss_scale(self):
+        """What makes the mean that FSDP2 takes of gradients their sum."""
+        return self.size if self.sharded else 1
+
+    def shard(self, model):
+        """The model, its weights spread over all processes if the run is sharded."""
+        if not self.sharded:
+            return model
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        model = fsdp2_prepare_model(self.accelerator, model)
+        # Whole weights that outlived a pass would go stale when their shards are written.
+        model.set_reshard_after_forward(True)
+        return model
+
+    @contextlib.contextmanager
+    def gathered(self, model):
+        """Whole weights on every process, for many passes without gradients that differ."""
+        parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.set_reshard_after_forward(True, recurse=False)
+                part.reshard()
+
+
+def whole(value, memo=None):
+    """The value with every sharded tensor in it whole, on the CPU; equal ones stay one tensor."""
+    memo = {} if memo is None else memo
+    if isinstance(value, dict):
+        return {name: whole(item, memo) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(item, memo) for item in value)
+    if not isinstance(value, DTensor):
+        return value
+    key = value.to_local().data_ptr(), value.shape
+    if key not in memo:
+        memo[key] = value.detach().full_tensor().cpu()
+    return memo[key]
+
+
+def placed(value, like):
+    """A whole tensor, sharded as `like` is."""
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(
+        value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
