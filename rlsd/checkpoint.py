@@ -2,7 +2,9 @@
 
 A checkpoint is written to a hidden folder beside its place, flushed to disk and renamed: a crash,
 a kill or a full disk leaves the previous one as it was. checkpoint-N loads with from_pretrained;
-trainer_state.pt beside the weights holds optimizer, scheduler, RNG, teacher, reference and step.
+trainer_state.pt beside the weights holds optimizer, scheduler, RNG, teacher, reference and step,
+whole tensors that any number of processes reads. With sharded_checkpoints the large ones lie in
+shards/ (torch.distributed.checkpoint), each written by the process that has it.
 """
 
 import contextlib
@@ -12,16 +14,77 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .config import UserError
-from .distributed import placed
+from .distributed import placed, whole
 
 PARTIAL = ".partial-"
 STATE = ("step", "rng", "optimizer", "scheduler", "teacher", "reference", "teacher_model_kind")
+LARGE = ("optimizer", "teacher", "reference", "masters")
+SHARDS = "shards"
+
+
+class Parts(NamedTuple):
+    """What a run holds beside the model: an optimizer and its schedule, masters, teachers."""
+
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    weights: object  # models.MasterWeights
+    teacher: object  # teacher.Teacher, or None
+    reference: object  # the same
+
+    def state_dict(self):
+        return {
+            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "teacher": self.teacher.state_dict() if self.teacher else None,
+            "reference": self.reference.state_dict() if self.reference else None,
+            "masters": self.weights.state_dict(),
+            "teacher_model_kind": self.teacher.kind if self.teacher else None,
+        }
+
+    def load(self, path):
+        """Take everything from a checkpoint, the RNG too; returns its step."""
+        state = load_state(path)
+        owners = {"teacher": self.teacher, "reference": self.reference}
+        for name, owner in owners.items():
+            if owner is not None and state[name] is None:
+                raise UserError(f"The checkpoint {path} holds no {name}, which this run needs.")
+        if self.teacher and state["teacher_model_kind"] != self.teacher.kind:
+            raise UserError(
+                f"The checkpoint {path} holds a {state['teacher_model_kind']} teacher, but "
+                f"teacher_model_kind is {self.teacher.kind}."
+            )
+        with fitting(path):
+            if (Path(path) / SHARDS).is_dir():
+                state |= self._read_shards(Path(path) / SHARDS, state)
+            for name, owner in owners.items():
+                if owner is not None:
+                    owner.load_state_dict(state[name])
+            self.weights.load_state_dict(state.get("masters"))
+            load_optimizer(self.optimizer, self.scheduler, state)
+        set_rng_state(state["rng"])
+        return state["step"]
+
+    def _read_shards(self, folder, state):
+        """The large parts; every process reads what it holds, however many had written."""
+        into = {name: part for name, part in self.state_dict().items() if state.get(name) == SHARDS}
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        into["optimizer"]["state"] = {
+            i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p)}
+            for i, p in enumerate(self.optimizer.param_groups[0]["params"])
+            if f"optimizer.state.{i}.exp_avg" in saved
+        }
+        into["optimizer"].pop("param_groups")
+        dcp.load(into, checkpoint_id=folder)
+        return into
 
 
 def rng_state():
@@ -54,22 +117,51 @@ def _flush(folder):
             os.close(handle)
 
 
-def save(run_dir, step, model, tokenizer, state, *, weights=None, limit=None, card=None):
+def save(run_dir, step, model, tokenizer, parts, processes, *, sharded=False, limit=None, card=""):
     """Write run_dir/checkpoint-<step>; returns its path, or raises UserError with nothing lost.
 
-    weights: {name: tensor}, what the model's files are to hold; default: its own.
+    parts: Parts; processes: all of them call this, and the main one writes; sharded: each writes
+    what it has of the large parts. limit: how many checkpoints to keep.
     """
-    run_dir = Path(run_dir)
+    run_dir, state = Path(run_dir), parts.state_dict()
+    shards = run_dir / f"{PARTIAL}shards-{step}"
+    weights = parts.weights.files(whole(model.state_dict(), keep=processes.main))
+    if sharded:
+        large = {name: state[name] for name in LARGE if state[name]}
+        state |= dict.fromkeys(large, SHARDS)
+        large["optimizer"] = {"state": large["optimizer"]["state"]}
+        processes.once(lambda: shutil.rmtree(shards, ignore_errors=True))
+        try:
+            processes.everywhere(lambda: dcp.save(large, checkpoint_id=shards))
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise _unsaved(run_dir, step, error) from error
+    state = whole(state, keep=processes.main)
+
+    def write(partial):
+        model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        if sharded:
+            os.rename(shards, partial / SHARDS)
+        torch.save({"step": step, "rng": rng_state(), **state}, partial / "trainer_state.pt")
+
+    return processes.once(lambda: _write_whole(run_dir, step, write, limit))
+
+
+def _unsaved(run_dir, step, error):
+    return UserError(
+        f"Could not save checkpoint-{step} in {run_dir} ({reason(error)}); {standing(run_dir)}."
+    )
+
+
+def _write_whole(run_dir, step, write, limit):
+    """run_dir/checkpoint-<step> with what write(folder) puts there, or UserError and as before."""
     final, partial = run_dir / f"checkpoint-{step}", run_dir / f"{PARTIAL}checkpoint-{step}"
     replaced = run_dir / f"{PARTIAL}replaced-{step}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        model.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        if card:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        torch.save({"step": step, "rng": rng_state(), **state}, partial / "trainer_state.pt")
+        write(partial)
         _flush(partial)
         if final.exists():  # a run that went back to an older checkpoint comes by again
             shutil.rmtree(replaced, ignore_errors=True)
@@ -79,10 +171,7 @@ def save(run_dir, step, model, tokenizer, state, *, weights=None, limit=None, ca
     except Exception as error:
         if replaced.exists() and not final.exists():
             os.rename(replaced, final)
-        raise UserError(
-            f"Could not save checkpoint-{step} in {run_dir} ({reason(error)}); "
-            f"{standing(run_dir)}."
-        ) from error
+        raise _unsaved(run_dir, step, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -151,7 +240,9 @@ def fitting(path):
     """State of a model of another shape, or of damaged bytes, is refused in a sentence."""
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, CheckpointException
+    ) as error:
         raise UserError(
             f"The checkpoint {path} is of another shape than this run ({reason(error)}); resume "
             "it with the options that it was written with."

@@ -181,6 +181,10 @@ class TrainConfig:
     logging_steps: int = option(1, "a progress line every so many steps; metrics.jsonl has all")
     save_steps: int = option(50, "a checkpoint every so many steps and at the end; 0: at the end")
     save_total_limit: int | None = option(None, "keep only so many checkpoints, the newest")
+    sharded_checkpoints: bool = option(
+        False, "every process writes its shards of optimizer, masters and teacher, instead of "
+        "the main one all of them; any number of processes resumes from either"
+    )
     log_completions_steps: int = option(
         50, "samples to the terminal and completions/*.parquet; 0: never"
     )

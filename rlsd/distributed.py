@@ -158,18 +158,22 @@ class Processes:
                 part.reshard()
 
 
-def whole(value, memo=None):
-    """The value with every sharded tensor in it whole, on the CPU; equal ones stay one tensor."""
+def whole(value, *, keep=True, memo=None):
+    """The value with every sharded tensor in it whole, on the CPU; equal ones stay one tensor.
+
+    keep: whether this process wants the result, of which it otherwise gets None for each.
+    """
     memo = {} if memo is None else memo
     if isinstance(value, dict):
-        return {name: whole(item, memo) for name, item in value.items()}
+        return {name: whole(item, keep=keep, memo=memo) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(whole(item, memo) for item in value)
+        return [whole(item, keep=keep, memo=memo) for item in value]
     if not isinstance(value, DTensor):
         return value
     key = value.to_local().data_ptr(), value.shape
     if key not in memo:
-        memo[key] = value.detach().full_tensor().cpu()
+        full = value.detach().full_tensor()  # all take part
+        memo[key] = full.cpu() if keep else None
     return memo[key]
 
 

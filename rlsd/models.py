@@ -292,7 +292,8 @@ class MasterWeights:
         if not self.bf16:
             return weights
         return {
-            name: w.bfloat16() if w.is_floating_point() else w for name, w in weights.items()
+            name: w.bfloat16() if w is not None and w.is_floating_point() else w
+            for name, w in weights.items()
         }
 
 

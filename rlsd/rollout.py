@@ -73,6 +73,8 @@ def generate(model, tokenizer, prompts, config, *, images=None, greedy=False):
             ids, mask = left_pad(prompts[i : i + config.rollout_batch_size], pad_id, device)
             seen = (images or [None])[i : i + config.rollout_batch_size]
             extra = {"suppress_tokens": placeholders} if placeholders else {}
+            if getattr(model.config.get_text_config(), "output_router_logits", False):
+                extra["output_router_logits"] = False  # its loss is not for one token at a time
             if any(seen):
                 extra |= image_inputs(seen, ids, placeholders[0])
             out = model.generate(

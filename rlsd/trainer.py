@@ -119,9 +119,11 @@ class Trainer:
             config.lr_scheduler_type, self.optimizer, num_warmup_steps=config.warmup_steps,
             num_training_steps=config.max_steps * config.num_iterations,
         )
-        self.clock, self.step = Clock(self.model.device), 0
-        if resume_from:
-            self._restore(resume_from)
+        self.parts = checkpoint.Parts(
+            self.optimizer, self.scheduler, self.weights, self.teacher, self.reference
+        )
+        self.clock = Clock(self.model.device)
+        self.step = self.parts.load(resume_from) if resume_from else 0
 
     def train(self):
         """Run to config.max_steps; returns the records of metrics.jsonl in the main process."""
@@ -363,40 +365,13 @@ class Trainer:
 
     def save(self):
         """Write checkpoint-<step> of the run, whole or not at all."""
-        state = whole({
-            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "teacher": self.teacher.state_dict() if self.teacher else None,
-            "reference": self.reference.state_dict() if self.reference else None,
-            "masters": self.weights.state_dict(),
-            "teacher_model_kind": self.config.teacher_model_kind,
-        })
-        weights = self.weights.files(whole(self.model.state_dict()))
-        return self.processes.once(lambda: self._write(state, weights))
+        def card():
+            text = model_card(self.config, self.step, read_metrics(self.run_dir))
+            (self.run_dir / "README.md").write_text(text, encoding="utf-8")
+            return text
 
-    def _write(self, state, weights):
-        card = model_card(self.config, self.step, read_metrics(self.run_dir))
-        (self.run_dir / "README.md").write_text(card, encoding="utf-8")
         return checkpoint.save(
-            self.run_dir, self.step, self.model, self.processor or self.tokenizer, state,
-            weights=weights, limit=self.config.save_total_limit, card=card,
+            self.run_dir, self.step, self.model, self.processor or self.tokenizer, self.parts,
+            self.processes, sharded=self.config.sharded_checkpoints,
+            limit=self.config.save_total_limit, card=self.processes.once(card),
         )
-
-    def _restore(self, path):
-        """Optimizer, scheduler, teacher, reference, RNG and step from a checkpoint."""
-        state = checkpoint.load_state(path)
-        for part, owner in (("teacher", self.teacher), ("reference", self.reference)):
-            if owner is not None and state[part] is None:
-                raise UserError(f"The checkpoint {path} holds no {part}, which this run needs.")
-        if self.teacher and state["teacher_model_kind"] != self.teacher.kind:
-            raise UserError(
-                f"The checkpoint {path} holds a {state['teacher_model_kind']} teacher, but "
-                f"teacher_model_kind is {self.teacher.kind}."
-            )
-        with checkpoint.fitting(path):
-            for part, owner in (("teacher", self.teacher), ("reference", self.reference)):
-                if owner is not None:
-                    owner.load_state_dict(state[part])
-            self.weights.load_state_dict(state.get("masters"))
-            checkpoint.load_optimizer(self.optimizer, self.scheduler, state)
-        checkpoint.set_rng_state(state["rng"])
-        self.step = state["step"]

@@ -1,23 +1,51 @@
-"""One process of a distributed run with given rollouts; tests/test_distributed.py starts several.
+"""Runs of the trainer in worlds of several gloo processes, on given rollouts.
 
-    python distributed_run.py FOLDER OPTIONS.json [CHECKPOINT]
+    python distributed_run.py FOLDER
 
-The rollouts are made from the questions alone, so that every number of processes trains on the
-same. Writes FOLDER/result-<rank>.pt: the records of the steps, and the whole weights of student
-and teacher.
+The rollouts are made from the questions alone, so that every world trains on the same. Each world
+runs each case from the start, saves, and goes on from the checkpoint of another world; what its
+process r ends with is FOLDER/<world>/<case>-<r>.pt.
 """
 
-import json
+import os
+import socket
 import sys
 from pathlib import Path
 
 import torch
-from runs import make_trainer
+import torch.multiprocessing as mp
+from families import architecture
+from runs import WORDS, make_trainer, options
 
 import rlsd.trainer
+from rlsd.demo import save_model, word_tokenizer
 from rlsd.distributed import whole
 from rlsd.report import number
 from rlsd.rollout import Rollout
+
+WORLDS = {"plain": 0, "ddp-2": 2, "ddp-4": 4, "fsdp-1": 1, "fsdp-2": 2, "fsdp-4": 4}
+BASE = {
+    "max_steps": 3, "teacher_sync_steps": 2, "per_device_train_batch_size": 3, "rlsd_lambda": 1.0,
+}
+CASES = {
+    "dense": {"beta": 0.1, "num_iterations": 2},
+    "ema": {"teacher_model_kind": "ema", "teacher_ema_rate": 0.5, "gradient_checkpointing": True,
+            "sharded_checkpoints": True},
+    "lora": {
+        "use_peft": True, "lora_r": 4, "teacher_sync_steps": 1, "sharded_checkpoints": True,
+    },
+    "moe": {
+        "model_name_or_path": "qwen3-moe", "padding_free": True, "rlsd_negative_only": True,
+        "teacher_model_kind": "live",
+    },
+    "untied": {"model_name_or_path": "llama3", "teacher_model_kind": "base"},
+    "bf16": {"bf16": True, "teacher_sync_steps": 1, "sharded_checkpoints": True},
+}
+# Where a world goes on from; every kind of world reads what another kind, or size, has written.
+SAVED_BY = {
+    "plain": "fsdp-2", "ddp-2": "plain", "ddp-4": "fsdp-2", "fsdp-1": "ddp-2", "fsdp-2": "plain",
+    "fsdp-4": "fsdp-2",
+}
 
 
 def made_up(rows, config):
@@ -35,33 +63,75 @@ def made_up(rows, config):
     )
 
 
-def main(folder, options, resume_from=None):
-    torch.set_num_threads(1)
-    real = rlsd.trainer.roll_out
-
-    def rolled(model, tokenizer, rows, config, reward_funcs, processes, **kwargs):
-        shares = real(model, tokenizer, rows, config, reward_funcs, processes, **kwargs)
-        assert len(shares.texts) == len(rows)  # sampled too, but not trained on
+def with_made_up(real):
+    def roll_out(model, tokenizer, rows, config, *rest, **kwargs):
+        sampled = real(model, tokenizer, rows, config, *rest, **kwargs)
+        assert len(sampled.texts) == len(rows) == len(sampled.mask)
         return made_up(rows, config)
 
-    rlsd.trainer.roll_out = rolled
-    rlsd.trainer.plot_runs = lambda *_: None
-    trainer = make_trainer(Path(folder), resume_from=resume_from, **options)
+    return roll_out
+
+
+def run(folder, world, case, resume_from=None):
+    changed = {**BASE, **CASES[case], "save_steps": 1}
+    changed["output_dir"] = str(folder / world / f"{case}-run{'-on' if resume_from else ''}")
+    if resume_from:
+        (folder / world / f"{case}-run-on").mkdir(exist_ok=True)
+    if "model_name_or_path" in changed:
+        changed["model_name_or_path"] = str(folder / changed["model_name_or_path"])
+    trainer = make_trainer(folder, resume_from=resume_from, **changed)
+    (trainer.run_dir / "metrics.jsonl").parent.mkdir(exist_ok=True)
+    (trainer.run_dir / "metrics.jsonl").touch()
     records = []
     while trainer.step < trainer.config.max_steps:
         metrics, _ = trainer.train_step(trainer.step + 1)
         trainer.step += 1
         records.append({name: number(value) for name, value in metrics.items()})
-    if trainer.config.save_steps:
-        trainer.run_dir.mkdir(exist_ok=True)
-        (trainer.run_dir / "metrics.jsonl").touch()
-        trainer.save()
+        if trainer.step == 2 and not resume_from:
+            trainer.save()
+    teacher = trainer.teacher.state_dict()
+    name = f"{case}{'-on' if resume_from else ''}-{trainer.processes.rank}.pt"
     torch.save({
-        "records": records, "student": whole(trainer.model.state_dict()),
-        "teacher": whole(trainer.teacher.state_dict()) if trainer.teacher else None,
-        "sharded": type(next(trainer.model.parameters()).data).__name__,
-    }, Path(folder) / f"result-{trainer.processes.rank}.pt")
+        "records": records, "student": whole(dict(trainer.model.named_parameters())),
+        "teacher": whole(teacher.get("model") or teacher.get("adapter") or {}),
+        "kinds": sorted({type(p.data).__name__ for p in trainer.model.parameters()}),
+    }, folder / world / name)
+
+
+def process(rank, folder, world, port, resuming):
+    torch.set_num_threads(1)
+    rlsd.trainer.roll_out = with_made_up(rlsd.trainer.roll_out)
+    if WORLDS[world]:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLDS[world]),
+            "LOCAL_WORLD_SIZE": str(WORLDS[world]), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        }
+    if world.startswith("fsdp"):
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        }
+    for case in CASES:
+        saved = folder / SAVED_BY[world] / f"{case}-run" / "checkpoint-2"
+        run(folder, world, case, str(saved) if resuming else None)
+
+
+def main(folder):
+    folder = Path(folder)
+    options(folder)
+    for family in ("qwen3-moe", "llama3"):
+        save_model(architecture(family), word_tokenizer(WORDS), folder / family)
+    for resuming in (False, True):
+        for world, size in WORLDS.items():
+            (folder / world).mkdir(exist_ok=True)
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            mp.start_processes(
+                process, (folder, world, port, resuming), nprocs=max(1, size), start_method="fork"
+            )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), *sys.argv[3:])
+    main(sys.argv[1])
