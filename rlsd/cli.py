@@ -6,6 +6,7 @@ A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exi
 import dataclasses
 import importlib.metadata
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -98,7 +99,10 @@ def train(arguments):
         return 0
     options = parse_options(arguments)
     quiet_libraries()
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if not set(options) - {"seed", "output_dir", "max_steps", "num_seeds"}:
+        if several:
+            raise UserError("The demo runs in one process; start it as rlsd train.")
         from .demo import run_demo
 
         check_demo_options(options)
@@ -123,6 +127,11 @@ def train(arguments):
         options = run_options(run_dir, {**options, "output_dir": str(run_dir)})
     config = make_config(options)
     if config.model_name_or_path == "scratch" and resume is None:
+        if several:
+            raise UserError(
+                "model_name_or_path: scratch trains its model in one process; make it there, then "
+                "give its folder to all."
+            )
         from .demo import scratch_model
 
         require_new_folder(config.output_dir)
@@ -130,16 +139,21 @@ def train(arguments):
         require_new_folder(warm)
         config = dataclasses.replace(config, model_name_or_path=scratch_model(config, warm))
     trainer = Trainer(config, resume_from=resume_from)
-    print(
-        f"{config.objective}: {len(trainer.rows)} training questions, {len(trainer.held_out)} held "
-        f"out, steps {trainer.step + 1} to {config.max_steps}, in {config.output_dir}"
-    )
+    main = trainer.processes.main
+    if main:
+        print(
+            f"{config.objective}: {len(trainer.rows)} training questions, {len(trainer.held_out)} "
+            f"held out, steps {trainer.step + 1} to {config.max_steps}, in {config.output_dir}"
+            f"{trainer.processes}"
+        )
     try:
         trainer.train()
     except KeyboardInterrupt:
         safe = checkpoint.standing(config.output_dir)
         raise KeyboardInterrupt(f" after step {trainer.step}; {safe}") from None
-    print(f"Done: {checkpoint.latest(config.output_dir)}, {Path(config.output_dir) / 'curves.png'}")
+    if main:
+        curves = Path(config.output_dir) / "curves.png"
+        print(f"Done: {checkpoint.latest(config.output_dir)}, {curves}")
     return 0
 
 
@@ -264,7 +278,8 @@ def quiet_libraries():
     # The schedule counts rollout steps, and one without signal makes no optimizer step.
     warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
     logging.getLogger("rlsd_kernels").addHandler(logging.StreamHandler(sys.stdout))
-    logging.getLogger("rlsd_kernels").setLevel(logging.INFO)
+    main = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("rlsd_kernels").setLevel(logging.INFO if main else logging.WARNING)
 
 
 COMMANDS = {
@@ -291,7 +306,8 @@ def main(arguments=None):
             raise UserError(f"Unknown command {command!r}; there are {', '.join(COMMANDS)}.")
         return COMMANDS[command](rest)
     except UserError as error:
-        print(f"\nrlsd: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"\nrlsd{f' (process {rank})' * (rank != '0')}: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
         if (error.name or "").split(".")[0] in ("rlsd", "rlsd_kernels"):

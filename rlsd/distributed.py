@@ -17,6 +17,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import UserError
 
+# How the backends say that another process is gone: gloo, then NCCL.
+LOST = ("closed by peer", "reset by peer", "Connection refused", "NCCL", "ncclRemoteError")
+
 
 class Processes:
     """The processes of a run, as `accelerate launch` or `torchrun` started them; one without.
@@ -55,6 +58,10 @@ class Processes:
                 raise UserError("FSDP 1 is not supported; set fsdp_version: 2.")
             self.accelerator.state.fsdp_plugin = self.plugin
 
+    def __str__(self):
+        how = "sharded by FSDP2" if self.sharded else "replicated"
+        return f", on {self.size} processes, {how}" if self.accelerator else ""
+
     @property
     def main(self):
         return self.rank == 0
@@ -73,6 +80,18 @@ class Processes:
                 f"{pictures} of {len(rows)} rows have images; under FSDP2 all or none may, because "
                 "processes without one would not gather the weights of the vision tower."
             )
+
+    @contextlib.contextmanager
+    def united(self, standing):
+        """The end of another process, as a sentence; standing(): what is safe on disk."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not any(sign in str(error) for sign in LOST):
+                raise
+            raise UserError(
+                f"Another process of the run has ended, so this one stopped too; {standing()}."
+            ) from error
 
     def everywhere(self, function):
         """[function() of every process], by rank; what one raises, all raise."""

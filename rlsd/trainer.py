@@ -135,7 +135,7 @@ class Trainer:
         with Reporter(
             self.run_dir, dataclasses.asdict(config), config.report_to, config.max_steps, self.step,
             silent=not self.processes.main,
-        ) as report:
+        ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)):
             if self.step == 0 and config.eval_steps:
                 report.log(0, self.evaluate())
             while self.step < config.max_steps:

@@ -41,6 +41,8 @@ CASES = {
     "untied": {"model_name_or_path": "llama3", "teacher_model_kind": "base"},
     "bf16": {"bf16": True, "teacher_sync_steps": 1, "sharded_checkpoints": True},
 }
+# The worlds of two and of one run every case, the others those that share the most.
+CASES_OF = {world: CASES if size in (0, 2) else ("dense", "moe") for world, size in WORLDS.items()}
 # Where a world goes on from; every kind of world reads what another kind, or size, has written.
 SAVED_BY = {
     "plain": "fsdp-2", "ddp-2": "plain", "ddp-4": "fsdp-2", "fsdp-1": "ddp-2", "fsdp-2": "plain",
@@ -112,7 +114,7 @@ def process(rank, folder, world, port, resuming):
             "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         }
-    for case in CASES:
+    for case in CASES_OF[world]:
         saved = folder / SAVED_BY[world] / f"{case}-run" / "checkpoint-2"
         run(folder, world, case, str(saved) if resuming else None)
 

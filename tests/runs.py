@@ -210,15 +210,15 @@ def write_config(folder, **changed):
     return str(path)
 
 
-def child(*arguments):
+def child(*arguments, environment=()):
     """A Python process that can import the repository and these helpers, with one thread."""
     here = Path(__file__).parent
-    environment = os.environ | {
+    variables = os.environ | {
         "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, *arguments], env=variables | dict(environment), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # A suite that a shell started in the background ignores SIGINT, and so would the child.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )

@@ -1,14 +1,24 @@
 """Loss, gradient and weights do not depend on the number of processes, nor on how they share."""
 
+import json
 import math
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from distributed_run import CASES, WORLDS
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from distributed_run import CASES, CASES_OF, WORLDS
+from runs import child, write_config
+
+from rlsd import TrainConfig, UserError, checkpoint
+from rlsd.distributed import Processes
 
 HERE = Path(__file__).parent
 SIZES = {world: max(1, size) for world, size in WORLDS.items()}
@@ -28,7 +38,7 @@ def results(tmp_path_factory):
     return {
         (world, case, rank): torch.load(folder / world / f"{case}-{rank}.pt")
         for world, size in SIZES.items() for rank in range(size)
-        for one in CASES for case in (one, f"{one}-on")
+        for one in CASES_OF[world] for case in (one, f"{one}-on")
     }
 
 
@@ -40,8 +50,10 @@ def distance(got, want):
     return math.sqrt(error / norm) if norm else error
 
 
-@pytest.mark.parametrize("case", [*CASES, *(f"{case}-on" for case in CASES)])
-@pytest.mark.parametrize("world", [world for world in WORLDS if world != "plain"])
+@pytest.mark.parametrize("world, case", [
+    (world, f"{case}{on}") for world in WORLDS for case in CASES_OF[world] for on in ("", "-on")
+    if (world, on) != ("plain", "")
+])
 def test_a_world_of_processes_trains_as_one(world, case, results):
     want = results["plain", case.removesuffix("-on"), 0]
     for rank in range(SIZES[world]):
@@ -63,3 +75,97 @@ def test_the_cases_are_not_vacuous(results):
             assert record["grad_norm"] > 0.1 and record["live_sequences"] >= 12
         assert result["records"][0]["aux_loss"] > 0 or case != "moe"
         assert bool(result["teacher"]) == (case != "moe")
+
+
+def dying_reward(prompts, completions, completion_ids, **columns):
+    """Kills the second process at its third call."""
+    dying_reward.calls += 1
+    if os.environ["RANK"] == "1" and dying_reward.calls == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [sum(ids) % 5 / 4 for ids in completion_ids]
+
+
+dying_reward.calls = 0
+
+
+def failing_reward(prompts, completions, completion_ids, **columns):
+    """Fails on the second process alone, at its third call."""
+    failing_reward.calls += 1
+    if os.environ["RANK"] == "1" and failing_reward.calls == 3:
+        raise ValueError("the judge is out")
+    return [sum(ids) % 5 / 4 for ids in completion_ids]
+
+
+failing_reward.calls = 0
+
+
+def launch(folder, accelerate_config, **changed):
+    """`rlsd train` on two gloo processes; returns (exit status, stdout, stderr).
+
+    With the environment that `accelerate launch` makes of a file; on the CPU it starts no two.
+    """
+    configs = HERE.parent / "configs" / "accelerate"
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(
+        ["--config_file", str(configs / accelerate_config), "-m", "rlsd.cli"]
+    ))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        args.main_process_port = free.getsockname()[1]
+    made = prepare_multi_gpu_env(args)
+    ours = {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+    done = child(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+        str(args.main_process_port), "-m", "rlsd.cli", "train", "--config",
+        write_config(folder, max_steps=4, save_steps=1, **changed),
+        environment=ours | {"ACCELERATE_USE_CPU": "true"},
+    )
+    out, err = done.communicate(timeout=300)
+    return done.returncode, out, err
+
+
+def test_the_shipped_configuration_shards(tmp_path):
+    status, out, err = launch(tmp_path, "fsdp2.yaml", eval_steps=4)
+    assert status == 0, err
+    assert "on 2 processes, sharded by FSDP2" in out and out.count("Done: ") == 1
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert (tmp_path / "run" / "checkpoint-4" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("reward, words", [
+    ("dying_reward", r"Another process of the run has ended.*checkpoint-2"),
+    ("failing_reward", r"rlsd: .*the judge is out.*all 2 steps before are safe in .*checkpoint-2"),
+])
+def test_the_end_of_one_process_ends_the_run_and_loses_nothing(reward, words, tmp_path):
+    status, _, err = launch(
+        tmp_path, "ddp.yaml", reward_funcs=[f"test_distributed.{reward}"]
+    )
+    assert status != 0
+    assert re.search(words, err), err
+    assert "rlsd/trainer.py" not in err, err  # the only traceback is the launcher's own
+    folder = tmp_path / "run" / "checkpoint-2"
+    assert checkpoint.latest(tmp_path / "run") == folder
+    assert checkpoint.load_state(folder)["step"] == 2
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed's engine .* shard with FSDP2 instead"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+    ({"WORLD_SIZE": "2"}, "make generation_batch_size a multiple of num_generations times 2"),
+])
+def test_what_cannot_be_honoured_is_one_sentence(variables, words, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if "WORLD_SIZE" in variables:
+        ours = Processes.__new__(Processes)
+        ours.size, ours.sharded = 2, False
+        with pytest.raises(UserError, match=words):
+            ours.require_room_for(3, [])
+        return
+    for name, value in {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        Processes(TrainConfig(device="cpu"))
