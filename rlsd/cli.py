@@ -168,6 +168,7 @@ def evaluate(arguments):
     from .evaluation import evaluate as run
     from .evaluation import summary
     from .rewards import load_reward_funcs
+    from .rollout import choose_sampler
 
     functions = load_reward_funcs(config.reward_funcs, config)
     tokenizer = load_tokenizer(str(path))
@@ -179,7 +180,8 @@ def evaluate(arguments):
         )
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model = load_model(str(path), config.device, dtype=dtype)
-    metrics = run(model, tokenizer, held_out, config, functions, config.seed)
+    sample = choose_sampler(model, tokenizer, dataclasses.replace(config, use_vllm=False))
+    metrics = run(model, tokenizer, held_out, config, functions, config.seed, sample)
     print(f"{path} on {len(held_out)} held-out questions, [95 % interval]")
     for name, text in summary(metrics):
         print(f"  {name:<24}{text}")

@@ -35,6 +35,7 @@ from .objectives import (
     Batch,
     log_probs_under,
     router_totals,
+    sampling_metrics,
     student_terms,
     teacher_inputs,
     token_weights,
@@ -52,7 +53,7 @@ from .report import (
     write_completions,
 )
 from .rewards import RewardError, load_reward_funcs, reward_metrics
-from .rollout import leak_rate, require_room, roll_out
+from .rollout import choose_sampler, leak_rate, require_room, roll_out
 from .teacher import Teacher
 
 
@@ -88,6 +89,7 @@ class Trainer:
         self.router = router_of(self.model, config.router_aux_loss_coef)
         open_forward(self.model)
         require_room(self.model, [*self.rows, *self.held_out], config)
+        self.sample = choose_sampler(self.model, self.tokenizer, config, log)
         self.optimizer = torch.optim.AdamW(
             self.weights.masters, lr=config.learning_rate, weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -160,7 +162,7 @@ class Trainer:
         with memory_named("evaluating", "rollout_batch_size", self.run_dir):
             metrics = evaluate(
                 self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
-                self.config.seed,
+                self.config.seed, self.sample,
             )
         return metrics | {"time/eval": time.monotonic() - began}
 
@@ -176,7 +178,9 @@ class Trainer:
         with self.clock("rollout"), memory_named(
             "sampling", "rollout_batch_size or max_completion_length", self.run_dir
         ):
-            rollout = roll_out(self.model, self.tokenizer, rows, config, self.reward_funcs)
+            rollout = roll_out(
+                self.model, self.tokenizer, rows, config, self.reward_funcs, sample=self.sample
+            )
         advantages = group_advantages(
             rollout.rewards, config.num_generations, config.scale_rewards
         ).to(rollout.mask.device)
@@ -250,6 +254,7 @@ class Trainer:
             images=[rollout.rows[i].get("_images") for i in live],
             completion_ids=rollout.completion_ids[live], mask=mask[live],
             advantages=advantages[live], loss_weights=weights[live],
+            sampling_log_probs=rollout.sampling_log_probs[live],
         )
         if self.reference is not None and live:
             with self.clock("teacher"), self.reference.scoring() as reference:
@@ -306,6 +311,7 @@ class Trainer:
                         self.model, self.head, part, self.layout, lam, loss_config, teacher,
                         impl=config.impl, router=self.router, totals=totals,
                         check_at=step if k == 0 and check else None,
+                        sampling_clip_max=config.sampling_clip_max(),
                     )
                     (out.loss + aux).backward()
                     loss, aux_loss = loss + out.loss.item(), aux_loss + aux.item()
@@ -338,6 +344,7 @@ class Trainer:
         if stats:
             merged = {k: v.item() for k, v in merge_stats(stats).items()}
             metrics = {k: v for k, v in merged.items() if not k.startswith("tokens/")} | metrics
+            metrics |= sampling_metrics(batch, outputs[0], config.sampling_clip_max())
         return metrics, outputs
 
     def _require_finite(self, loss, grad_norm, step):
