@@ -183,6 +183,7 @@ def evaluate(arguments):
     from .evaluation import evaluate as run
     from .evaluation import summary
     from .rewards import load_reward_funcs
+    from .rollout import choose_sampler
 
     functions = load_reward_funcs(config.reward_funcs, config)
     tokenizer = load_tokenizer(str(path))
@@ -195,7 +196,9 @@ def evaluate(arguments):
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model = load_model(str(path), config.device, dtype=dtype)
     processes = Processes(config)
-    metrics = run(model, tokenizer, held_out, config, functions, config.seed, processes)
+    config = dataclasses.replace(config, use_vllm=False)
+    sample = choose_sampler(model, tokenizer, config, processes)
+    metrics = run(model, tokenizer, held_out, config, functions, config.seed, processes, sample)
     if not processes.main:
         return 0
     print(f"{path} on {len(held_out)} held-out questions, [95 % interval]")

@@ -90,6 +90,34 @@ class TrainConfig:
     )
     max_completion_length: int = option(256, "longer completions end without EOS")
     temperature: float = option(1.0, "of sampling, and of the log-probs of both contexts")
+    use_transformers_continuous_batching: bool | None = option(
+        None, "transformers' continuous batching; default: on a GPU, where it can run the model"
+    )
+    transformers_continuous_batching_config: dict = option(
+        dict, "options of its ContinuousBatchingConfig, as max_memory_percent of the free memory"
+    )
+    use_vllm: bool = option(False, "sample by vLLM; needs trl and vllm, see docs/training.md")
+    vllm_mode: str = option("colocate", "colocate: in this process; server: a running vllm serve")
+    vllm_server_base_url: str | None = option(
+        None, "of the server, as http://host:8000; replaces host and port"
+    )
+    vllm_server_host: str = option("0.0.0.0", "of the server")
+    vllm_server_port: int = option(8000, "of the server")
+    vllm_server_timeout: float = option(240.0, "seconds to wait for the server to be up")
+    vllm_group_port: int = option(51216, "of the group that sends weights to the server")
+    vllm_gpu_memory_utilization: float = option(0.3, "share of the GPU for colocated vLLM")
+    vllm_max_model_length: int | None = option(
+        None, "tokens of prompt and completion in colocated vLLM; default: the model's"
+    )
+    vllm_enable_sleep_mode: bool = option(
+        False, "free the memory of colocated vLLM while the model is updated"
+    )
+    vllm_importance_sampling_correction: bool | None = option(
+        None, "weigh every token's loss by pi_train / pi_sampler; default: with vLLM only"
+    )
+    vllm_importance_sampling_clip_max: float = option(
+        3.0, "upper bound of that weight (token_truncate in TRL)"
+    )
     reward_funcs: list[str] = option(
         lambda: ["exact_match"],
         "exact_match, reasoning_gym, math_verify, format_reward, soft_overlong_punishment, "
@@ -239,6 +267,7 @@ class TrainConfig:
                     f"{name} must be a positive number of seconds, but got {getattr(self, name)}."
                 )
         self._check_split_and_format()
+        self._check_sampler()
         for part in ("{prompt}", "{privileged_context}"):
             if self.privileged_template.count(part) != 1:
                 raise UserError(f"privileged_template must contain {part} exactly once.")
@@ -271,6 +300,21 @@ class TrainConfig:
                 f"expression, but got {pattern!r}."
             )
 
+    def _check_sampler(self):
+        if self.use_vllm and self.use_transformers_continuous_batching:
+            raise UserError("Set use_vllm or use_transformers_continuous_batching, but not both.")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise UserError(
+                "vllm_gpu_memory_utilization must be in (0, 1], but got "
+                f"{self.vllm_gpu_memory_utilization}."
+            )
+
+    def sampling_clip_max(self):
+        """Upper bound of pi_train / pi_sampler in the loss, or None where it is not corrected."""
+        wanted = self.vllm_importance_sampling_correction
+        wanted = self.use_vllm if wanted is None else wanted
+        return self.vllm_importance_sampling_clip_max if wanted else None
+
     def loss_config(self):
         """The scalars of the loss; lambda of the GRPO objective is 0."""
         names = [f.name for f in dataclasses.fields(RLSDLossConfig)]
@@ -290,6 +334,7 @@ _CHOICES = {
     "lr_scheduler_type": LR_SCHEDULERS,
     "impl": ("auto", "cuda", "triton", "torch", "ref"),
     "report_to": ("tensorboard", "none"),
+    "vllm_mode": ("colocate", "server"),
 }
 _AT_LEAST = {
     "scratch_steps": 1, "seed": 0, "dataset_size": 1, "eval_size": 0, "max_prompt_length": 1,
@@ -300,7 +345,8 @@ _AT_LEAST = {
     "lora_alpha": 1, "router_aux_loss_coef": 0, "warmup_steps": 0, "weight_decay": 0,
     "eval_steps": 0, "logging_steps": 1, "save_steps": 0, "save_total_limit": 1,
     "log_completions_steps": 0, "validate_every": 0, "num_generations_eval": 1,
-    "soft_punish_cache": 1, "code_memory_mb": 16,
+    "soft_punish_cache": 1, "code_memory_mb": 16, "vllm_server_port": 1, "vllm_group_port": 1,
+    "vllm_server_timeout": 0, "vllm_max_model_length": 1, "vllm_importance_sampling_clip_max": 1,
 }
 
 
@@ -327,7 +373,10 @@ def _coerce(name, value, hint):
     raise UserError(f"{name} must be {_NAMES.get(hint, hint)}, but got {value!r}.")
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_NAMES = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+    dict: "a mapping of options",
+}
 
 
 def make_config(options):

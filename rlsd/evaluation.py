@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .rollout import leak_rate, roll_out
+from .rollout import generate, leak_rate, roll_out
 
 Z = 1.959964  # of a two-sided 95 % interval
 
@@ -45,11 +45,14 @@ def ks_of(n):
     return sorted({*(2**i for i in range(n.bit_length()) if 2**i < n), n})
 
 
-def evaluate(model, tokenizer, rows, config, reward_funcs, seed, processes):
+def evaluate(
+    model, tokenizer, rows, config, reward_funcs, seed, processes, sample=generate
+):
     """Held-out metrics, greedy and sampled: the share of full marks, 1, of the first function.
 
     Samples num_generations_eval completions per question. Every eval/pass@* has its interval in
-    eval/pass@*_low and eval/pass@*_high. The random state of training is left as it was.
+    eval/pass@*_low and eval/pass@*_high. sample: what choose_sampler returned.
+    The random state of training is left as it was.
     """
     metrics = {}
     cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -59,7 +62,7 @@ def evaluate(model, tokenizer, rows, config, reward_funcs, seed, processes):
             n = 1 if greedy else config.num_generations_eval
             out = roll_out(
                 model, tokenizer, [row for row in rows for _ in range(n)], config, reward_funcs,
-                processes, greedy=greedy,
+                processes, greedy=greedy, sample=sample,
             )
             right = (out.rewards_per_func[:, 0] >= 1).view(len(rows), n).sum(1).tolist()
             for k in ks_of(n):

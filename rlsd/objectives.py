@@ -3,6 +3,7 @@
 grpo and rlsd share one objective: GRPO is RLSD with lambda 0, and then no teacher is run.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     ref_log_probs: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
     teacher_log_probs: torch.Tensor | None = None
+    sampling_log_probs: torch.Tensor | None = None  # as the tokens were drawn; NaN: not known
 
     def lengths(self):
         """(longest prompt, completion) tokens of each sequence."""
@@ -125,6 +127,39 @@ def batch_inputs(head, batch, rlsd_lambda, config):
     }
 
 
+def importance_ratio(log_probs, sampling_log_probs, clip_max):
+    """(B, T) min(pi_train / pi_sampler, clip_max), without gradient; 1 where the latter is NaN.
+
+    Truncated importance sampling: loss weights times it make a sum over tokens that another engine
+    drew an estimate for the policy that is trained, at a bounded variance.
+    """
+    difference = torch.nan_to_num(log_probs.detach() - sampling_log_probs, nan=0.0)
+    return difference.clamp(max=math.log(clip_max)).exp()
+
+
+def sampling_metrics(batch, log_probs, clip_max):
+    """How far the sampler's log-probs lie from (B, T) log_probs of the first training pass.
+
+    Over unmasked tokens of live sequences; the ratio only where it is in the loss (clip_max given).
+    """
+    drawn = batch.sampling_log_probs
+    if drawn is None:
+        return {}
+    known = batch.mask & ~drawn.isnan()
+    if not known.any():
+        return {}
+    apart = (log_probs - drawn)[known].abs()
+    metrics = {
+        "sampling/sampling_logp_difference/mean": apart.mean().item(),
+        "sampling/sampling_logp_difference/max": apart.max().item(),
+    }
+    if clip_max is not None:
+        ratio = importance_ratio(log_probs, drawn, clip_max)[batch.mask]
+        for name in ("min", "mean", "max"):
+            metrics[f"sampling/importance_sampling_ratio/{name}"] = getattr(ratio, name)().item()
+    return metrics
+
+
 class Terms(NamedTuple):
     """What one micro-batch contributes."""
 
@@ -135,18 +170,30 @@ class Terms(NamedTuple):
 
 def student_terms(
     model, head, batch, layout, rlsd_lambda, config, teacher, *, impl, router=None, totals=None,
-    check_at=None,
+    check_at=None, sampling_clip_max=None,
 ):
     """Terms of one micro-batch, student forward included; teacher: its arguments of the loss.
 
     router, totals: models.Router and router_totals. check_at: the step, where the loss is also to
-    be held against impl="ref".
+    be held against impl="ref". sampling_clip_max: importance_ratio's, where loss weights are to be
+    multiplied by it; on the first pass the head then runs twice, for the ratio comes before the
+    loss.
     """
     recorded = [] if router else None
     inputs = teacher | batch_inputs(head, batch, rlsd_lambda, config)
 
     def of_head(hidden, weight, bias):
         given = inputs | {"hidden": hidden, "weight": weight, "bias": bias}
+        if sampling_clip_max is not None:
+            old = batch.old_log_probs
+            if old is None:
+                with torch.no_grad():
+                    old = linear_log_probs(
+                        hidden, weight, batch.completion_ids, bias=bias, impl=impl,
+                        temperature=config.temperature, **head._asdict(),
+                    )
+            ratio = importance_ratio(old, batch.sampling_log_probs, sampling_clip_max)
+            given["loss_weights"] = torch.where(batch.mask, batch.loss_weights * ratio, 0.0)
         errors = {}
         if check_at is not None:
             errors = deviation_from_ref(given, impl)

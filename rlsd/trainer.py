@@ -37,6 +37,7 @@ from .objectives import (
     Batch,
     log_probs_under,
     router_totals,
+    sampling_metrics,
     student_terms,
     teacher_inputs,
     token_weights,
@@ -54,7 +55,7 @@ from .report import (
     write_completions,
 )
 from .rewards import RewardError, load_reward_funcs, reward_metrics
-from .rollout import loss_mask, require_room, roll_out, rollout_metrics
+from .rollout import choose_sampler, loss_mask, require_room, roll_out, rollout_metrics
 from .teacher import Teacher
 
 
@@ -94,6 +95,7 @@ class Trainer:
         self.router = router_of(self.model, config.router_aux_loss_coef)
         open_forward(self.model)
         require_room(self.model, [*self.rows, *self.held_out], config)
+        self.sample = choose_sampler(self.model, self.tokenizer, config, self.processes, log)
         self.flops, self.peak_flops = Flops(self.model), peak_flops(self.model.device)
         shard, self.teacher = self.processes.shard, None
         if self.processes.sharded:
@@ -178,7 +180,7 @@ class Trainer:
         with memory_named("evaluating", "rollout_batch_size", self.run_dir):
             metrics = evaluate(
                 self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
-                self.config.seed, self.processes,
+                self.config.seed, self.processes, self.sample,
             )
         return metrics | {"time/eval": time.monotonic() - began}
 
@@ -194,7 +196,8 @@ class Trainer:
             "sampling", "rollout_batch_size or max_completion_length", self.run_dir
         ):
             rollout = roll_out(
-                self.model, self.tokenizer, rows, config, self.reward_funcs, self.processes
+                self.model, self.tokenizer, rows, config, self.reward_funcs, self.processes,
+                sample=self.sample,
             )
         advantages = group_advantages(
             rollout.rewards, config.num_generations, config.scale_rewards
@@ -251,6 +254,7 @@ class Trainer:
             images=[rollout.rows[i].get("_images") for i in live],
             completion_ids=rollout.completion_ids[live], mask=mask[live],
             advantages=advantages[live], loss_weights=weights[live],
+            sampling_log_probs=rollout.sampling_log_probs[live],
         )
         if self.reference is not None and live:
             with self.clock("teacher"), self.reference.scoring() as reference:
@@ -313,6 +317,7 @@ class Trainer:
                         self.model, self.head, part, self.layout, lam, loss_config, teacher,
                         impl=config.impl, router=self.router, totals=totals,
                         check_at=step if k == 0 and check else None,
+                        sampling_clip_max=config.sampling_clip_max(),
                     )
                     aux = aux * bool(rows)
                     ((out.loss + aux) * self.processes.loss_scale()).backward()
@@ -352,6 +357,7 @@ class Trainer:
         if stats:
             merged = {k: v.item() for k, v in merge_stats(stats).items()}
             metrics = {k: v for k, v in merged.items() if not k.startswith("tokens/")} | metrics
+            metrics |= sampling_metrics(batch, outputs[0], config.sampling_clip_max())
         return metrics, outputs
 
     def _require_finite(self, loss, grad_norm, step):

@@ -28,7 +28,7 @@ BASE = {
     "max_steps": 3, "teacher_sync_steps": 2, "per_device_train_batch_size": 3, "rlsd_lambda": 1.0,
 }
 CASES = {
-    "dense": {"beta": 0.1, "num_iterations": 2},
+    "dense": {"beta": 0.1, "num_iterations": 2, "vllm_importance_sampling_correction": True},
     "ema": {"teacher_model_kind": "ema", "teacher_ema_rate": 0.5, "gradient_checkpointing": True,
             "sharded_checkpoints": True},
     "lora": {
@@ -61,7 +61,7 @@ def made_up(rows, config):
     rewards[: config.num_generations] = 1.0  # a group without signal
     return Rollout(
         rows, ids, mask, [""] * len(rows), torch.zeros(len(rows), dtype=torch.bool), rewards,
-        rewards[:, None],
+        rewards[:, None], -(ids % 7).float(),
     )
 
 

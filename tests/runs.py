@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import re
@@ -131,6 +132,15 @@ def naive_lambda(step, config):
     return config.rlsd_lambda * max(1 - step / config.rlsd_lambda_decay_steps, 0)
 
 
+def naive_correction(old, drawn, config):
+    """min(pi_old / pi_sampler, bound) of each token; 1 where the sampler gave none."""
+    if not config.vllm_importance_sampling_correction:
+        return 1.0
+    ratio = [math.exp(o - d) if d == d else 1.0
+             for o, d in zip(old.tolist(), drawn.tolist(), strict=True)]
+    return torch.tensor([min(r, config.vllm_importance_sampling_clip_max) for r in ratio])
+
+
 def naive_step(model, teacher, reference, optimizer, tokenizer, rollout, step, config):
     """Section 1 of the method, one sequence at a time; returns parameters per optimizer step."""
     lam = naive_lambda(step, config)
@@ -138,11 +148,14 @@ def naive_step(model, teacher, reference, optimizer, tokenizer, rollout, step, c
     advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6))
     advantages = advantages.flatten().tolist()
     sequences = []
-    for row, ids, mask, truncated in zip(
-        rollout.rows, rollout.completion_ids, rollout.mask, rollout.truncated, strict=True
+    drawn = []
+    for row, ids, mask, truncated, log_probs in zip(
+        rollout.rows, rollout.completion_ids, rollout.mask, rollout.truncated,
+        rollout.sampling_log_probs, strict=True,
     ):
         drop = config.mask_truncated_completions and bool(truncated)
         sequences.append((row, [] if drop else ids[mask].tolist()))
+        drawn.append(log_probs[mask])
     lengths = [len(completion) for _, completion in sequences]
     hinted, ref, old, after = {}, {}, {}, []
     with torch.no_grad():
@@ -171,7 +184,8 @@ def naive_step(model, teacher, reference, optimizer, tokenizer, rollout, step, c
             if advantages[i] < 0 and config.delta is not None:
                 token = torch.minimum(token, -a_hat * config.delta)
             kl = torch.exp(ref[i] - lp) - (ref[i] - lp) - 1
-            loss = loss + naive_weight(len(y), lengths, config) * (token + config.beta * kl).sum()
+            token = naive_correction(old[i], drawn[i], config) * (token + config.beta * kl)
+            loss = loss + naive_weight(len(y), lengths, config) * token.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

@@ -175,7 +175,7 @@ def test_greedy_completions_follow_the_models_own_logits(folder):
     tokenizer, given = load_tokenizer(str(folder)), tokenized(folder)
     config = make_config({"max_completion_length": 4})
     images = [row.get("_images") for row in given]
-    ids, mask, _ = generate(
+    ids, mask, _, _ = generate(
         model, tokenizer, [row["prompt_ids"] for row in given], config, images=images, greedy=True
     )
     banned = [model.config.image_token_id, model.config.video_token_id]

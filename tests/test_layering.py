@@ -18,9 +18,9 @@ KERNEL_ORDER = [
 ]
 TRAINER_ORDER = [
     ["cli"], ["validate", "bench"], ["demo"], ["trainer"], ["report"], ["objectives"], ["teacher"],
-    ["models"], ["evaluation"], ["rollout"], ["packing"], ["checkpoint"], ["rewards"], ["data"],
-    ["grader"], ["math_judge"], ["sandbox"], ["prompts"], ["images"], ["advantages"],
-    ["distributed"], ["config"], ["measure"],
+    ["models"], ["evaluation"], ["rollout"], ["vllm_sampler"], ["packing"], ["checkpoint"],
+    ["rewards"], ["data"], ["grader"], ["math_judge"], ["sandbox"], ["prompts"], ["images"],
+    ["advantages"], ["distributed"], ["config"], ["measure"],
 ]
 TORCH_ONLY = {"torch", "rlsd_kernels"} | sys.stdlib_module_names
 

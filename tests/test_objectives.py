@@ -15,7 +15,9 @@ from rlsd.objectives import (
     Batch,
     batch_inputs,
     deviation_from_ref,
+    importance_ratio,
     require_contract,
+    sampling_metrics,
     teacher_hidden,
     teacher_inputs,
 )
@@ -381,3 +383,34 @@ def test_a_biased_head_scores_the_teacher_with_its_own_bias():
         logits = teacher(input_ids=torch.tensor([prompt + y.tolist()])).logits[0]
         want = logits[len(prompt) - 1 : -1].log_softmax(-1)[torch.arange(len(y)), y]
         torch.testing.assert_close(got[i][batch.mask[i]], want.detach(), atol=1e-4, rtol=0)
+
+
+def test_importance_ratio_is_truncated_above_and_has_no_gradient():
+    nan = float("nan")
+    log_probs = torch.tensor([-1.0, -1.0, -1.0, -90.0, -2.0], requires_grad=True)
+    drawn = torch.tensor([-1.5, -9.0, -0.5, -1.0, nan])
+    got = importance_ratio(log_probs, drawn, 2.0)
+    assert got.tolist() == pytest.approx([math.exp(0.5), 2.0, math.exp(-0.5), 0.0, 1.0])
+    assert not got.requires_grad
+
+
+def test_sampling_metrics_are_over_known_unmasked_tokens():
+    nan = float("nan")
+    made = Batch(
+        prompts=[], teacher_prompts=[], images=[], advantages=None, loss_weights=None,
+        completion_ids=None, mask=torch.tensor([[True, True, True], [True, False, False]]),
+        sampling_log_probs=torch.tensor([[-1.0, -2.0, nan], [-4.0, 0.0, 0.0]]),
+    )
+    log_probs = torch.tensor([[-1.5, -1.0, -7.0], [-4.25, 55.0, -55.0]])
+    want = {
+        "sampling/sampling_logp_difference/mean": (0.5 + 1.0 + 0.25) / 3,
+        "sampling/sampling_logp_difference/max": 1.0,
+    }
+    assert sampling_metrics(made, log_probs, None) == pytest.approx(want)
+    ratios = [math.exp(-0.5), 2.0, 1.0, math.exp(-0.25)]  # exp(1) is cut; no log-prob, no weight
+    assert sampling_metrics(made, log_probs, 2.0) == pytest.approx(want | {
+        "sampling/importance_sampling_ratio/min": min(ratios),
+        "sampling/importance_sampling_ratio/mean": sum(ratios) / 4,
+        "sampling/importance_sampling_ratio/max": 2.0,
+    })
+    assert sampling_metrics(made._replace(sampling_log_probs=None), log_probs, None) == {}
