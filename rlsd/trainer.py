@@ -1,8 +1,9 @@
 """The whole RLSD loop: sample groups, verify, score in the privileged context, one fused update.
 
-One rollout step: questions -> G completions each -> rewards -> group advantages -> dead sequences
-(A = 0) dropped -> teacher forward where lambda > 0, student forward -> fused loss -> optimizer ->
-teacher sync. Masters are fp32; neither micro-batches nor packing change loss or gradient.
+One rollout step: questions -> G completions each -> rewards -> group advantages -> sequences
+without a gradient dropped -> teacher forward where one is read, student forward -> the objective's
+loss -> optimizer -> teacher sync. Masters are fp32; neither micro-batches nor packing change loss
+or gradient. Of sft the reference solutions take the place of the completions.
 """
 
 import dataclasses
@@ -17,9 +18,10 @@ from rlsd_kernels import aggregation_weights, available_impls, merge_stats
 
 from . import checkpoint
 from .advantages import group_advantages, rlsd_lambda_at
-from .config import TrainConfig, UserError
+from .config import DISTILLING, TrainConfig, UserError
 from .data import load_data, rows_of_step
 from .evaluation import evaluate
+from .leak import leak_metrics
 from .models import (
     Flops,
     checkpoint_layers,
@@ -33,10 +35,12 @@ from .models import (
 )
 from .objectives import (
     Batch,
+    has_signal,
     log_probs_under,
     router_totals,
     student_terms,
     teacher_inputs,
+    teacher_prompts,
     token_weights,
 )
 from .packing import micro_batches
@@ -52,12 +56,12 @@ from .report import (
     write_completions,
 )
 from .rewards import RewardError, load_reward_funcs, reward_metrics
-from .rollout import leak_rate, require_room, roll_out
-from .teacher import Teacher
+from .rollout import references, require_room, roll_out, rollout_metrics
+from .teacher import Teacher, external_teacher
 
 
 class Trainer:
-    """Trains a causal LM by RLSD or GRPO.
+    """Trains a causal LM by RLSD, GRPO or another objective of rlsd.objectives.LOSSES.
 
     config: TrainConfig. reward_funcs: callables that replace config.reward_funcs. resume_from: a
     checkpoint folder. Raises UserError, in one sentence, on anything a user can fix.
@@ -97,7 +101,11 @@ class Trainer:
             num_training_steps=config.max_steps * config.num_iterations,
         )
         self.teacher = None
-        if self.loss_config.rlsd_lambda > 0:
+        if config.objective == "opd":
+            self.teacher = external_teacher(
+                config, self.tokenizer, self.model, self.head, self.layout
+            )
+        elif self.loss_config.rlsd_lambda > 0 or config.objective in DISTILLING:
             self.teacher = Teacher(
                 self.model, config.teacher_model_kind, sync_steps=config.teacher_sync_steps,
                 ema_rate=config.teacher_ema_rate,
@@ -171,16 +179,22 @@ class Trainer:
         # from Python's) or a resume, then cannot change a reward function that draws.
         transformers.set_seed((config.seed * 1_000_003 + step) % 2**32)
         questions = config.generation_batch_size // config.num_generations
+        supervised = config.objective == "sft"
+        size = 1 if supervised else config.num_generations
         rows = rows_of_step(self.rows, questions, step, config.seed)
-        rows = [row for row in rows for _ in range(config.num_generations)]
+        rows = [row for row in rows for _ in range(size)]
         with self.clock("rollout"), memory_named(
             "sampling", "rollout_batch_size or max_completion_length", self.run_dir
         ):
-            rollout = roll_out(self.model, self.tokenizer, rows, config, self.reward_funcs)
-        advantages = group_advantages(
-            rollout.rewards, config.num_generations, config.scale_rewards
-        ).to(rollout.mask.device)
-        rolled = time.monotonic()
+            if supervised:
+                rollout = references(
+                    rows, self.tokenizer, config, self.reward_funcs, self.model.device
+                )
+                advantages = torch.ones(len(rows))
+            else:
+                rollout = roll_out(self.model, self.tokenizer, rows, config, self.reward_funcs)
+                advantages = group_advantages(rollout.rewards, size, config.scale_rewards)
+        advantages, rolled = advantages.to(rollout.mask.device), time.monotonic()
 
         with memory_named(
             "training", "per_device_train_batch_size or max_tokens_per_micro_batch, or set "
@@ -191,26 +205,15 @@ class Trainer:
         if self.teacher:
             self.teacher.after_step(step)
 
-        unmasked = self._mask(rollout).sum()
-        active = (self._mask(rollout) & (advantages != 0)[:, None]).sum()
-        groups = rollout.rewards.view(-1, config.num_generations)
-        metrics |= {
-            "reward": rollout.rewards.mean().item(),
-            "reward_std": groups.std(1).mean().item(),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).double().mean().item(),
-            "completions/mean_length": rollout.mask.sum(1).double().mean().item(),
-            "completions/clipped_ratio": rollout.truncated.double().mean().item(),
-            "rlsd/active_token_frac": (active / unmasked.clamp(min=1)).item(),
-            "live_sequences": len(live),
-            "time/update": time.monotonic() - rolled,
-        }
+        metrics |= rollout_metrics(rollout, advantages, self._mask(rollout), size)
+        metrics |= {"live_sequences": len(live), "time/update": time.monotonic() - rolled}
         metrics |= self.clock.metrics(
             rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows),
             self.flops.update(batch, config), self.peak_flops,
         )
         metrics |= reward_metrics(self.reward_funcs, rollout.rewards_per_func)
-        if config.leak_markers:
-            metrics["leak_rate"] = leak_rate(rollout.texts, config.leak_markers)
+        if not supervised:
+            metrics |= leak_metrics(rollout, config, "leak_rate")
         samples = None
         if config.log_completions_steps and step % config.log_completions_steps == 0:
             weights = torch.ones_like(rollout.mask, dtype=torch.float32)
@@ -233,20 +236,14 @@ class Trainer:
         weights = aggregation_weights(
             mask, config.loss_type, max_completion_length=config.max_completion_length
         )
-        alive = mask.any(1)
-        if config.beta == 0 and config.entropy_coef == 0:
-            alive = alive & (advantages != 0)
+        privileged = teacher_prompts(
+            rollout, advantages, self._lambda(step), step, self.tokenizer, config
+        )
+        alive = mask.any(1) & has_signal(privileged, advantages, config)
         live = alive.nonzero().squeeze(1).tolist()
-        use_teacher = self._lambda(step) > 0
-        blamed_only = config.rlsd_negative_only
         batch = Batch(
             prompts=[rollout.rows[i]["prompt_ids"] for i in live],
-            teacher_prompts=[
-                rollout.rows[i]["teacher_prompt_ids"]
-                if use_teacher and (advantages[i] < 0 if blamed_only else advantages[i] != 0)
-                else None
-                for i in live
-            ],
+            teacher_prompts=[privileged[i] for i in live],
             images=[rollout.rows[i].get("_images") for i in live],
             completion_ids=rollout.completion_ids[live], mask=mask[live],
             advantages=advantages[live], loss_weights=weights[live],
@@ -288,6 +285,7 @@ class Trainer:
         }
         outputs = (torch.zeros_like(batch.loss_weights), torch.zeros_like(batch.loss_weights))
         stats, check = [], config.validate_every and step % config.validate_every == 0
+        distilling = config.objective in DISTILLING
         for iteration in range(config.num_iterations):
             self.optimizer.zero_grad(set_to_none=True)
             loss, aux_loss, parts, totals = 0.0, 0.0, self._micro_batches(batch), None
@@ -296,15 +294,16 @@ class Trainer:
                     totals = router_totals(self.router, self.model, batch, parts, self.layout)
             for k, rows in enumerate(parts):
                 part, teacher = batch.select(rows), {}
-                if lam > 0:
+                if lam > 0 or distilling:
                     with self.clock("teacher"), self.teacher.scoring() as model:
                         teacher = teacher_inputs(
-                            model, self.head, part, self.layout, self.loss_config
+                            model, self.head, part, self.layout, self.loss_config,
+                            full_vocabulary=distilling,
                         )
                 with self.clock("loss"):
                     out, aux, errors = student_terms(
                         self.model, self.head, part, self.layout, lam, loss_config, teacher,
-                        impl=config.impl, router=self.router, totals=totals,
+                        impl=config.impl, options=config, router=self.router, totals=totals,
                         check_at=step if k == 0 and check else None,
                     )
                     (out.loss + aux).backward()
@@ -356,7 +355,7 @@ class Trainer:
             "teacher": self.teacher.state_dict() if self.teacher else None,
             "reference": self.reference.state_dict() if self.reference else None,
             "masters": self.weights.state_dict(),
-            "teacher_model_kind": self.config.teacher_model_kind,
+            "teacher_model_kind": self.teacher.kind if self.teacher else None,
         }
         card = model_card(self.config, self.step, read_metrics(self.run_dir))
         (self.run_dir / "README.md").write_text(card, encoding="utf-8")

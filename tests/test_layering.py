@@ -17,8 +17,8 @@ KERNEL_ORDER = [
     ["gemm"], ["config"], ["tuning"], ["extension"],
 ]
 TRAINER_ORDER = [
-    ["cli"], ["validate", "bench"], ["demo"], ["trainer"], ["report"], ["objectives"], ["teacher"],
-    ["models"], ["evaluation"], ["rollout"], ["packing"], ["checkpoint"], ["rewards"], ["data"],
+    ["cli"], ["validate", "bench"], ["compare"], ["demo"], ["trainer"], ["tables"], ["report"],
+    ["objectives"], ["teacher"], ["models"], ["evaluation"], ["leak"], ["rollout"], ["packing"], ["checkpoint"], ["rewards"], ["data"],
     ["grader"], ["math_judge"], ["sandbox"], ["prompts"], ["images"], ["advantages"], ["config"],
     ["measure"],
 ]

@@ -9,7 +9,6 @@ from rlsd.demo import word_tokenizer
 from rlsd.rollout import (
     eos_ids,
     generate,
-    leak_rate,
     require_room,
     roll_out,
     token_texts,
@@ -184,17 +183,6 @@ def test_roll_out_scores_each_completion_with_its_row(monkeypatch):
     assert out.rewards.tolist() == pytest.approx([1.3, 0.3, 2.2])
     assert out.rewards_per_func[1].isnan().tolist() == [True, False]
     assert out.mask.sum(1).tolist() == [3, 3, 2]
-
-
-@pytest.mark.parametrize("texts, markers, want", [
-    (["a REF b", "b", "REF", "ref"], ["REF"], 0.5),
-    (["x", "y"], ["x", "y"], 1.0),
-    (["x y"], ["x", "y"], 1.0),  # a text counts once
-    (["x"], [], 0.0),
-    ([], ["x"], 0.0),
-])
-def test_leak_rate(texts, markers, want):
-    assert leak_rate(texts, markers) == want
 
 
 def byte_tokenizer():
