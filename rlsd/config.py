@@ -71,6 +71,9 @@ class TrainConfig:
     train_dataset: str = option("", ".jsonl, .parquet, hub id, or reasoning-gym:task[,task...]")
     eval_dataset: str | None = option(None, "default: rows held out of train_dataset")
     dataset_size: int = option(1000, "rows generated per reasoning-gym dataset")
+    dataset_seed: int | None = option(
+        None, "of reasoning-gym datasets and of eval_split_size; default: seed"
+    )
     eval_size: int = option(128, "held-out questions, train_dataset's last; 0 turns evaluation off")
     eval_split_size: float | None = option(
         None, "hold out so many rows, or this share below 1, drawn by seed, instead of eval_size"
@@ -320,6 +323,10 @@ class TrainConfig:
                 "Give shuffle_privileged_context or answer_only_privileged_context, but not both."
             )
 
+    def data_seed(self):
+        """What fixes the questions."""
+        return self.seed if self.dataset_seed is None else self.dataset_seed
+
     def reads_hints(self):
         """Whether a teacher reads the privileged context of the data."""
         return self.objective in HINTED and (self.objective != "rlsd" or self.rlsd_lambda > 0)
@@ -346,7 +353,8 @@ _CHOICES = {
     "report_to": ("tensorboard", "none"),
 }
 _AT_LEAST = {
-    "scratch_steps": 1, "seed": 0, "dataset_size": 1, "eval_size": 0, "max_prompt_length": 1,
+    "scratch_steps": 1, "seed": 0, "dataset_seed": 0, "dataset_size": 1, "eval_size": 0,
+    "max_prompt_length": 1,
     "max_teacher_prompt_length": 1, "num_generations": 2, "generation_batch_size": 2,
     "rollout_batch_size": 1, "max_completion_length": 1, "rlsd_lambda_warmup_steps": 0,
     "rlsd_lambda_decay_steps": 0, "teacher_sync_steps": 1, "num_iterations": 1, "max_steps": 1,

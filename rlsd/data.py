@@ -398,7 +398,7 @@ def split_rows(rows, config):
     for i, row in enumerate(rows):
         groups.setdefault(question(row), []).append(i)
     order, chosen = list(groups), set()
-    random.Random(config.seed).shuffle(order)
+    random.Random(config.data_seed()).shuffle(order)
     for name in order:
         if len(chosen) + len(groups[name]) <= count:
             chosen.update(groups[name])
@@ -416,7 +416,7 @@ def load_data(config, tokenizer, log=print, processor=None):
     need_reference = config.objective == "sft"
     if need_reference and tokenizer.eos_token_id is None:
         raise UserError("The tokenizer names no EOS token, so no reference solution can end.")
-    rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.seed)
+    rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())
     repeated = len(rows) - len({question(row) for row in rows})
     if config.eval_split_size is not None and repeated:
         log(
@@ -426,7 +426,7 @@ def load_data(config, tokenizer, log=print, processor=None):
     rows, held_out = split_rows(rows, config)
     if config.eval_dataset:
         # Entry i of a reasoning-gym dataset is seeded with seed + i: start past the training rows.
-        seed = config.seed + config.dataset_size
+        seed = config.data_seed() + config.dataset_size
         held_out = load_rows(config.eval_dataset, size=config.eval_size, seed=seed)
         held_out = held_out[: config.eval_size]
     seen = {question(row) for row in rows}

@@ -18,8 +18,9 @@ KERNEL_ORDER = [
 ]
 TRAINER_ORDER = [
     ["cli"], ["validate", "bench"], ["compare"], ["demo"], ["trainer"], ["tables"], ["report"],
-    ["objectives"], ["teacher"], ["models"], ["evaluation"], ["leak"], ["rollout"], ["packing"], ["checkpoint"], ["rewards"], ["data"],
-    ["grader"], ["math_judge"], ["sandbox"], ["prompts"], ["images"], ["advantages"], ["config"],
+    ["objectives"], ["teacher"], ["models"], ["evaluation"], ["leak"], ["rollout"], ["packing"],
+    ["checkpoint"], ["rewards"], ["data"], ["grader"], ["math_judge"], ["sandbox"], ["prompts"],
+    ["images"], ["advantages"], ["config"],
     ["measure"],
 ]
 TORCH_ONLY = {"torch", "rlsd_kernels"} | sys.stdlib_module_names
