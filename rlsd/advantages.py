@@ -49,3 +49,11 @@ def rlsd_lambda_at(step, rlsd_lambda, warmup_steps, decay_steps):
     if decay_steps > 0:
         return rlsd_lambda * max(1 - (step - warmup_steps) / decay_steps, 0.0)
     return rlsd_lambda
+
+
+def lambda_of(config, step):
+    """Lambda of a run (TrainConfig) at 1-based rollout step `step`; 0 but for objective rlsd."""
+    return rlsd_lambda_at(
+        step, config.loss_config().rlsd_lambda, config.rlsd_lambda_warmup_steps,
+        config.rlsd_lambda_decay_steps,
+    )

@@ -1,4 +1,4 @@
-"""The `rlsd` command: train, eval, plot, validate, bench, doctor.
+"""The `rlsd` command: train, eval, compare, plot, validate, bench, doctor.
 
 A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exits with 130.
 """
@@ -27,13 +27,15 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
   rlsd train --config x.yaml [--key value ...]   train; see `rlsd train --help` for every option
   rlsd train --resume_from_checkpoint RUN        continue a run folder or a checkpoint in it
   rlsd eval RUN [--key value ...]                held-out pass@1, pass@k of its newest checkpoint
+  rlsd compare --config x.yaml                   objectives x seeds: a table, curves; resumable
+               [--arm NAME] [--seed N] [--processes N]
   rlsd plot RUN [RUN ...] [--output x.png]       draw the curves of runs
   rlsd validate                                  every implementation against the reference
   rlsd bench [--rows N] [--live SHARE]           time, memory and error of a step on this machine
   rlsd doctor                                    what is installed and which code will run
 """
 
-TEXTS = {"config", "resume_from_checkpoint", "output", "device", "dtype"} | {
+TEXTS = {"config", "resume_from_checkpoint", "output", "device", "dtype", "arm"} | {
     name for name, hint in typing.get_type_hints(TrainConfig).items() if hint is str
 }
 
@@ -207,6 +209,13 @@ def evaluate(arguments):
     return 0
 
 
+def compare(arguments):
+    from .compare import main as run
+
+    quiet_libraries()
+    return run(parse_options(arguments))
+
+
 def plot(arguments):
     from .report import plot_runs
 
@@ -286,8 +295,8 @@ def quiet_libraries():
 
 
 COMMANDS = {
-    "train": train, "eval": evaluate, "plot": plot, "validate": validate, "bench": bench,
-    "doctor": doctor,
+    "train": train, "eval": evaluate, "compare": compare, "plot": plot, "validate": validate,
+    "bench": bench, "doctor": doctor,
 }
 
 

@@ -18,7 +18,10 @@ class UserError(ValueError):
     """A mistake the user can fix, told in one sentence; the command line prints it and exits 2."""
 
 
-OBJECTIVES = ("rlsd", "grpo")
+OBJECTIVES = ("rlsd", "grpo", "opsd", "opd", "grpo+opsd", "sdpo", "sft")
+HINTED = ("rlsd", "opsd", "grpo+opsd")  # their teacher reads the privileged context of the data
+DISTILLING = ("opsd", "opd", "grpo+opsd", "sdpo")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TEACHER_MODEL_KINDS = ("live", "base", "snapshot", "ema")
 SCALE_REWARDS = ("group", "batch", "none")
 FORMATS = ("think_answer", "think", "boxed")
@@ -68,6 +71,9 @@ class TrainConfig:
     train_dataset: str = option("", ".jsonl, .parquet, hub id, or reasoning-gym:task[,task...]")
     eval_dataset: str | None = option(None, "default: rows held out of train_dataset")
     dataset_size: int = option(1000, "rows generated per reasoning-gym dataset")
+    dataset_seed: int | None = option(
+        None, "of reasoning-gym datasets and of eval_split_size; default: seed"
+    )
     eval_size: int = option(128, "held-out questions, train_dataset's last; 0 turns evaluation off")
     eval_split_size: float | None = option(
         None, "hold out so many rows, or this share below 1, drawn by seed, instead of eval_size"
@@ -81,6 +87,9 @@ class TrainConfig:
     )
     allow_missing_privileged_context: bool = option(False, "rows without it train as plain GRPO")
     shuffle_privileged_context: bool = option(False, "control: every row gets another row's hint")
+    answer_only_privileged_context: bool = option(
+        False, "control: the hint is the solution column, without the privileged context's steps"
+    )
 
     # Rollouts and rewards
     num_generations: int = option(8, "group size: completions per question")
@@ -148,11 +157,30 @@ class TrainConfig:
         False, "leave completions without EOS out of the loss"
     )
     leak_markers: list[str] = option(
-        list, "texts that betray the hint; their share is the leak rate"
+        list, "texts that betray the hint; the share of answers with one is the leak rate"
+    )
+    leak_phrases: bool = option(
+        False, "also count answers that refer to a reference which the student cannot see, such as "
+        "'the reference solution' (rlsd/leak.py has the rule)"
     )
 
     # Objective
-    objective: str = option("rlsd", "rlsd, grpo")
+    objective: str = option(
+        "rlsd", "rlsd; grpo; opsd, distillation from the model itself under the hint; grpo+opsd; "
+        "sdpo, the same with a successful sibling as the hint; opd, from an external teacher; "
+        "sft, cross entropy on the privileged context"
+    )
+    teacher_model_name_or_path: str | None = option(
+        None, "the external teacher of objective opd; it must have the student's vocabulary"
+    )
+    distillation_divergence: str = option(
+        "jsd", "of opsd, opd, grpo+opsd, sdpo: forward_kl KL(P_T||P_S), reverse_kl, jsd"
+    )
+    distillation_alpha: float = option(0.5, "weight of the teacher in jsd's mixture, in (0, 1)")
+    distillation_coef: float = option(1.0, "c of grpo+opsd, the loss grpo + c * opsd")
+    success_reward_threshold: float = option(
+        1.0, "sdpo takes completions with at least this reward as hints"
+    )
     rlsd_lambda: float = option(
         0.5, "mix of the token weight into the advantage, 0 to 1; 0 is GRPO"
     )
@@ -268,6 +296,7 @@ class TrainConfig:
                 )
         self._check_split_and_format()
         self._check_sampler()
+        self._check_objective()
         for part in ("{prompt}", "{privileged_context}"):
             if self.privileged_template.count(part) != 1:
                 raise UserError(f"privileged_template must contain {part} exactly once.")
@@ -315,19 +344,55 @@ class TrainConfig:
         wanted = self.use_vllm if wanted is None else wanted
         return self.vllm_importance_sampling_clip_max if wanted else None
 
+    def _check_objective(self):
+        name, path = self.objective, self.teacher_model_name_or_path
+        if name == "opd" and not path:
+            raise UserError(
+                "objective opd needs an external teacher; name it in teacher_model_name_or_path."
+            )
+        if path and name != "opd":
+            raise UserError(
+                f"teacher_model_name_or_path is set, but objective {name} has no external teacher; "
+                "leave it out or set objective to opd."
+            )
+        if not 0 < self.distillation_alpha < 1:
+            raise UserError(
+                f"distillation_alpha must lie strictly between 0 and 1, but got "
+                f"{self.distillation_alpha}; for the KL divergences at the ends set "
+                "distillation_divergence."
+            )
+        if name in ("opsd", "opd", "sdpo", "sft") and (self.beta or self.entropy_coef):
+            raise UserError(
+                f"beta and entropy_coef are terms of the policy gradient, which objective {name} "
+                "does not have; set both to 0."
+            )
+        if self.shuffle_privileged_context and self.answer_only_privileged_context:
+            raise UserError(
+                "Give shuffle_privileged_context or answer_only_privileged_context, but not both."
+            )
+
+    def data_seed(self):
+        """What fixes the questions."""
+        return self.seed if self.dataset_seed is None else self.dataset_seed
+
+    def reads_hints(self):
+        """Whether a teacher reads the privileged context of the data."""
+        return self.objective in HINTED and (self.objective != "rlsd" or self.rlsd_lambda > 0)
+
     def loss_config(self):
-        """The scalars of the loss; lambda of the GRPO objective is 0."""
+        """The scalars of the loss; lambda of every objective but RLSD is 0."""
         names = [f.name for f in dataclasses.fields(RLSDLossConfig)]
         try:
             config = RLSDLossConfig(**{name: getattr(self, name) for name in names})
         except ValueError as error:
             raise UserError(str(error)) from None
-        return dataclasses.replace(config, rlsd_lambda=0.0) if self.objective == "grpo" else config
+        return config if self.objective == "rlsd" else dataclasses.replace(config, rlsd_lambda=0.0)
 
 
 _HINTS = typing.get_type_hints(TrainConfig)
 _CHOICES = {
     "objective": OBJECTIVES,
+    "distillation_divergence": DIVERGENCES,
     "teacher_model_kind": TEACHER_MODEL_KINDS,
     "scale_rewards": SCALE_REWARDS,
     "loss_type": ("grpo", "bnpo", "dapo", "dr_grpo"),
@@ -337,16 +402,18 @@ _CHOICES = {
     "vllm_mode": ("colocate", "server"),
 }
 _AT_LEAST = {
-    "scratch_steps": 1, "seed": 0, "dataset_size": 1, "eval_size": 0, "max_prompt_length": 1,
-    "max_teacher_prompt_length": 1, "num_generations": 2, "generation_batch_size": 2,
-    "rollout_batch_size": 1, "max_completion_length": 1, "rlsd_lambda_warmup_steps": 0,
-    "rlsd_lambda_decay_steps": 0, "teacher_sync_steps": 1, "num_iterations": 1, "max_steps": 1,
+    "scratch_steps": 1, "seed": 0, "dataset_seed": 0, "dataset_size": 1, "eval_size": 0,
+    "max_prompt_length": 1, "max_teacher_prompt_length": 1, "num_generations": 2,
+    "generation_batch_size": 2, "rollout_batch_size": 1, "max_completion_length": 1,
+    "rlsd_lambda_warmup_steps": 0, "rlsd_lambda_decay_steps": 0, "teacher_sync_steps": 1,
+    "num_iterations": 1, "max_steps": 1,
     "per_device_train_batch_size": 1, "max_tokens_per_micro_batch": 1, "lora_r": 1,
     "lora_alpha": 1, "router_aux_loss_coef": 0, "warmup_steps": 0, "weight_decay": 0,
     "eval_steps": 0, "logging_steps": 1, "save_steps": 0, "save_total_limit": 1,
     "log_completions_steps": 0, "validate_every": 0, "num_generations_eval": 1,
     "soft_punish_cache": 1, "code_memory_mb": 16, "vllm_server_port": 1, "vllm_group_port": 1,
     "vllm_server_timeout": 0, "vllm_max_model_length": 1, "vllm_importance_sampling_clip_max": 1,
+    "distillation_coef": 0,
 }
 
 

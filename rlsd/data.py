@@ -300,10 +300,18 @@ def shuffle_hints(rows):
     ]
 
 
-def tokenize_rows(rows, tokenizer, config, *, need_hint, processor=None):
+def answers_as_hints(rows):
+    """Control: the hint of every row is its solution, usually the bare answer."""
+    return [
+        {**row, "privileged_context": row["solution"], "teacher_prompt": None} for row in rows
+    ]
+
+
+def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, processor=None):
     """Add prompt_ids and teacher_prompt_ids; returns the kept rows and a sentence on dropped ones.
 
     A row without privileged context is an error naming the row unless the config allows it.
+    need_reference: add _reference_ids too, the privileged context as a completion with EOS.
     """
     kept, dropped = [], []
     for row in rows:
@@ -320,6 +328,11 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, processor=None):
                 f"Row {source} has no privileged context, so it would silently train as plain "
                 "GRPO; fill privileged_context or set allow_missing_privileged_context."
             )
+        if need_reference and not row["privileged_context"].strip():
+            raise UserError(
+                f"Row {source} has no reference solution, which objective {config.objective} "
+                "trains on; fill privileged_context or solution."
+            )
         try:
             if with_images:
                 row = {**row, "_images": PromptImages(row, processor)}
@@ -327,9 +340,14 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, processor=None):
             student, teacher = encode_pair(read, tokenizer, config.privileged_template)
         except UserError as error:
             raise UserError(f"Row {source} cannot be used: {error}.") from None
+        reference = None
+        if need_reference:
+            reference = tokenizer(row["privileged_context"], add_special_tokens=False)["input_ids"]
+            reference = [*reference, tokenizer.eos_token_id]
         for name, ids, limit in (
             ("prompt", student, config.max_prompt_length),
             ("privileged prompt", teacher, config.max_teacher_prompt_length),
+            ("reference solution", reference, config.max_completion_length),
         ):
             if ids is not None and limit is not None and len(ids) > limit:
                 dropped.append(f"row {source} with a {name} of {len(ids)} tokens, limit {limit}")
@@ -337,6 +355,7 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, processor=None):
         else:
             kept.append({
                 **row, "prompt_ids": student, "teacher_prompt_ids": teacher if hint else None,
+                "_reference_ids": reference,
             })
     note = ""
     if dropped:
@@ -379,7 +398,7 @@ def split_rows(rows, config):
     for i, row in enumerate(rows):
         groups.setdefault(question(row), []).append(i)
     order, chosen = list(groups), set()
-    random.Random(config.seed).shuffle(order)
+    random.Random(config.data_seed()).shuffle(order)
     for name in order:
         if len(chosen) + len(groups[name]) <= count:
             chosen.update(groups[name])
@@ -394,8 +413,10 @@ def split_rows(rows, config):
 
 def load_data(config, tokenizer, log=print, processor=None):
     """(training rows, held-out rows), tokenised; no held-out question occurs in training."""
-    need_hint = config.objective == "rlsd" and config.rlsd_lambda > 0
-    rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.seed)
+    need_reference = config.objective == "sft"
+    if need_reference and tokenizer.eos_token_id is None:
+        raise UserError("The tokenizer names no EOS token, so no reference solution can end.")
+    rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())
     repeated = len(rows) - len({question(row) for row in rows})
     if config.eval_split_size is not None and repeated:
         log(
@@ -405,7 +426,7 @@ def load_data(config, tokenizer, log=print, processor=None):
     rows, held_out = split_rows(rows, config)
     if config.eval_dataset:
         # Entry i of a reasoning-gym dataset is seeded with seed + i: start past the training rows.
-        seed = config.seed + config.dataset_size
+        seed = config.data_seed() + config.dataset_size
         held_out = load_rows(config.eval_dataset, size=config.eval_size, seed=seed)
         held_out = held_out[: config.eval_size]
     seen = {question(row) for row in rows}
@@ -416,8 +437,11 @@ def load_data(config, tokenizer, log=print, processor=None):
         raise UserError("Every held-out question also occurs in training; name an eval_dataset.")
     if config.shuffle_privileged_context:
         rows = shuffle_hints(rows)
+    if config.answer_only_privileged_context:
+        rows = answers_as_hints(rows)
     rows, note = tokenize_rows(
-        rows, tokenizer, config, need_hint=need_hint, processor=processor
+        rows, tokenizer, config, need_hint=config.reads_hints(), need_reference=need_reference,
+        processor=processor,
     )
     if note:
         log(note)

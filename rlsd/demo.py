@@ -9,7 +9,6 @@ which appears only in hinted demonstrations (a leak that can be counted).
 
 import json
 import random
-import statistics
 import time
 from pathlib import Path
 
@@ -21,7 +20,20 @@ from .config import UserError, make_config
 from .data import load_rows, split_rows
 from .packing import left_pad
 from .prompts import insert_hint
-from .report import plot_runs, series
+from .report import plot_runs
+from .tables import (
+    AFTER,
+    BEFORE,
+    CURVE_MEAN,
+    LEAK_AFTER,
+    LEAK_PEAK,
+    Column,
+    arm_statistics,
+    run_summary,
+    shown_mean,
+    steps_to_baseline,
+    text_table,
+)
 from .trainer import Trainer
 
 OPERATIONS, MARKER, LENGTH = "+-*", "REF", 12
@@ -131,7 +143,7 @@ def scratch_model(config, folder):
     Half of the demonstrations carry the privileged context, so that the model can read it.
     Returns the folder to load. The model sees characters; it is for trying things out.
     """
-    rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.seed)
+    rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())
     rows, _ = split_rows(rows, config)
     if any(not isinstance(row["prompt"], str) for row in rows):
         raise UserError("model_name_or_path: scratch needs plain-text prompts, not chats.")
@@ -217,12 +229,11 @@ CAVEATS = """What this shows, and what it does not:
   baseline: in this strong setting a wrong hint misdirects the weights, below plain GRPO.
 - The leak marker REF is planted in the warm-up. One on-policy epoch never uses the PPO clip.
 - All seeds share one warm start, and other warm starts differ: try --seed 1, 2, 3."""
-SAMPLED, LEAK = "eval/pass@1_sampled", "eval/leak_rate_sampled"
 
 
-def demo_config(folder, seed, **options):
-    """The ordinary trainer's options for one run of the demo."""
-    return make_config({
+def chain_options(folder):
+    """The ordinary trainer's options for the task, RLSD in the strong setting."""
+    return {
         "model_name_or_path": str(folder / "warm_start"),
         "train_dataset": str(folder / "train.jsonl"), "eval_dataset": str(folder / "eval.jsonl"),
         "reward_funcs": ["rlsd.demo.chain_reward"], "privileged_template": TEMPLATE,
@@ -231,8 +242,13 @@ def demo_config(folder, seed, **options):
         "per_device_train_batch_size": 64, "learning_rate": 5e-4, "adam_beta2": 0.98,
         "max_steps": 80, "rlsd_lambda": 1.0, "rlsd_reweight_clip_range": 1.0,
         "rlsd_lambda_decay_steps": 60, "eval_steps": 10, "logging_steps": 20, "save_steps": 0,
-        "log_completions_steps": 0, "validate_every": 20, "seed": seed, **options,
-    })
+        "log_completions_steps": 0, "validate_every": 20,
+    }
+
+
+def demo_config(folder, seed, **options):
+    """TrainConfig of one run of the demo."""
+    return make_config({**chain_options(folder), "seed": seed, **options})
 
 
 def write_problems(path, count, rng):
@@ -240,7 +256,27 @@ def write_problems(path, count, rng):
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(count):
             prompt, worked = chain_problem(rng)
-            file.write(json.dumps({"prompt": prompt, "solution": worked}) + "\n")
+            row = {
+                "prompt": prompt, "solution": worked.split()[-1], "privileged_context": worked
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def chain_tokenizer():
+    """One id per word of the task; 45 words, so that the head has 64 rows."""
+    words = ["#", MARKER, "<q>", "<a>", "<h>", *map(str, range(10))]
+    return word_tokenizer([*words, *[f"{o}{b}" for o in OPERATIONS for b in range(10)]])
+
+
+def chain_start(folder, seed, warm_up_steps):
+    """Write what all runs of the task share: train.jsonl, eval.jsonl and warm_start."""
+    rng = random.Random(10_000 + seed)
+    write_problems(folder / "train.jsonl", 2000, rng)
+    write_problems(folder / "eval.jsonl", 512, rng)
+    tokenizer = chain_tokenizer()
+    model = tiny_model(len(tokenizer), seed=seed)
+    warm_up(model, tokenizer, chain_demonstrations(seed), warm_up_steps, seed=seed)
+    save_model(model, tokenizer, folder / "warm_start")
 
 
 def run_demo(output_dir="runs/demo", seed=0, num_seeds=3, max_steps=80, warm_up_steps=400):
@@ -256,16 +292,8 @@ def run_demo(output_dir="runs/demo", seed=0, num_seeds=3, max_steps=80, warm_up_
         folder = Path(f"{output_dir}-{copies}")
     folder.mkdir(parents=True)
     print(f"RLSD demo: chain arithmetic mod 10, seed {seed}; everything goes to {folder}\n")
-    rng = random.Random(10_000 + seed)
-    write_problems(folder / "train.jsonl", 2000, rng)
-    write_problems(folder / "eval.jsonl", 512, rng)
-
     print("1. Warm start: a 0.1 M parameter Qwen3-architecture model from random weights")
-    words = ["#", MARKER, "<q>", "<a>", "<h>", *map(str, range(10))]
-    tokenizer = word_tokenizer([*words, *[f"{o}{b}" for o in OPERATIONS for b in range(10)]])
-    model = tiny_model(len(tokenizer), seed=seed)
-    warm_up(model, tokenizer, chain_demonstrations(seed), warm_up_steps, seed=seed)
-    save_model(model, tokenizer, folder / "warm_start")
+    chain_start(folder, seed, warm_up_steps)
 
     results = {}
     for k, (name, options) in enumerate(ARMS.items(), 2):
@@ -294,42 +322,21 @@ def run_demo(output_dir="runs/demo", seed=0, num_seeds=3, max_steps=80, warm_up_
 
 def demo_table(results, warm_start):
     """The closing table, as text, from {arm: [(records, seconds) of each seed]}."""
-    curves = {
-        name: [series(records, SAMPLED)[1] for records, _ in runs]
+    rows = arm_statistics({
+        name: {k: run_summary(records, seconds) for k, (records, seconds) in enumerate(runs)}
         for name, runs in results.items()
-    }
-    steps = series(results["GRPO"][0][0], SAMPLED)[0]
-    goal = statistics.fmean([c[-1] for c in curves["GRPO"]])
-    lines = [
-        f"{'':<22}{'held-out pass@1, sampled':^38}{'steps to':>10}{'leak rate':>16}{'time':>7}",
-        f"{'arm':<22}{'before':>7}{'after':>16}{'curve mean':>15}{'GRPO end':>10}"
-        f"{'after':>9}{'peak':>7}{'s':>7}",
-    ]
-    for name, runs in results.items():
-        average = [statistics.fmean(values) for values in zip(*curves[name], strict=True)]
-        reached = next((s for s, v in zip(steps, average, strict=True) if v >= goal), "never")
-        leaks = [series(records, LEAK)[1] for records, _ in runs]
-        lines.append(
-            f"{name:<22}{average[0]:>7.3f}{spread([c[-1] for c in curves[name]]):>16}"
-            f"{spread([statistics.fmean(c) for c in curves[name]]):>15}{reached:>10}"
-            f"{statistics.fmean([x[-1] for x in leaks]):>9.3f}{max(map(max, leaks)):>7.3f}"
-            f"{statistics.fmean([seconds for _, seconds in runs]):>7.1f}"
-        )
-    gains = [
-        statistics.fmean(rlsd) - statistics.fmean(grpo)
-        for rlsd, grpo in zip(curves["RLSD"], curves["GRPO"], strict=True)
+    }, "GRPO")
+    gains = next(row for row in rows if row["arm"] == "RLSD")["curve_gain"]["each"]
+    time_ = Column("time", "s", 7, lambda row: shown_mean(row["seconds"], 1))
+    columns = [
+        BEFORE, AFTER, CURVE_MEAN, steps_to_baseline("GRPO"), LEAK_AFTER, LEAK_PEAK, time_
     ]
     return "\n".join([
-        *lines, "",
+        text_table(rows, columns), "",
         f"Mean +- sd over {len(gains)} seed(s) from warm start {warm_start}, 512 held-out "
         "questions.",
-        f"Steps to GRPO end: first evaluation whose mean reaches GRPO's final {goal:.3f}.",
+        f"Steps to GRPO end: first evaluation whose mean reaches GRPO's final "
+        f"{rows[0]['baseline_end']:.3f}.",
         f"Leak rate: share of unhinted answers with REF. RLSD - GRPO by curve mean, per seed: "
         f"{', '.join(f'{g:+.3f}' for g in gains)}.",
     ])
-
-
-def spread(values):
-    """mean +- sd, the sd only where there are several."""
-    sd = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{sd}"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .config import UserError
+from .config import DISTILLING, UserError
 
 # How the backends say that another process is gone: gloo, then NCCL.
 LOST = ("closed by peer", "reset by peer", "Connection refused", "NCCL", "ncclRemoteError")
@@ -34,6 +34,11 @@ class Processes:
             raise UserError(
                 "DeepSpeed's engine owns the optimizer that the trainer steps; shard with FSDP2 "
                 "instead: accelerate launch --config_file configs/accelerate/fsdp2.yaml."
+            )
+        if self.sharded and config.objective in DISTILLING:
+            raise UserError(
+                f"Objective {config.objective} compares whole distributions, for which FSDP2 does "
+                "not gather the teacher's head; use configs/accelerate/ddp.yaml."
             )
         if not self.sharded and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return

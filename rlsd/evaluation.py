@@ -11,7 +11,8 @@ import math
 
 import torch
 
-from .rollout import generate, leak_rate, roll_out
+from .leak import leak_metrics
+from .rollout import generate, roll_out
 
 Z = 1.959964  # of a two-sided 95 % interval
 
@@ -71,8 +72,7 @@ def evaluate(
                 metrics[metric] = sum(values) / len(values)
                 metrics[f"{metric}_low"], metrics[f"{metric}_high"] = interval(values, n)
             metrics[f"eval/reward_{name}"] = out.rewards.mean().item()
-            if config.leak_markers:
-                metrics[f"eval/leak_rate_{name}"] = leak_rate(out.texts, config.leak_markers)
+            metrics |= leak_metrics(out, config, f"eval/leak_rate_{name}")
     metrics["eval/completion_length"] = out.mask.sum(1).double().mean().item()
     return metrics
 

@@ -1,8 +1,17 @@
-"""What one micro-batch contributes to the loss, and the check of that against the specification.
+"""The objectives, what one micro-batch adds to each, and their check against the specification.
 
-grpo and rlsd share one objective: GRPO is RLSD with lambda 0, and then no teacher is run.
+An objective is one function of the loss's arguments, named in LOSSES. They share rollouts, data,
+teacher and evaluation; aggregation weights a_t come from the whole rollout, so every loss is a
+sum over tokens that micro-batches may split. D is a divergence over the full vocabulary:
+
+    rlsd, grpo        section 1 of the method; GRPO is RLSD with lambda 0, and runs no teacher
+    opsd, sdpo, opd   sum_t a_t D(P_T, P_S), gradient through P_S alone; P_T is the model itself
+                      after the hint, after a successful sibling, or another model after x
+    grpo+opsd         grpo + c opsd, in one pass of the student
+    sft               - sum_t a_t log P_S(y_t) on reference solutions
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,12 +20,15 @@ import torch
 from rlsd_kernels import (
     RLSDLossOutput,
     fused_linear_rlsd_loss,
+    linear_distillation_loss,
     linear_log_probs,
     rlsd_advantages,
+    rlsd_loss,
 )
 
-from .config import UserError
+from .config import DISTILLING, UserError
 from .packing import completion_hidden
+from .prompts import encode, insert_hint
 
 # Largest deviation from fp64 that each input dtype may show: log-probs absolute, gradients
 # relative in the Frobenius norm (the precision contract).
@@ -91,17 +103,22 @@ def teacher_hidden(teacher, batch, layout, *, always=False):
     return hidden
 
 
-def teacher_inputs(teacher, head, batch, layout, config, *, sharded=False):
-    """The fused loss's arguments on the teacher for one micro-batch, its forward included.
+def teacher_inputs(
+    teacher, head, batch, layout, config, *, full_vocabulary=False, sharded=False
+):
+    """The loss's arguments on the teacher for one micro-batch, its forward included.
 
     Its head runs inside the fused op: with one guess of the log-sum-exp for both contexts, equal
     hidden states give equal log-probs to the bit, and dead rows cost nothing. A sharded head is
     whole only inside the teacher's own forward, and every process must run it.
+    full_vocabulary: hidden states and head even where log-probs of the tokens would do.
     """
     if batch.teacher_log_probs is not None:
         return {"teacher_log_probs": batch.teacher_log_probs}
 
     def of_head(hidden, weight, bias):
+        if full_vocabulary:
+            return {"teacher_hidden": hidden, "teacher_weight": weight, "teacher_bias": bias}
         if bias is None and not sharded:
             return {"teacher_hidden": hidden, "teacher_weight": weight}
         return {"teacher_log_probs": linear_log_probs(  # the fused op has one bias, the student's
@@ -160,6 +177,126 @@ def sampling_metrics(batch, log_probs, clip_max):
     return metrics
 
 
+def policy_gradient(inputs, impl, options=None):
+    """rlsd and grpo: the clipped surrogate with re-weighted advantages, method section 1."""
+    given = {k: v for k, v in inputs.items() if k != "teacher_bias"}
+    return fused_linear_rlsd_loss(impl=impl, return_entropy=True, **given)
+
+
+def distillation(inputs, impl, options=None):
+    """opsd, opd, sdpo: sum_t a_t D(P_T, P_S) over the tokens of sequences that have a teacher."""
+    with torch.no_grad():
+        out = measured(inputs, impl)
+    return out._replace(loss=divergence(inputs, impl, options))
+
+
+def policy_gradient_and_distillation(inputs, impl, options=None):
+    """grpo+opsd: grpo + c * opsd on the same hidden states."""
+    own = {k: v for k, v in inputs.items() if not k.startswith("teacher_")}
+    out = policy_gradient(own, impl, options)
+    extra = options.distillation_coef * divergence(inputs, impl, options)
+    return out._replace(loss=out.loss + extra)
+
+
+def cross_entropy(inputs, impl, options=None):
+    """sft: - sum_t a_t log P_S(y_t)."""
+    out = measured(inputs, impl)
+    live = inputs["loss_weights"] != 0  # a masked log-prob may be -inf
+    log_probs = torch.where(live, out.log_probs, 0.0)
+    loss = -(inputs["loss_weights"].to(log_probs.dtype) * log_probs).sum()
+    return out._replace(loss=loss, log_probs=out.log_probs.detach())
+
+
+LOSSES = {
+    "rlsd": policy_gradient, "grpo": policy_gradient, "opsd": distillation, "opd": distillation,
+    "sdpo": distillation, "grpo+opsd": policy_gradient_and_distillation, "sft": cross_entropy,
+}
+
+
+def divergence(inputs, impl, options):
+    """sum_t a_t D(P_T, P_S), with its gradient to hidden, weight and bias of the student."""
+    names = (
+        "hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias",
+        "logit_scale", "final_logit_softcapping",
+    )
+    taught = torch.where(inputs["reweight_mask"], inputs["loss_weights"], 0.0)
+    return linear_distillation_loss(
+        **{name: inputs[name] for name in names}, loss_weights=taught,
+        divergence=options.distillation_divergence, alpha=options.distillation_alpha,
+        temperature=inputs["config"].temperature, impl="ref" if impl == "ref" else "auto",
+    )
+
+
+def measured(inputs, impl):
+    """RLSDLossOutput of the student alone: log-probs, entropy, and metrics over all its tokens."""
+    names = (
+        "hidden", "weight", "completion_ids", "bias", "logit_scale", "final_logit_softcapping",
+    )
+    config = inputs["config"]
+    log_probs, entropy = linear_log_probs(
+        **{name: inputs[name] for name in names}, temperature=config.temperature,
+        return_entropy=True, impl=impl,
+    )
+    ones = torch.ones_like(inputs["loss_weights"])
+    out = rlsd_loss(
+        log_probs.detach(), ones, teacher_log_probs=None, loss_weights=inputs["loss_weights"],
+        entropy=entropy.detach(), rlsd_lambda=0.0, config=config,
+    )
+    return out._replace(log_probs=log_probs)
+
+
+def teacher_prompts(rollout, advantages, rlsd_lambda, step, tokenizer, config):
+    """What the teacher reads before each of the B completions: token ids, None where nothing."""
+    rows = rollout.rows
+    if config.objective == "opd":
+        return [row["prompt_ids"] for row in rows]
+    if config.objective == "sdpo":
+        return sibling_prompts(rollout, step, tokenizer, config)
+    if config.objective in DISTILLING:
+        return [row["teacher_prompt_ids"] for row in rows]
+    weighted = advantages < 0 if config.rlsd_negative_only else advantages != 0
+    return [
+        row["teacher_prompt_ids"] if rlsd_lambda > 0 and weighs else None
+        for row, weighs in zip(rows, weighted.tolist(), strict=True)
+    ]
+
+
+def sibling_prompts(rollout, step, tokenizer, config):
+    """sdpo: each question with another completion of its group that succeeded as the hint.
+
+    Which one is drawn by seed and step; None without one, or where the prompt gets over-long.
+    """
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    good = [
+        reward >= config.success_reward_threshold and bool(text.strip())
+        for reward, text in zip(rollout.rewards.tolist(), rollout.texts, strict=True)
+    ]
+    size, limit, prompts = config.num_generations, config.max_teacher_prompt_length, []
+    for i, row in enumerate(rollout.rows):
+        first = i - i % size
+        siblings = [j for j in range(first, first + size) if good[j] and j != i]
+        if not siblings:
+            prompts.append(None)
+            continue
+        chosen = siblings[int(torch.randint(len(siblings), (1,), generator=generator))]
+        hinted = insert_hint(row["prompt"], rollout.texts[chosen], config.privileged_template)
+        ids = encode(hinted, tokenizer, row.get("_images"))
+        prompts.append(ids if limit is None or len(ids) <= limit else None)
+    return prompts
+
+
+def has_signal(prompts, advantages, config):
+    """(B,) bool: sequences with a gradient; prompts: teacher_prompts of them."""
+    taught = torch.tensor([p is not None for p in prompts], device=advantages.device)
+    if config.objective == "sft" or config.beta or config.entropy_coef:
+        return torch.ones_like(taught)
+    if config.objective in DISTILLING and config.objective != "grpo+opsd":
+        return taught
+    if config.objective in DISTILLING and config.distillation_coef:
+        return taught | (advantages != 0)
+    return advantages != 0
+
+
 class Terms(NamedTuple):
     """What one micro-batch contributes."""
 
@@ -169,22 +306,23 @@ class Terms(NamedTuple):
 
 
 def student_terms(
-    model, head, batch, layout, rlsd_lambda, config, teacher, *, impl, router=None, totals=None,
-    check_at=None, sampling_clip_max=None,
+    model, head, batch, layout, rlsd_lambda, config, teacher, *, impl, options=None, router=None,
+    totals=None, check_at=None, sampling_clip_max=None,
 ):
     """Terms of one micro-batch, student forward included; teacher: its arguments of the loss.
 
-    router, totals: models.Router and router_totals. check_at: the step, where the loss is also to
-    be held against impl="ref". sampling_clip_max: importance_ratio's, where loss weights are to be
-    multiplied by it; on the first pass the head then runs twice, for the ratio comes before the
-    loss.
+    options: TrainConfig, whose objective is taken (None: rlsd). router, totals: models.Router and
+    router_totals. check_at: the step, where the loss is also to be held against impl="ref".
+    sampling_clip_max: importance_ratio's, where loss weights are to be multiplied by it; on the
+    first pass the head then runs twice, for the ratio comes before the loss.
     """
+    objective = functools.partial(LOSSES[options.objective if options else "rlsd"], options=options)
     recorded = [] if router else None
     inputs = teacher | batch_inputs(head, batch, rlsd_lambda, config)
 
     def of_head(hidden, weight, bias):
         given = inputs | {"hidden": hidden, "weight": weight, "bias": bias}
-        if sampling_clip_max is not None:
+        if sampling_clip_max is not None and batch.sampling_log_probs is not None:
             old = batch.old_log_probs
             if old is None:
                 with torch.no_grad():
@@ -196,9 +334,9 @@ def student_terms(
             given["loss_weights"] = torch.where(batch.mask, batch.loss_weights * ratio, 0.0)
         errors = {}
         if check_at is not None:
-            errors = deviation_from_ref(given, impl)
+            errors = deviation_from_ref(given, impl, objective)
             require_contract(errors, hidden.dtype, check_at)
-        return fused_linear_rlsd_loss(impl=impl, return_entropy=True, **given), errors
+        return objective(given, impl), errors
 
     def terms(model):
         hidden = completion_hidden(
@@ -262,10 +400,11 @@ def token_weights(batch, log_probs, teacher_log_probs, rlsd_lambda, config):
     return torch.where(scored[:, None] & batch.mask, a_hat / batch.advantages[:, None], 1.0)
 
 
-def deviation_from_ref(inputs, impl):
+def deviation_from_ref(inputs, impl, objective=policy_gradient):
     """Errors of an implementation against impl="ref" in fp64: loss, log_probs, dh, dw, in a dict.
 
-    loss and log_probs are absolute, dh and dw relative in the Frobenius norm.
+    objective: one of LOSSES, its options bound. loss and log_probs are absolute, dh and dw relative
+    in the Frobenius norm.
     """
     results = []
     for name, dtype in ((impl, None), ("ref", torch.float64)):
@@ -277,7 +416,7 @@ def deviation_from_ref(inputs, impl):
         cast["hidden"] = cast["hidden"].clone().requires_grad_()
         cast["weight"] = cast["weight"].clone().requires_grad_()
         with torch.enable_grad():
-            out = fused_linear_rlsd_loss(impl=name, **cast)
+            out = objective(cast, name)
             dh, dw = torch.autograd.grad(out.loss, (cast["hidden"], cast["weight"]))
         results.append((out.loss, out.log_probs, dh, dw))
     (loss, log_probs, *grads), (ref_loss, ref_log_probs, *ref_grads) = results

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -252,10 +253,10 @@ def series(records, name):
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def plot_runs(runs, path, title=None):
+def plot_runs(runs, path, title=None, *, panels=PANELS, bands=False):
     """Draw curves into one PNG; runs: {label: [run folder or records of each seed]}.
 
-    Several seeds of a label show as thin lines under their mean.
+    Several seeds of a label show as thin lines under their mean, or as a band of mean +- sd.
     """
     import matplotlib
 
@@ -267,7 +268,7 @@ def plot_runs(runs, path, title=None):
         for label, seeds in runs.items()
     }
     panels = [
-        p for p in PANELS if any(series(r, p[1])[0] for seeds in data.values() for r in seeds)
+        p for p in panels if any(series(r, p[1])[0] for seeds in data.values() for r in seeds)
     ]
     if not panels:
         raise UserError("There is nothing to plot yet: no step has been logged.")
@@ -281,11 +282,16 @@ def plot_runs(runs, path, title=None):
             by_step = {}
             for records in seeds:
                 points = series(records, name)
-                if len(seeds) > 1:
+                if len(seeds) > 1 and not bands:
                     axis.plot(*points, color=f"C{k}", alpha=0.25, lw=0.7)
                 for step, value in zip(*points, strict=True):
                     by_step.setdefault(step, []).append(value)
             means = [sum(by_step[s]) / len(by_step[s]) for s in sorted(by_step)]
+            if bands:
+                sds = [statistics.stdev(v) if len(v) > 1 else 0 for _, v in sorted(by_step.items())]
+                ends = ([m + sign * sd for m, sd in zip(means, sds, strict=True)]
+                        for sign in (-1, 1))
+                axis.fill_between(sorted(by_step), *ends, color=f"C{k}", alpha=0.15, lw=0)
             marker = "o" if name.startswith("eval/") else None
             axis.plot(
                 sorted(by_step), means, label=run, color=f"C{k}", marker=marker, markersize=3,
@@ -322,7 +328,9 @@ def model_card(config, step, records):
         })
     rows = "\n".join(f"| {name} | {text} |" for name, text in sorted(summary(measured)))
     table = f"| held-out metric | value |\n|---|--:|\n{rows}" if rows else "No evaluation was run."
-    method = "GRPO, no teacher"
+    method = f"{config.objective.upper()}, a baseline of the package's comparison"
+    if config.objective == "grpo":
+        method = "GRPO, no teacher"
     if config.objective == "rlsd":
         method = (
             f"RLSD (Self-Distilled RLVR, arXiv 2604.03128), lambda {config.rlsd_lambda:g} decaying "

@@ -60,6 +60,8 @@ def require_room(model, rows, config):
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for row in rows:
         longest = max(len(row["prompt_ids"]), len(row["teacher_prompt_ids"] or []))
+        if config.objective == "sdpo":  # a sibling may come before the question
+            longest = len(row["prompt_ids"]) + config.max_completion_length
         if limit is not None and longest + config.max_completion_length > limit:
             raise UserError(
                 f"Row {row['_source']} has a prompt of {longest} tokens, which with "
@@ -389,27 +391,38 @@ def loss_mask(rollout, config):
     return rollout.mask & ~rollout.truncated[:, None]
 
 
-def rollout_metrics(rollout, advantages, config):
-    """What a rollout is like, its share of tokens with A != 0 included."""
+def references(rows, tokenizer, config, reward_funcs, device):
+    """The rows' reference solutions as a Rollout, for supervised steps; scored like samples."""
+    lists = [row["_reference_ids"] for row in rows]
+    width = max(map(len, lists))
+    ids = torch.tensor([y + [tokenizer.pad_token_id] * (width - len(y)) for y in lists])
+    mask = torch.tensor([[t < len(y) for t in range(width)] for y in lists])
+    texts = tokenizer.batch_decode(lists, skip_special_tokens=True)
+    per_func, rewards = score(
+        reward_funcs, config.reward_weights, rows, texts, lists, config.reward_timeout
+    )
+    return Rollout(
+        rows, ids.to(device), mask.to(device), texts,
+        torch.zeros(len(rows), dtype=torch.bool, device=device), rewards, per_func, None,
+    )
+
+
+def rollout_metrics(rollout, advantages, num_generations, config):
+    """What one rollout shows before the update."""
     mask = loss_mask(rollout, config)
-    active = (mask & (advantages != 0)[:, None]).sum() / mask.sum().clamp(min=1)
-    groups = rollout.rewards.view(-1, config.num_generations)
+    active = (mask & (advantages != 0)[:, None]).sum()
     metrics = {
         "reward": rollout.rewards.mean().item(),
-        "reward_std": groups.std(1).mean().item(),
-        "frac_reward_zero_std": (groups == groups[:, :1]).all(1).double().mean().item(),
         "completions/mean_length": rollout.mask.sum(1).double().mean().item(),
         "completions/clipped_ratio": rollout.truncated.double().mean().item(),
-        "rlsd/active_token_frac": active.item(),
+        "rlsd/active_token_frac": (active / mask.sum().clamp(min=1)).item(),
     }
-    if config.leak_markers:
-        metrics["leak_rate"] = leak_rate(rollout.texts, config.leak_markers)
+    if num_generations > 1:
+        groups = rollout.rewards.view(-1, num_generations)
+        equal = (groups == groups[:, :1]).all(1)
+        metrics["reward_std"] = groups.std(1).mean().item()
+        metrics["frac_reward_zero_std"] = equal.double().mean().item()
     return metrics
-
-
-def leak_rate(texts, markers):
-    """Share of texts that contain any marker of the privileged context."""
-    return sum(any(m in text for m in markers) for text in texts) / max(1, len(texts))
 
 
 def token_texts(tokenizer, ids):

@@ -13,6 +13,8 @@ import copy
 
 import torch
 
+from . import checkpoint
+from .config import UserError
 from .distributed import placed
 from .models import (
     STUDENT,
@@ -20,6 +22,9 @@ from .models import (
     adapter_weights,
     add_teacher_adapter,
     has_lora,
+    head_of,
+    open_forward,
+    require_layout,
     using_adapter,
 )
 
@@ -117,6 +122,45 @@ class Teacher:
         if self.kind == "ema":
             for mean, saved in zip(self.mean, state["mean"], strict=True):
                 mean.copy_(placed(saved, mean))
+
+
+def external_teacher(config, tokenizer, student, head, layout):
+    """A Teacher of other weights than the student's, for objective opd; it never changes.
+
+    Raises UserError in a sentence where it does not load or does not speak the student's tokens.
+    """
+    path = config.teacher_model_name_or_path
+    require_same_vocabulary(path, tokenizer)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model = checkpoint.load_model(
+        path, config.device, dtype=dtype, attn_implementation=config.attn_implementation
+    ).requires_grad_(False)
+    own, rows = head_of(model), [len(m.get_output_embeddings().weight) for m in (model, student)]
+    if rows[0] != rows[1]:
+        raise UserError(
+            f"The teacher {path} has {rows[0]} rows in its head, the student {rows[1]}, so their "
+            "distributions cannot be compared; choose a teacher of the same family."
+        )
+    if own != head:
+        raise UserError(
+            f"The teacher {path} has a head with {own}, the student one with {head}; the fused "
+            "divergence takes one scale and softcap for both."
+        )
+    require_layout(model, layout)
+    open_forward(model)
+    return Teacher(model, "live")  # as it is, no copy: its own weights stay where they are
+
+
+def require_same_vocabulary(path, tokenizer):
+    """Every token of the student must be the teacher's under the same id."""
+    theirs, ours = checkpoint.load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
+    if theirs != ours:
+        other = min(set(ours.items()) ^ set(theirs.items()), key=lambda pair: pair[1])
+        raise UserError(
+            f"The teacher {path} has another vocabulary than the student ({len(theirs)} tokens "
+            f"against {len(ours)}, first difference at id {other[1]}), so their distributions "
+            "cannot be compared; choose a teacher of the same family."
+        )
 
 
 def frozen_copy(model):

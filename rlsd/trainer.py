@@ -1,8 +1,9 @@
 """The whole RLSD loop: sample groups, verify, score in the privileged context, one fused update.
 
-One rollout step: questions -> G completions each -> rewards -> group advantages -> dead sequences
-(A = 0) dropped -> teacher forward where lambda > 0, student forward -> fused loss -> optimizer ->
-teacher sync. Masters are fp32; neither micro-batches nor packing change loss or gradient.
+One rollout step: questions -> G completions each -> rewards -> group advantages -> sequences
+without a gradient dropped -> teacher forward where one is read, student forward -> the objective's
+loss -> optimizer -> teacher sync. Masters are fp32; neither micro-batches nor packing change loss
+or gradient. Of sft the reference solutions take the place of the completions.
 """
 
 import dataclasses
@@ -16,11 +17,12 @@ import transformers
 from rlsd_kernels import aggregation_weights, available_impls, merge_stats
 
 from . import checkpoint
-from .advantages import group_advantages, rlsd_lambda_at
-from .config import TrainConfig, UserError
+from .advantages import group_advantages, lambda_of
+from .config import DISTILLING, TrainConfig, UserError
 from .data import load_data, rows_of_step
 from .distributed import Processes, whole
 from .evaluation import evaluate
+from .leak import leak_metrics
 from .models import (
     Flops,
     MasterWeights,
@@ -35,11 +37,13 @@ from .models import (
 )
 from .objectives import (
     Batch,
+    has_signal,
     log_probs_under,
     router_totals,
     sampling_metrics,
     student_terms,
     teacher_inputs,
+    teacher_prompts,
     token_weights,
 )
 from .packing import micro_batches
@@ -55,12 +59,19 @@ from .report import (
     write_completions,
 )
 from .rewards import RewardError, load_reward_funcs, reward_metrics
-from .rollout import choose_sampler, loss_mask, require_room, roll_out, rollout_metrics
-from .teacher import Teacher
+from .rollout import (
+    choose_sampler,
+    loss_mask,
+    references,
+    require_room,
+    roll_out,
+    rollout_metrics,
+)
+from .teacher import Teacher, external_teacher
 
 
 class Trainer:
-    """Trains a causal LM by RLSD or GRPO.
+    """Trains a causal LM by RLSD, GRPO or another objective of rlsd.objectives.LOSSES.
 
     config: TrainConfig. reward_funcs: callables that replace config.reward_funcs. resume_from: a
     checkpoint folder. Raises UserError, in one sentence, on anything a user can fix.
@@ -102,7 +113,11 @@ class Trainer:
             self.model.to("cpu")  # layer by layer its shards go back to the device
         else:
             self.weights = MasterWeights(self.model, config.bf16)
-        if self.loss_config.rlsd_lambda > 0:
+        if config.objective == "opd":
+            self.teacher = external_teacher(
+                config, self.tokenizer, self.model, self.head, self.layout
+            )
+        elif self.loss_config.rlsd_lambda > 0 or config.objective in DISTILLING:
             self.teacher = Teacher(
                 self.model, config.teacher_model_kind, sync_steps=config.teacher_sync_steps,
                 ema_rate=config.teacher_ema_rate, shard=shard,
@@ -190,19 +205,25 @@ class Trainer:
         # Every generator, at every step: what ran in between, a table printed by rich (it draws
         # from Python's) or a resume, then cannot change a reward function that draws.
         transformers.set_seed((config.seed * 1_000_003 + step) % 2**32)
+        supervised = config.objective == "sft"
+        size = 1 if supervised else config.num_generations
         rows = rows_of_step(self.rows, self.questions, step, config.seed)
-        rows = [row for row in rows for _ in range(config.num_generations)]
+        rows = [row for row in rows for _ in range(size)]
         with self.clock("rollout"), memory_named(
             "sampling", "rollout_batch_size or max_completion_length", self.run_dir
         ):
-            rollout = roll_out(
-                self.model, self.tokenizer, rows, config, self.reward_funcs, self.processes,
-                sample=self.sample,
-            )
-        advantages = group_advantages(
-            rollout.rewards, config.num_generations, config.scale_rewards
-        ).to(rollout.mask.device)
-        rolled = time.monotonic()
+            if supervised:
+                rollout = references(
+                    rows, self.tokenizer, config, self.reward_funcs, self.model.device
+                )
+                advantages = torch.ones(len(rows))
+            else:
+                rollout = roll_out(
+                    self.model, self.tokenizer, rows, config, self.reward_funcs, self.processes,
+                    sample=self.sample,
+                )
+                advantages = group_advantages(rollout.rewards, size, config.scale_rewards)
+        advantages, rolled = advantages.to(rollout.mask.device), time.monotonic()
 
         with memory_named(
             "training", "per_device_train_batch_size or max_tokens_per_micro_batch, or set "
@@ -214,17 +235,20 @@ class Trainer:
             self.teacher.after_step(step)
 
         metrics |= {"live_sequences": len(live), "time/update": time.monotonic() - rolled}
-        metrics |= rollout_metrics(rollout, advantages, config)
+        metrics |= rollout_metrics(rollout, advantages, size, config)
         metrics |= self.clock.metrics(
             rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows),
             self.flops.update(batch, config) / self.processes.size, self.peak_flops,
         )
         metrics |= reward_metrics(self.reward_funcs, rollout.rewards_per_func)
+        if not supervised:
+            metrics |= leak_metrics(rollout, config, "leak_rate")
         samples = None
         if config.log_completions_steps and step % config.log_completions_steps == 0:
             weights = torch.ones_like(rollout.mask, dtype=torch.float32)
-            if live and self._lambda(step) > 0:
-                weights[live] = token_weights(batch, *outputs, self._lambda(step), self.loss_config)
+            lam = lambda_of(config, step)
+            if live and lam > 0:
+                weights[live] = token_weights(batch, *outputs, lam, self.loss_config)
             samples = samples_of(self.tokenizer, rollout, advantages, weights)
         return metrics, samples
 
@@ -237,24 +261,20 @@ class Trainer:
         weights = aggregation_weights(
             mask, config.loss_type, max_completion_length=config.max_completion_length
         )
-        alive = mask.any(1)
-        if config.beta == 0 and config.entropy_coef == 0:
-            alive = alive & (advantages != 0)
+        privileged = teacher_prompts(
+            rollout, advantages, lambda_of(config, step), step, self.tokenizer, config
+        )
+        alive = mask.any(1) & has_signal(privileged, advantages, config)
         live = alive.nonzero().squeeze(1).tolist()
-        use_teacher = self._lambda(step) > 0
-        blamed_only = config.rlsd_negative_only
         batch = Batch(
             prompts=[rollout.rows[i]["prompt_ids"] for i in live],
-            teacher_prompts=[
-                rollout.rows[i]["teacher_prompt_ids"]
-                if use_teacher and (advantages[i] < 0 if blamed_only else advantages[i] != 0)
-                else None
-                for i in live
-            ],
+            teacher_prompts=[privileged[i] for i in live],
             images=[rollout.rows[i].get("_images") for i in live],
             completion_ids=rollout.completion_ids[live], mask=mask[live],
             advantages=advantages[live], loss_weights=weights[live],
-            sampling_log_probs=rollout.sampling_log_probs[live],
+            sampling_log_probs=(
+                None if rollout.sampling_log_probs is None else rollout.sampling_log_probs[live]
+            ),
         )
         if self.reference is not None and live:
             with self.clock("teacher"), self.reference.scoring() as reference:
@@ -265,13 +285,6 @@ class Trainer:
                 self.processes.sum_(log_probs)
                 batch = batch._replace(ref_log_probs=log_probs)
         return batch, live
-
-    def _lambda(self, step):
-        config = self.config
-        return rlsd_lambda_at(
-            step, self.loss_config.rlsd_lambda, config.rlsd_lambda_warmup_steps,
-            config.rlsd_lambda_decay_steps,
-        )
 
     def _micro_batches(self, batch):
         """This process's: lists of sequences, [] where it only keeps the others company."""
@@ -287,7 +300,7 @@ class Trainer:
         The first pass is on-policy (ratio 1), and its log-probs are the old ones of the rest. A
         batch without a live sequence carries no signal and makes no optimizer step.
         """
-        config, lam = self.config, self._lambda(step)
+        config, lam = self.config, lambda_of(self.config, step)
         # Until old log-probs exist, delta's student is this very forward under either source.
         loss_config = dataclasses.replace(self.loss_config, rlsd_delta_source="current")
         metrics = {
@@ -296,6 +309,7 @@ class Trainer:
         }
         outputs = (torch.zeros_like(batch.loss_weights), torch.zeros_like(batch.loss_weights))
         stats, check = [], config.validate_every and step % config.validate_every == 0
+        distilling = config.objective in DISTILLING
         for iteration in range(config.num_iterations):
             self.optimizer.zero_grad(set_to_none=True)
             parts, totals = self._micro_batches(batch), None
@@ -306,16 +320,16 @@ class Trainer:
                     self.processes.sum_(*totals)
             for k, rows in enumerate(parts):
                 part, teacher = batch.select(rows), {}
-                if lam > 0:
+                if lam > 0 or distilling:
                     with self.clock("teacher"), self.teacher.scoring() as model:
                         teacher = teacher_inputs(
                             model, self.head, part, self.layout, self.loss_config,
-                            sharded=self.processes.sharded,
+                            full_vocabulary=distilling, sharded=self.processes.sharded,
                         )
                 with self.clock("loss"):
                     out, aux, errors = student_terms(
                         self.model, self.head, part, self.layout, lam, loss_config, teacher,
-                        impl=config.impl, router=self.router, totals=totals,
+                        impl=config.impl, options=config, router=self.router, totals=totals,
                         check_at=step if k == 0 and check else None,
                         sampling_clip_max=config.sampling_clip_max(),
                     )

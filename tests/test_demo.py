@@ -23,7 +23,6 @@ from rlsd.demo import (
     demo_table,
     run_demo,
     scratch_model,
-    spread,
     tiny_model,
     warm_up,
     word_tokenizer,
@@ -190,7 +189,9 @@ def test_problems_are_ordinary_rows(tmp_path):
     write_problems(tmp_path / "x.jsonl", 3, random.Random(5))
     rows = load_rows(str(tmp_path / "x.jsonl"))
     rng = random.Random(5)
-    assert [(r["prompt"], r["solution"]) for r in rows] == [chain_problem(rng) for _ in range(3)]
+    want = [chain_problem(rng) for _ in range(3)]
+    assert [(r["prompt"], r["privileged_context"]) for r in rows] == want
+    assert [r["solution"] for r in rows] == [worked[-1] for _, worked in want]
 
 
 def test_the_arms_differ_in_what_they_are_named_for(tmp_path):
@@ -225,11 +226,6 @@ def test_table():
     assert shuffled.split()[3:] == "0.100 0.600 +- 0.000 0.433 +- 0.000 10 0.000 0.000 1.0".split()
     for part in ("2 seed(s) from warm start 7", "GRPO's final 0.600", "+0.267, -0.300."):
         assert part in text, part
-
-
-@pytest.mark.parametrize("values, want", [([0.5], "0.500"), ([0.4, 0.6], "0.500 +- 0.141")])
-def test_spread(values, want):
-    assert spread(values) == want
 
 
 SECONDS = re.compile(r"\d+\.\d$", re.MULTILINE)

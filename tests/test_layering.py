@@ -17,10 +17,11 @@ KERNEL_ORDER = [
     ["gemm"], ["config"], ["tuning"], ["extension"],
 ]
 TRAINER_ORDER = [
-    ["cli"], ["validate", "bench"], ["demo"], ["trainer"], ["report"], ["objectives"], ["teacher"],
-    ["models"], ["evaluation"], ["rollout"], ["vllm_sampler"], ["packing"], ["checkpoint"],
-    ["rewards"], ["data"], ["grader"], ["math_judge"], ["sandbox"], ["prompts"], ["images"],
-    ["advantages"], ["distributed"], ["config"], ["measure"],
+    ["cli"], ["validate", "bench"], ["compare"], ["demo"], ["trainer"], ["tables"], ["report"],
+    ["objectives"], ["teacher"], ["models"], ["evaluation"], ["leak"], ["rollout"],
+    ["vllm_sampler"], ["packing"], ["checkpoint"], ["rewards"], ["data"], ["grader"],
+    ["math_judge"], ["sandbox"], ["prompts"], ["images"], ["advantages"], ["distributed"],
+    ["config"], ["measure"],
 ]
 TORCH_ONLY = {"torch", "rlsd_kernels"} | sys.stdlib_module_names
 

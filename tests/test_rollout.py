@@ -18,7 +18,6 @@ from rlsd.rollout import (
     eos_ids,
     generate,
     generate_batch,
-    leak_rate,
     require_room,
     roll_out,
     samples_of_lists,
@@ -372,17 +371,6 @@ def test_roll_out_scores_each_completion_with_its_row(monkeypatch):
     want = [[math.log(x / 2016) if x else 0.0 for x in line]
             for line in ([3, 4, EOS], [5, 7, 8], [6, EOS, 0])]
     torch.testing.assert_close(out.sampling_log_probs, torch.tensor(want))
-
-
-@pytest.mark.parametrize("texts, markers, want", [
-    (["a REF b", "b", "REF", "ref"], ["REF"], 0.5),
-    (["x", "y"], ["x", "y"], 1.0),
-    (["x y"], ["x", "y"], 1.0),  # a text counts once
-    (["x"], [], 0.0),
-    ([], ["x"], 0.0),
-])
-def test_leak_rate(texts, markers, want):
-    assert leak_rate(texts, markers) == want
 
 
 def byte_tokenizer():

@@ -33,6 +33,12 @@ BAD = {
     "lora_target_modules": [[None], {"q_proj": 1}],
     "bf16": [1],
     "teacher_sync_steps": [0],
+    "teacher_model_name_or_path": ["folder", 1.5, True],
+    "distillation_divergence": ["kl", "JSD"],
+    "distillation_alpha": [0, 1, -0.5, math.nan],
+    "distillation_coef": [-1, math.nan],
+    "success_reward_threshold": ["high", math.nan],
+    "leak_phrases": ["yes"],
     "logging_steps": [0],
     "save_total_limit": [0],
     "rlsd_lambda_warmup_steps": [-1],
@@ -92,7 +98,8 @@ def test_a_bad_value_is_one_sentence_naming_the_option(name, value):
 
 
 @pytest.mark.parametrize("name, allowed", [
-    ("objective", ("rlsd", "grpo")), ("teacher_model_kind", TEACHER_MODEL_KINDS),
+    ("objective", ("rlsd", "grpo", "opsd", "grpo+opsd", "sdpo", "sft")),
+    ("teacher_model_kind", TEACHER_MODEL_KINDS),
     ("lr_scheduler_type", LR_SCHEDULERS), ("loss_type", ("grpo", "bnpo", "dapo", "dr_grpo")),
 ])
 def test_choices_are_kept_and_listed_in_the_error(name, allowed):

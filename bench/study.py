@@ -1,0 +1,220 @@
+"""The study behind docs/results.md: every objective under one harness, on tasks made here.
+
+    python -m bench.study run [PART ...] [--work runs/study] [--processes N]   # hours on two cores
+    python -m bench.study report       # tables, plots and docs/results.md from the committed data
+
+A part is one `rlsd compare`. Its data, bench/results/study/<part>.json, holds the options of every
+arm, the evaluation curves and medians of every run, and what it ran on; nothing else is kept.
+"""
+
+import argparse
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from bench.common import ROOT, environment
+from rlsd.compare import Plan, compare
+from rlsd.demo import (
+    chain_options,
+    chain_problem,
+    chain_start,
+    chain_tokenizer,
+    save_model,
+    tiny_model,
+    warm_up,
+    word_tokenizer,
+)
+
+RESULTS = ROOT / "bench" / "results" / "study"
+STRONG = {"objective": "rlsd", "rlsd_lambda": 1.0, "rlsd_reweight_clip_range": 1.0,
+          "rlsd_lambda_decay_steps": 60}
+PAPER = {"objective": "rlsd", "rlsd_lambda": 0.5, "rlsd_reweight_clip_range": 0.2,
+         "rlsd_lambda_decay_steps": 50}
+WARM_UP_STEPS, CHAIN_SEEDS = 400, [0, 1, 2, 3, 4]
+
+
+def chain_arms(teacher):
+    """Objectives and controls on the chain task."""
+    return {
+        "GRPO": {"objective": "grpo"},
+        "RLSD, paper": PAPER,
+        "RLSD, strong": STRONG,
+        "OPSD": {"objective": "opsd"},
+        "GRPO+OPSD": {"objective": "grpo+opsd"},
+        "SDPO": {"objective": "sdpo"},
+        "OPD": {"objective": "opd", "teacher_model_name_or_path": str(teacher)},
+        "SFT": {"objective": "sft"},
+        "RLSD, shuffled hints": {**STRONG, "shuffle_privileged_context": True},
+        "RLSD, answer-only hints": {**STRONG, "answer_only_privileged_context": True},
+    }
+
+
+SENSITIVITY = {
+    "lambda 0": {**STRONG, "rlsd_lambda": 0.0},
+    "eps_w 0.2": {**STRONG, "rlsd_reweight_clip_range": 0.2},
+    "eps_w 0.5": {**STRONG, "rlsd_reweight_clip_range": 0.5},
+    "lambda 1, constant": {**STRONG, "rlsd_lambda_decay_steps": 0},
+    "lambda 0.5 -> 0": {**STRONG, "rlsd_lambda": 0.5},
+    "lambda 0 -> 1 -> 0": {**STRONG, "rlsd_lambda_warmup_steps": 10},
+    "teacher live": {**STRONG, "teacher_model_kind": "live"},
+    "teacher base": {**STRONG, "teacher_model_kind": "base"},
+    "teacher ema": {**STRONG, "teacher_model_kind": "ema"},
+    "sync every 5": {**STRONG, "teacher_sync_steps": 5},
+    "sync every 20": {**STRONG, "teacher_sync_steps": 20},
+    "A < 0 only": {**STRONG, "rlsd_negative_only": True},
+    "2 iterations, GRPO": {"objective": "grpo", "num_iterations": 2},
+    "2 iterations, delta current": {**STRONG, "num_iterations": 2},
+    "2 iterations, delta old": {
+        **STRONG, "num_iterations": 2, "rlsd_delta_source": "old_log_probs"
+    },
+    "OPSD, forward KL": {"objective": "opsd", "distillation_divergence": "forward_kl"},
+    "OPSD, reverse KL": {"objective": "opsd", "distillation_divergence": "reverse_kl"},
+}
+
+
+def chain_folder(work, seed):
+    """Data and warm start of the chain task, made once."""
+    folder = work / f"chain-start-{seed}"
+    if not (folder / "warm_start").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        chain_start(folder, seed, WARM_UP_STEPS)
+    return folder
+
+
+def chain_teacher(work):
+    """OPD's teacher: twice the student's layers, taught the right table, without hints."""
+    folder = work / "chain-teacher"
+    if not folder.exists():
+        rng, tokenizer = random.Random(77), chain_tokenizer()
+        model = tiny_model(len(tokenizer), seed=77, layers=4)
+        warm_up(
+            model, tokenizer, lambda step: [chain_problem(rng) for _ in range(128)],
+            WARM_UP_STEPS, seed=77,
+        )
+        save_model(model, tokenizer, folder)
+    return folder
+
+
+def chain_base(work, seed):
+    return chain_options(chain_folder(work, seed)) | {
+        "validate_every": 0, "logging_steps": 80,
+    }
+
+
+def chain_plan(work, seed):
+    return {
+        "seeds": CHAIN_SEEDS, "goals": [0.6, 0.8], "base": chain_base(work, seed),
+        "arms": chain_arms(chain_teacher(work)), "baseline": "GRPO",
+    }
+
+
+def sensitivity_plan(work):
+    return {
+        "seeds": CHAIN_SEEDS[:3], "goals": [0.8], "base": chain_base(work, 0),
+        "arms": {"GRPO": {"objective": "grpo"}, "RLSD, strong": STRONG, **SENSITIVITY},
+        "baseline": "GRPO",
+    }
+
+
+def random_reward(prompts, completions, completion_ids, **columns):
+    """Five values, unrelated to the text, so that groups have signal."""
+    return [sum(ids) % 5 / 4 for ids in completion_ids]
+
+
+def cost_plan(work):
+    """Step time where the passes outweigh the loop around them: 7 M parameters, untrained."""
+    folder = work / "cost-start"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        words, rng = [f"w{i}" for i in range(8000)], random.Random(5)
+        tokenizer = word_tokenizer(words)
+        for name, layers in (("student", 6), ("teacher", 12)):
+            model = tiny_model(len(tokenizer), seed=5, hidden=256, layers=layers, positions=512)
+            model.generation_config.eos_token_id = [1]
+            save_model(model, tokenizer, folder / name)
+        with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
+            for _ in range(64):
+                row = {"prompt": " ".join(rng.choices(words, k=32)),
+                       "solution": " ".join(rng.choices(words, k=48))}
+                file.write(json.dumps(row) + "\n")
+    return {
+        "seeds": [0], "baseline": "GRPO",
+        "base": {
+            "model_name_or_path": str(folder / "student"), "eval_size": 8, "max_steps": 8,
+            "train_dataset": str(folder / "train.jsonl"), "max_completion_length": 64,
+            "reward_funcs": ["bench.study.random_reward"], "generation_batch_size": 32,
+            "per_device_train_batch_size": 32, "privileged_template":
+            "{privileged_context} {prompt}", "eval_steps": 8, "save_total_limit": 1,
+        },
+        "arms": {
+            "GRPO": {"objective": "grpo"},
+            "RLSD": {**STRONG, "rlsd_lambda_decay_steps": 0},
+            "OPSD": {"objective": "opsd"},
+            "GRPO+OPSD": {"objective": "grpo+opsd"},
+            "OPD": {"objective": "opd", "teacher_model_name_or_path": str(folder / "teacher")},
+        },
+    }
+
+
+PARTS = {
+    "chain0": lambda work: chain_plan(work, 0),
+    "chain1": lambda work: chain_plan(work, 1),
+    "sensitivity": sensitivity_plan,
+    "cost": cost_plan,
+}
+
+
+def run(parts, work, processes):
+    """Run parts one after the other, resumable, and write the data of each."""
+    torch.set_num_threads(1)  # an RL step of these models gains nothing from two
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    work, crashed = Path(work), 0
+    about = environment(["torch", "transformers", "reasoning-gym"])
+    for name in parts:
+        began = time.monotonic()
+        plan = Plan(
+            output_dir=str(work / name), processes=processes, **PARTS[name](work)
+        )
+        print(f"== {name}")
+        found = compare(plan)
+        crashed += len(found["crashed"])
+        if found["missing"]:
+            print(f"{name} is not whole, so its data is not written")
+            continue
+        about |= {"processes": processes, "seconds_of_this_call": round(time.monotonic() - began)}
+        write_data(name, plan, found["runs"], about, work)
+    return 1 if crashed else 0
+
+
+def write_data(name, plan, runs, about, work):
+    """bench/results/study/<part>.json; folders of this machine are named from the work folder."""
+    data = {
+        "part": name,
+        "about": about | {"seconds_of_all_runs": round(sum(
+            s["seconds"] for seeds in runs.values() for s in seeds.values()
+        ))},
+        "seeds": plan.seeds, "baseline": plan.baseline, "goals": plan.goals,
+        "base": plan.base, "arms": plan.arms, "runs": runs,
+    }
+    text = json.dumps(data, separators=(",", ":")).replace(f"{work}{os.sep}", "")
+    text = text.replace('"arms":', '\n"arms":').replace('"runs":', '\n"runs":')
+    (RESULTS / f"{name}.json").write_text(text.replace('},"', '},\n"') + "\n", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("parts", nargs="*", default=[], choices=[*PARTS, []])
+    runner.add_argument("--work", default="runs/study")
+    runner.add_argument("--processes", type=int, default=1)
+    given = parser.parse_args()
+    return run(given.parts or list(PARTS), given.work, given.processes)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
