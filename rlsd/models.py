@@ -70,6 +70,16 @@ def load_student(config, path, *, resuming):
     return model, MasterWeights(model, config.bf16)
 
 
+def logits_options(config):
+    """logit_scale and final_logit_softcapping of a model's config, for the fused ops."""
+    config = config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return {"logit_scale": scale, "final_logit_softcapping": cap}
+
+
 def head_of(model):
     """The model's head, verified against its own logits; refuses what it cannot reproduce."""
     name, layer = type(model).__name__, model.get_output_embeddings()
@@ -78,11 +88,7 @@ def head_of(model):
             f"{name} has no linear LM head to fuse the loss over, but "
             f"{'none' if layer is None else type(layer).__name__}; LoRA must leave the head out."
         )
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
+    scale, cap = logits_options(model.config).values()
     head = Head(layer.weight, layer.bias, scale, cap)
     ids = torch.arange(1, 9, device=layer.weight.device).remainder(layer.weight.shape[0])[None]
     with torch.no_grad(), _eval_mode(model), _verifying(name):
