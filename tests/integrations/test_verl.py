@@ -16,6 +16,7 @@ pytest.importorskip("verl", reason="needs verl 0.9: tests/integrations/run_verl.
 
 import verl  # noqa: E402
 from cpu_platform import PlatformCPU  # noqa: E402
+from hydra import compose, initialize_config_module  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from verl.plugin.platform.platform_manager import set_platform  # noqa: E402
 
@@ -383,6 +384,21 @@ def test_bad_options_are_refused_before_anything_runs(changed, complaint):
     with pytest.raises(ValueError, match=complaint) as error:
         verl_config.validate_config(config, use_reference_policy=False, use_critic=False)
     one_sentence(error)
+
+
+def test_the_documented_command_line_composes_and_validates():
+    command = ["algorithm.adv_estimator=rlsd", "+algorithm.rlsd_lambda=0.5",
+               "actor_rollout_ref.model.use_fused_kernels=True", "trainer.n_gpus_per_node=1",
+               "actor_rollout_ref.model.fused_kernel_options.impl_backend=torch",
+               "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+               "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        v1 = compose("ppo_trainer", overrides=command)
+        config = compose("ppo_trainer", overrides=[*command, "trainer.use_v1=False"])
+    verl_config.validate_config(config, use_reference_policy=False, use_critic=False)
+    assert hook.options_of(config.algorithm) == hook.OPTIONS
+    with pytest.raises(UserError, match="because trainer.use_v1 leaves out"):
+        verl_config.validate_config(v1, use_reference_policy=False, use_critic=False)
 
 
 def test_loaded_by_verl_it_says_what_it_replaced_and_refuses_other_versions():
