@@ -190,7 +190,7 @@ FUSED = {
     "batch-scale": {"scale_rewards": "batch"},
     "opd-rl": {"advantage_reweight": None},  # ms-swift adds coef * delta to A of each token
     "lora": {"tuner_type": "lora", "target_modules": "all-linear"},
-    "constant-rewards": {"max_completion_length": 1},
+    "one-token": {"max_completion_length": 1},
 }
 
 
@@ -198,6 +198,7 @@ FUSED = {
 def test_options_of_the_fused_loss(run, options):
     got = assert_parity(run, **{**REUSED, **options})
     assert got.trainer.obstacle is None
+    assert "delta" not in options or max(got.history("clip_ratio/dual_mean")) > 0
 
 
 def test_frozen_teacher(run, folder):
