@@ -35,6 +35,7 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
   rlsd doctor                                    what is installed and which code will run
 """
 
+TESTED_HOSTS = {"trl": "1.16.", "ms-swift": "4.6.", "verl": "0.9."}
 TEXTS = {"config", "resume_from_checkpoint", "output", "device", "dtype", "arm"} | {
     name for name, hint in typing.get_type_hints(TrainConfig).items() if hint is str
 }
@@ -277,8 +278,20 @@ def doctor(arguments):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     auto = choose_impl("auto", torch.empty(0, device=device))
     print(f"  impl='auto' runs {auto!r} on {device}, the fastest that is available there")
-    print("\nIntegrations\n  none in this version; import rlsd_kernels into your own trainer")
+    print("\nIntegrations")
+    for name, tested in TESTED_HOSTS.items():
+        print(f"  {name:<16}{host_state(name, tested)}")
     return 0
+
+
+def host_state(name, tested):
+    """The installed version of a trainer that RLSD hooks into, and whether its hook loads."""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+    fits = version.startswith(tested)
+    return f"{version:<16}{'tested' if fits else f'outside the tested range, {tested}x'}"
 
 
 def quiet_libraries():

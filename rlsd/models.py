@@ -90,6 +90,15 @@ def load_student(config, path, *, resuming):
     return model
 
 
+def head_terms(config):
+    """The Head that a model's config promises."""
+    config = config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(scale, getattr(config, "final_logit_softcapping", None))
+
+
 def head_of(model):
     """The model's head, verified against its own logits; refuses what it cannot reproduce."""
     name, layer = type(model).__name__, model.get_output_embeddings()
@@ -98,26 +107,22 @@ def head_of(model):
             f"{name} has no linear LM head to fuse the loss over, but "
             f"{'none' if layer is None else type(layer).__name__}; LoRA must leave the head out."
         )
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    weight = layer.weight
+    head, weight = head_terms(model.config), layer.weight
     ids = torch.arange(1, 9, device=layer.weight.device).remainder(layer.weight.shape[0])[None]
     with torch.no_grad(), _eval_mode(model), _verifying(name):
         want = model(input_ids=ids, use_cache=False).logits.float()
         hidden = hidden_states(model, ids, torch.ones_like(ids)).last_hidden_state
         hidden = hidden.to(weight.dtype)  # a head may be wider than its trunk
-        got = torch.nn.functional.linear(hidden, weight, layer.bias).float() * scale
-        got = got if cap is None else cap * torch.tanh(got / cap)
+        got = torch.nn.functional.linear(hidden, weight, layer.bias).float() * head.logit_scale
+        if (cap := head.final_logit_softcapping) is not None:
+            got = cap * torch.tanh(got / cap)
     error = (want - got).abs().max().item()
     if not error <= TOLERANCE[layer.weight.dtype] * max(1.0, want.abs().max().item()):
         raise UserError(
             f"The LM head of {name} computes something beyond weight, bias, scale and softcap "
             f"(its logits differ by {error:.3g}), so the fused loss cannot stand in."
         )
-    return Head(scale, cap)
+    return head
 
 
 def layout_of(model, pad_id, padding_free):

@@ -130,7 +130,7 @@ def _take(x, index):
 
 
 def _slices(start, stop, step):
-    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+    return [slice(i, min(i + step, stop)) for i in range(start, stop, max(1, step))]
 
 
 class Scored(NamedTuple):

@@ -86,6 +86,17 @@ def test_gradient_of_one_output_alone(which):
     assert grads[1].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("workspace", [None, 1], ids=["kept", "anew"])
+@pytest.mark.parametrize("with_entropy", [False, True], ids=["log-probs", "entropy"])
+@pytest.mark.parametrize("impl", ["torch", "ref"])
+def test_upstream_gradients_of_zero_give_zero(impl, with_entropy, workspace):
+    p = make_problem(5, 31, 8)
+    inputs = {k: p[k] for k in ("hidden", "weight", "completion_ids")}
+    got = run(inputs, impl, [torch.zeros(5)] * (1 + with_entropy), max_workspace_bytes=workspace)
+    for name in ("d_hidden", "d_weight"):
+        assert torch.equal(got[name], torch.zeros_like(got[name])), name
+
+
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
 def test_frozen_parts_get_no_gradient_and_cost_no_work(part, monkeypatch):
     sizes = []

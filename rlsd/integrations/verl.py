@@ -1,0 +1,151 @@
+"""RLSD in verl 0.9: a fused LM head, and the advantage estimator `rlsd`, installed by import.
+
+    VERL_USE_EXTERNAL_MODULES=rlsd.integrations.verl python -m verl.trainer.main_ppo \
+        algorithm.adv_estimator=rlsd trainer.use_v1=False ...
+
+With use_fused_kernels, actors get log-probs and entropies without (N, V) logits. verl's GRPO
+advantages are re-weighted by log-probs of today's policy shown extra_info["teacher_prompt"], from
+the call that makes old_log_probs. OPTIONS are algorithm's, named as in ms-swift.
+"""
+
+import logging
+
+import numpy as np
+import torch
+import verl
+from verl.models.transformers import dense_common
+from verl.trainer.ppo import core_algos, ray_trainer
+from verl.utils import config as verl_config
+
+import rlsd_kernels
+from rlsd.advantages import rlsd_lambda_at
+from rlsd.config import UserError
+from rlsd.models import head_terms
+from rlsd.packing import left_pad
+
+OPTIONS = {"rlsd_lambda": 0.5, "rlsd_lambda_warmup_steps": 0, "rlsd_lambda_decay_steps": 0,
+           "rlsd_reweight_clip_range": 0.2, "rlsd_negative_only": False}
+
+
+def fused_forward(self, input_ids=None, labels=None, shift_labels=None, temperature=1.0, **inputs):
+    """fp32 log-probs (B, L) and entropies, by the head with its bias, scale and softcap."""
+    head, _ = self.lm_head, inputs.pop("logits_to_keep", None)
+    if not isinstance(head, torch.nn.Linear):
+        raise UserError(f"The fused head needs a torch.nn.Linear, but lm_head is {type(head)}.")
+    outputs = dense_common.forward_base_model(self, input_ids=input_ids, **inputs)
+    ids = torch.roll(input_ids if labels is None else labels, -1, -1)
+    log_probs, entropy = rlsd_kernels.linear_log_probs(
+        outputs.last_hidden_state, head.weight, ids if shift_labels is None else shift_labels,
+        bias=head.bias, temperature=temperature, return_entropy=True,
+        **head_terms(self.config)._asdict(),
+    )
+    return dense_common.CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy)
+
+
+def options_of(algorithm):
+    return {name: (algorithm or {}).get(name, default) for name, default in OPTIONS.items()}
+
+
+@core_algos.register_adv_est("rlsd")
+def rlsd_estimator(
+    token_level_rewards, response_mask, index, config=None, teacher_log_probs=None,
+    old_log_probs=None, rlsd_lambda=None, norm_adv_by_std_in_grpo=True, **unused,
+):
+    """(advantages, returns), both (B, T) A_hat: verl's GRPO advantages, re-weighted by token.
+
+    Rewards, mask, log-probs (nats): (B, T); index: (B,) group ids; rlsd_lambda: this step's. Equal
+    rewards have A = 0. Raises UserError if lambda is above 0 and log-probs are missing."""
+    lam, _, _, clip_range, negative_only = options_of(config).values()
+    lam = lam if rlsd_lambda is None else rlsd_lambda
+    a, _ = core_algos.compute_grpo_outcome_advantage(
+        token_level_rewards, response_mask, index, norm_adv_by_std_in_grpo=norm_adv_by_std_in_grpo
+    )
+    for group in np.unique(index):  # verl's fp32 mean of equal rewards is not always theirs
+        rows = torch.from_numpy(index == group).to(a.device)
+        if rows.sum() > 1 and token_level_rewards[rows].sum(-1).unique().numel() == 1:
+            a[rows] = 0
+    if lam > 0:
+        if teacher_log_probs is None or old_log_probs is None:
+            raise UserError("adv_estimator=rlsd needs teacher_log_probs and old_log_probs, which "
+                            "RayPPOTrainer (trainer.use_v1=False) puts into the batch.")
+        a = rlsd_kernels.rlsd_advantages(
+            a, old_log_probs, teacher_log_probs, rlsd_lambda=lam, reweight_mask=response_mask != 0,
+            rlsd_reweight_clip_range=clip_range, rlsd_negative_only=negative_only,
+        )
+    return a, a
+
+
+def teacher_batch(batch, tokenizer, template_options):
+    """The batch with the teacher's prompts before the very same response tokens."""
+    prompts, old, responses = [], batch.batch, batch.batch["responses"]
+    if any(map(len, batch.non_tensor_batch.get("multi_modal_inputs", ()))):
+        raise UserError("The RLSD teacher takes no images, but the batch has some.")
+    for i, extra in enumerate(batch.non_tensor_batch.get("extra_info", [{}])):
+        chat = extra.get("teacher_prompt")
+        if chat is None or isinstance(chat, str) or len(chat) == 0:
+            raise UserError(f"extra_info['teacher_prompt'] of row {i} must be a chat, but is "
+                            f"{chat!r:.80}, so the row would silently train as plain GRPO.")
+        prompts.append(tokenizer.apply_chat_template(
+            list(chat), add_generation_prompt=True, return_dict=False, **template_options
+        ))
+    ids, mask = left_pad(prompts, tokenizer.pad_token_id, responses.device)
+    mask = torch.cat([mask, old["attention_mask"][:, -responses.shape[1] :]], 1)
+    return verl.DataProto.from_dict({
+        "prompts": ids, "responses": responses, "response_mask": old["response_mask"],
+        "input_ids": torch.cat([ids, responses], 1), "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }, meta_info=batch.meta_info)
+
+
+def _score(original, trainer, batch):
+    scored, config = original(trainer, batch), trainer.config
+    if config.algorithm.adv_estimator == "rlsd":
+        lam = rlsd_lambda_at(trainer.global_steps, *list(options_of(config.algorithm).values())[:3])
+        scored[0].meta_info["rlsd_lambda"] = lam
+        if lam > 0:
+            options = config.data.get("apply_chat_template_kwargs") or {}
+            teacher = original(trainer, teacher_batch(batch, trainer.tokenizer, options))[0].batch
+            scored[0].batch["teacher_log_probs"] = teacher["old_log_probs"]
+    return scored
+
+
+def _advantage(original, data, adv_estimator, **named):
+    if adv_estimator != "rlsd":
+        return original(data, adv_estimator, **named)
+    names = ("token_level_rewards", "response_mask", "old_log_probs", "teacher_log_probs")
+    data.batch["advantages"], data.batch["returns"] = rlsd_estimator(
+        **{name: data.batch.get(name, None) for name in names}, **named,
+        index=data.non_tensor_batch["uid"], rlsd_lambda=data.meta_info.get("rlsd_lambda"),
+    )
+    return data
+
+
+def _validate(original, config, *args, **named):
+    algorithm, trainer = config.algorithm, config.trainer
+    if algorithm.adv_estimator == "rlsd":
+        lam, _, _, clip_range, _ = options_of(algorithm).values()
+        rlsd_kernels.RLSDLossConfig(lam, clip_range)
+        unknown = {n for n in algorithm if n.startswith("rlsd_")} - {*OPTIONS}
+        bypass = (algorithm.get("rollout_correction") or {}).get("bypass_mode")
+        if unknown or trainer.get("use_v1") or bypass:
+            why = f"algorithm has none of {sorted(unknown)}" if unknown else (
+                "bypass_mode" if bypass else "trainer.use_v1") + " leaves out the teacher's pass"
+            raise UserError(f"adv_estimator=rlsd cannot run because {why}.")
+    return original(config, *args, **named)
+
+
+def _install(place, name, wrapper):
+    original = getattr(place, name)
+    setattr(place, name, lambda *args, **named: wrapper(original, *args, **named))
+
+
+if not verl.__version__.startswith("0.9."):
+    raise UserError(f"The RLSD hook needs verl 0.9.x, but {verl.__version__} is installed.")
+dense_common.forward_with_torch_backend = dense_common.forward_with_triton_backend = fused_forward
+_install(ray_trainer.RayPPOTrainer, "_compute_old_log_prob", _score)
+_install(ray_trainer, "compute_advantage", _advantage)
+_install(verl_config, "validate_config", _validate)
+logger = logging.getLogger(__name__)
+logger.setLevel(logging.INFO)
+logger.info("RLSD: replaced verl's fused heads of text models (they run with use_fused_kernels), "
+            "compute_advantage, validate_config and RayPPOTrainer._compute_old_log_prob.")
