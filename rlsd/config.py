@@ -68,7 +68,9 @@ class TrainConfig:
     )
 
     # Data
-    train_dataset: str = option("", ".jsonl, .parquet, hub id, or reasoning-gym:task[,task...]")
+    train_dataset: str = option(
+        "", ".jsonl, .parquet, hub id[:config][@split], or reasoning-gym:task[,task...]"
+    )
     eval_dataset: str | None = option(None, "default: rows held out of train_dataset")
     dataset_size: int = option(1000, "rows generated per reasoning-gym dataset")
     dataset_seed: int | None = option(

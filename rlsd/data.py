@@ -2,13 +2,14 @@
 
 Columns: `prompt` (text or chat messages) and `solution` (or `tests`); optional
 `privileged_context` (default: `solution`), `teacher_prompt` and `images`. GSM8K's question/answer,
-verl's parquet, MBPP and HumanEval are recognised. Every row knows where it came from, so that a
-complaint can name it.
+MATH's problem/solution, verl's parquet, MBPP and HumanEval are recognised. Every row knows where it
+came from, so that a complaint can name it.
 """
 
 import json
 import os
 import random
+import re
 
 import torch
 
@@ -86,8 +87,9 @@ def _read_hub(spec):
             "package: pip install '.[data]'."
         ) from None
     try:
-        name, _, config = spec.partition(":")
-        table = datasets.load_dataset(name, config or None, split="train")
+        name, _, split = spec.partition("@")
+        name, _, config = name.partition(":")
+        table = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": .")
         raise UserError(
@@ -110,6 +112,9 @@ def _uniform(row, source):
         row["prompt"], row["_as_chat"] = row.pop("question"), True
         row["solution"] = answer.rpartition("####")[2].strip()
         row.setdefault("privileged_context", answer)
+    if "prompt" not in row and isinstance(row.get("problem"), str):
+        row["prompt"], row["_as_chat"] = row.pop("problem"), True
+        _rename_math(row)
     reward_model, extra = row.get("reward_model"), row.get("extra_info")
     if isinstance(reward_model, dict) and "ground_truth" in reward_model:
         if not row.get("tests"):
@@ -135,6 +140,28 @@ def _uniform(row, source):
         raise UserError(f"Row {source}: privileged_context must be a text.")
     row[SOURCE] = source
     return row
+
+
+def _rename_math(row):
+    """MATH's `solution` is worked, and its `answer` what it ends with, or else the last box."""
+    worked, answer = row.get("solution"), row.get("answer")
+    if answer in (None, "") and isinstance(worked, str):
+        answer = last_boxed(worked) or worked
+    row["solution"] = answer
+    if worked:
+        row.setdefault("privileged_context", worked)
+
+
+def last_boxed(text):
+    """What the last \\boxed{...} or \\fbox{...} of a text holds, its braces balanced; or None."""
+    starts = [m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]
+    for start in reversed(starts):
+        depth = 1
+        for i in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start:i].strip()
+    return None
 
 
 def _one_answer(answer, source):

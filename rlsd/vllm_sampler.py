@@ -72,7 +72,7 @@ class VLLMSampler:
                 max_completion_length=config.max_completion_length,
                 generation_kwargs={"stop_token_ids": ends},
             )
-        except (OSError, RuntimeError, ValueError) as error:  # no server, or one without an option
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"vLLM cannot be used: {reason}.") from error
 

@@ -205,10 +205,10 @@ def test_hub_rows_and_config_name(monkeypatch):
         return [{"question": "q", "answer": "#### 4"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    rows = load_rows("openai/gsm8k:main") + load_rows("some/set")
-    assert asked == [("openai/gsm8k", "main", "train"), ("some/set", None, "train")]
+    rows = load_rows("openai/gsm8k:main") + load_rows("some/set@test")
+    assert asked == [("openai/gsm8k", "main", "train"), ("some/set", None, "test")]
     assert columns(rows, "solution", SOURCE) == [
-        ("4", "0 of openai/gsm8k:main"), ("4", "0 of some/set")
+        ("4", "0 of openai/gsm8k:main"), ("4", "0 of some/set@test")
     ]
 
 

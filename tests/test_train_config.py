@@ -70,6 +70,13 @@ BAD = {
     "delta": [1.0],
     "beta": [-1],
     "temperature": [0, math.nan],
+    "use_vllm": ["yes"],
+    "vllm_mode": ["colocated"],
+    "vllm_server_port": [0, "http"],
+    "vllm_gpu_memory_utilization": [0, 1.1],
+    "vllm_importance_sampling_clip_max": [0.9, None, math.nan],
+    "use_transformers_continuous_batching": ["maybe"],
+    "transformers_continuous_batching_config": [["num_blocks"], None],
     "privileged_template": ["{prompt}", "{privileged_context}", "{prompt} {prompt} "
                             "{privileged_context}", ""],
 }
@@ -144,6 +151,22 @@ def test_coercion(given, kept):
     (name,) = given
     value = getattr(TrainConfig(**given), name)
     assert value == kept and type(value) is type(kept)
+
+
+@pytest.mark.parametrize("given, want", [
+    ({}, None), ({"use_vllm": True}, 3.0),  # TRL's default corrects what vLLM sampled, alone
+    ({"vllm_importance_sampling_correction": True}, 3.0),
+    ({"use_vllm": True, "vllm_importance_sampling_correction": False}, None),
+    ({"use_vllm": True, "vllm_importance_sampling_clip_max": 2}, 2.0),
+])
+def test_the_sampler_is_corrected_by_default_under_vllm(given, want):
+    assert TrainConfig(**given).sampling_clip_max() == want
+
+
+def test_two_samplers_are_one_too_many():
+    with pytest.raises(UserError) as error:
+        TrainConfig(use_vllm=True, use_transformers_continuous_batching=True)
+    one_sentence(error, "use_vllm", "use_transformers_continuous_batching")
 
 
 def test_groups_must_be_whole():

@@ -1,0 +1,3 @@
+class HTTPAdapter:
+    def __init__(self, **given):
+        pass

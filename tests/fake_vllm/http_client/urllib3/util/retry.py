@@ -1,0 +1,3 @@
+class Retry:
+    def __init__(self, **given):
+        pass
