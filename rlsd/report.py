@@ -74,7 +74,7 @@ class Clock:
 
 def require_packages(config):
     """Say before the first rollout, not after the last, which package of a report is missing."""
-    needed = {"matplotlib": ("train", "curves.png")}
+    needed = {"matplotlib": ("train", "curves.png")} if config.plot_curves else {}
     if config.log_completions_steps:
         needed |= {name: ("train", "log_completions_steps") for name in ("pyarrow", "rich")}
     if config.use_peft:

@@ -146,7 +146,8 @@ class Trainer:
                     print_samples(samples, self.step)
                 if self._due(config.save_steps) or self.step == config.max_steps:
                     self.save()
-        plot_runs({config.objective: [self.run_dir]}, self.run_dir / "curves.png")
+        if config.plot_curves:
+            plot_runs({config.objective: [self.run_dir]}, self.run_dir / "curves.png")
         return read_metrics(self.run_dir)
 
     def _saved(self, error):
