@@ -1,6 +1,7 @@
 # make demo   train a tiny model by GRPO, RLSD and a control, and draw the curves
 # make test   the test-suite;  make test-slow  with the slow tests too
 # make lint   ruff;  make bench  the benchmark;  make clean  remove what these made
+# make study   every objective and control on small tasks, and docs/results.md: hours; resumable
 # make bench-cpu   the benchmark beside other libraries, in .venv-bench: half an idle hour
 # Each sets up its own virtual environment in .venv first. PYTHON=python3.12 make ... chooses one.
 
@@ -11,7 +12,7 @@ READY := $(VENV)/.ready
 BENCH_VENV ?= .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 
-.PHONY: demo test test-slow lint bench bench-cpu clean
+.PHONY: demo test test-slow lint bench bench-cpu study clean
 
 demo: $(READY)
 	$(BIN)/rlsd train
@@ -30,6 +31,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench/bench_loss.py -q --benchmark-only --benchmark-columns=median,min,rounds
+
+study: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.study run
+	$(BIN)/python -m bench.study_report
 
 bench-cpu: $(BENCH_READY)
 	$(BENCH_VENV)/bin/python -m bench.bench_loss --out bench/results/cpu

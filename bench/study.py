@@ -179,23 +179,21 @@ def run(parts, work, processes):
         print(f"== {name}")
         found = compare(plan)
         crashed += len(found["crashed"])
-        if found["missing"]:
-            print(f"{name} is not whole, so its data is not written")
-            continue
         about |= {"processes": processes, "seconds_of_this_call": round(time.monotonic() - began)}
-        write_data(name, plan, found["runs"], about, work)
+        write_data(name, plan, found, about, work)
     return 1 if crashed else 0
 
 
-def write_data(name, plan, runs, about, work):
+def write_data(name, plan, found, about, work):
     """bench/results/study/<part>.json; folders of this machine are named from the work folder."""
+    runs = found["runs"]
     data = {
         "part": name,
         "about": about | {"seconds_of_all_runs": round(sum(
             s["seconds"] for seeds in runs.values() for s in seeds.values()
         ))},
         "seeds": plan.seeds, "baseline": plan.baseline, "goals": plan.goals,
-        "base": plan.base, "arms": plan.arms, "runs": runs,
+        "missing": found["missing"], "base": plan.base, "arms": plan.arms, "runs": runs,
     }
     text = json.dumps(data, separators=(",", ":")).replace(f"{work}{os.sep}", "")
     text = text.replace('"arms":', '\n"arms":').replace('"runs":', '\n"runs":')

@@ -5,13 +5,11 @@ A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exi
 
 import dataclasses
 import importlib.metadata
-import logging
 import os
 import platform
 import shutil
 import sys
 import typing
-import warnings
 from pathlib import Path
 
 import torch
@@ -101,7 +99,7 @@ def train(arguments):
             print(f"  --{f.name} {shown}\n      {f.metadata['help']}")
         return 0
     options = parse_options(arguments)
-    quiet_libraries()
+    _quiet()
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if not set(options) - {"seed", "output_dir", "max_steps", "num_seeds"}:
         if several:
@@ -179,7 +177,7 @@ def evaluate(arguments):
         raise UserError("rlsd eval needs a run folder or checkpoint: rlsd eval RUN.")
     run_dir, path = find_checkpoint(arguments[0])
     config = make_config(run_options(run_dir, parse_options(arguments[1:])))
-    quiet_libraries()
+    _quiet()
     from .checkpoint import load_model, load_processor, load_tokenizer
     from .data import load_data
     from .distributed import Processes
@@ -213,7 +211,7 @@ def evaluate(arguments):
 def compare(arguments):
     from .compare import main as run
 
-    quiet_libraries()
+    _quiet()
     return run(parse_options(arguments))
 
 
@@ -294,17 +292,10 @@ def host_state(name, tested):
     return f"{version:<16}{'tested' if fits else f'outside the tested range, {tested}x'}"
 
 
-def quiet_libraries():
-    """Keep the terminal for our own lines."""
-    import transformers
+def _quiet():
+    from .report import quiet_libraries
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    # The schedule counts rollout steps, and one without signal makes no optimizer step.
-    warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
-    logging.getLogger("rlsd_kernels").addHandler(logging.StreamHandler(sys.stdout))
-    main = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("rlsd_kernels").setLevel(logging.INFO if main else logging.WARNING)
+    quiet_libraries()
 
 
 COMMANDS = {

@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -123,8 +124,11 @@ class Plan:
                     raise UserError(
                         f"{name} is set by the comparison; leave it out of base and arms."
                     )
-        defaults = {"log_completions_steps": 0, "report_to": "none", "save_steps": 0}
-        return {**defaults, "dataset_seed": self.seeds[0], **self.base, **self.arms[arm]}
+        defaults = {
+            "log_completions_steps": 0, "report_to": "none", "save_steps": 0,
+            "plot_curves": False, "dataset_seed": self.seeds[0],
+        }
+        return {**defaults, **self.base, **self.arms[arm]}
 
     def folder(self, arm, seed):
         return Path(self.output_dir) / slug(arm) / f"seed-{seed}"
@@ -216,12 +220,13 @@ def run_one(config, threads):
 
     Goes on from the newest checkpoint; without one the run starts again.
     """
-    from .cli import quiet_libraries
+    from .report import quiet_libraries
     from .trainer import Trainer
 
     folder = Path(config.output_dir)
     failure = beside(folder, ".error")
     failure.unlink(missing_ok=True)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     with open(beside(folder, ".log"), "a", encoding="utf-8", buffering=1) as log:
         os.dup2(log.fileno(), 1)
@@ -247,13 +252,20 @@ def run_one(config, threads):
         seconds.write_text(f"{before + time.monotonic() - began:.2f}\n", encoding="utf-8")
 
 
+def _end_with_parent():
+    """A comparison that was killed must not leave a run behind, which the next would collide with.
+    """
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 @functools.lru_cache
 def _context():
     """Children of a server that has imported everything once; none inherits the caller's state."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlsd.trainer", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["rlsd.trainer"])
     return context
 
 

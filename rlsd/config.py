@@ -249,6 +249,7 @@ class TrainConfig:
     validate_every: int = option(
         0, "hold the fused loss of a micro-batch against the reference; 0: never"
     )
+    plot_curves: bool = option(True, "draw curves.png at the end")
     report_to: str = option("tensorboard", "tensorboard, none")
 
     def __post_init__(self):

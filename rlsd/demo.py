@@ -137,7 +137,7 @@ def warm_up(model, tokenizer, demonstrations, steps, *, seed, log=print):
     return model
 
 
-def scratch_model(config, folder):
+def scratch_model(config, folder, *, hidden=128, layers=3):
     """model_name_or_path: scratch. A tiny model, warmed up on the dataset's own solutions.
 
     Half of the demonstrations carry the privileged context, so that the model can read it.
@@ -153,7 +153,7 @@ def scratch_model(config, folder):
     tokenizer = character_tokenizer([*hinted, *(r["solution"] for r in rows), "0123456789-. "])
     longest = max(map(len, hinted)) + config.max_completion_length
     model = tiny_model(
-        len(tokenizer), seed=config.seed, hidden=128, layers=3, positions=2 * longest
+        len(tokenizer), seed=config.seed, hidden=hidden, layers=layers, positions=2 * longest
     )
     rng = random.Random(config.seed)
 

@@ -3,15 +3,18 @@
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import resource
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 
 from .config import UserError
@@ -74,7 +77,7 @@ class Clock:
 
 def require_packages(config):
     """Say before the first rollout, not after the last, which package of a report is missing."""
-    needed = {"matplotlib": ("train", "curves.png")}
+    needed = {"matplotlib": ("train", "curves.png")} if config.plot_curves else {}
     if config.log_completions_steps:
         needed |= {name: ("train", "log_completions_steps") for name in ("pyarrow", "rich")}
     if config.use_peft:
@@ -84,6 +87,17 @@ def require_packages(config):
     for package, (extra, what) in needed.items():
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{what} needs the package {package}: pip install '.[{extra}]'.")
+
+
+def quiet_libraries():
+    """Keep the terminal for our own lines."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # The schedule counts rollout steps, and one without signal makes no optimizer step.
+    warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
+    logging.getLogger("rlsd_kernels").addHandler(logging.StreamHandler(sys.stdout))
+    main = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("rlsd_kernels").setLevel(logging.INFO if main else logging.WARNING)
 
 
 def number(value):

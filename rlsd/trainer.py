@@ -173,7 +173,8 @@ class Trainer:
                     self.save()
         if not self.processes.main:
             return []
-        plot_runs({config.objective: [self.run_dir]}, self.run_dir / "curves.png")
+        if config.plot_curves:
+            plot_runs({config.objective: [self.run_dir]}, self.run_dir / "curves.png")
         return read_metrics(self.run_dir)
 
     def _saved(self, error):

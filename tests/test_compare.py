@@ -1,12 +1,15 @@
 """rlsd compare: plans, resumption, crashed arms, and what it leaves."""
 
 import csv
+import dataclasses
 import json
 import os
+import time
+from pathlib import Path
 
 import pytest
 import yaml
-from runs import one_sentence, options, problems, write_rows
+from runs import child, one_sentence, options, problems, write_rows
 
 import rlsd.compare
 from rlsd import UserError
@@ -14,6 +17,8 @@ from rlsd.cli import main
 from rlsd.compare import Plan, compare, is_finished, load_plan, slug
 from rlsd.report import read_metrics
 from rlsd.tables import ACCURACY
+
+ROOT = Path(__file__).parent.parent
 
 
 def crash(prompts, completions, completion_ids, **columns):
@@ -201,8 +206,6 @@ def test_what_an_arm_lacks_is_said_before_the_first_rollout(arm, words, tmp_path
     (["--config", "y.yaml"], "Unknown entry 'sedes' of a comparison; did you mean seeds?"),
 ], ids=["nothing", "train-option", "no-file", "arm", "seed", "entry"])
 def test_command_line_mistakes(arguments, words, tmp_path, monkeypatch, capsys):
-    import dataclasses
-
     monkeypatch.chdir(tmp_path)
     entries = dataclasses.asdict(plan(tmp_path))
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(entries))
@@ -213,8 +216,6 @@ def test_command_line_mistakes(arguments, words, tmp_path, monkeypatch, capsys):
 
 
 def test_command_line_runs_one_arm_and_overrides_the_plan(tmp_path, capsys, launched):
-    import dataclasses
-
     path = tmp_path / "x.yaml"
     entries = dataclasses.asdict(plan(tmp_path))
     entries["base"]["max_steps"] = 1
@@ -229,3 +230,37 @@ def test_command_line_runs_one_arm_and_overrides_the_plan(tmp_path, capsys, laun
     assert "Not run yet: GRPO seed 3, GRPO seed 5, RLSD seed 3" in shown and other in shown
     config = load_plan(path, output_dir=other).config("RLSD", 5)
     assert is_finished(config) and not is_finished(load_plan(path).config("RLSD", 5))
+
+
+def test_the_example_is_a_plan_whose_arms_are_valid():
+    made = load_plan(ROOT / "examples" / "compare.yaml")
+    assert made.baseline == "GRPO" and len(made.arms) == 9
+    for arm in made.arms:
+        assert made.config(arm, 0).max_steps == 60
+
+
+def test_a_killed_comparison_leaves_no_run_behind(tmp_path):
+    path = tmp_path / "x.yaml"
+    entries = dataclasses.asdict(plan(tmp_path, seeds=[3]))
+    entries["base"]["max_steps"] = 100_000
+    path.write_text(yaml.safe_dump(entries))
+    process = child("-m", "rlsd.cli", "compare", "--config", str(path))
+    metrics = tmp_path / "compare" / "grpo" / "seed-3" / "metrics.jsonl"
+
+    def size(after):
+        """Bytes once the condition holds, polled for two minutes."""
+        for _ in range(1200):
+            if metrics.exists() and after(metrics.stat().st_size):
+                return metrics.stat().st_size
+            time.sleep(0.1)
+        raise AssertionError(process.communicate())
+
+    size(lambda n: n > 0)
+    process.kill()
+    process.wait()
+    time.sleep(2)
+    stopped = metrics.stat().st_size
+    time.sleep(2)
+    assert metrics.stat().st_size == stopped
+    process.stdout.close()
+    process.stderr.close()

@@ -177,6 +177,18 @@ def test_plot_of_several_seeds_shows_each_and_their_mean(tmp_path, axes):
     assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["GRPO", "RLSD"]
 
 
+def test_plot_of_bands_is_mean_and_deviation(tmp_path, axes):
+    runs = {"GRPO": [records(0), records(2)], "RLSD": [records(1)]}
+    plot_runs(runs, tmp_path / "x.png", panels=[("r", "reward")], bands=True)
+    assert [a.get_title() for a in axes] == ["r"]
+    zero = [0, 0.1, 0.2, 0.3]
+    assert curves(axes[0]) == [pytest.approx([x + 1 for x in zero])] * 2  # no line per seed
+    wide, thin = (band.get_paths()[0].vertices for band in axes[0].collections)
+    at_step_2 = sorted({round(y, 6) for x, y in wide if x == 2})
+    assert at_step_2 == pytest.approx([1.2 - 2**0.5, 1.2 + 2**0.5])
+    assert {round(y, 6) for x, y in thin if x == 2} == {1.2}  # one seed has no deviation
+
+
 def test_plot_of_all_panels_and_of_seeds_of_unequal_length(tmp_path, axes):
     names = [name for _, name in PANELS]
     runs = {"x": [records(0, names), records(1, names)[:2]]}

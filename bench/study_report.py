@@ -1,0 +1,325 @@
+"""Everything that is made from the study's data: tables, plots, and the blocks of docs/results.md.
+
+    python -m bench.study_report
+
+A verdict is a rule on the data, so that it cannot be kinder than the numbers: a difference counts
+where its mean over paired runs is more than two standard errors from 0.
+"""
+
+import json
+import re
+import statistics
+
+from bench.common import ROOT
+from rlsd.compare import PANELS
+from rlsd.report import plot_runs
+from rlsd.tables import (
+    ENTROPY,
+    LEAK,
+    Column,
+    arm_statistics,
+    columns_of,
+    csv_table,
+    curve_mean,
+    final,
+    markdown_table,
+    records_of,
+    shown_gain,
+    shown_mean,
+)
+
+RESULTS, DOCUMENT = ROOT / "bench" / "results" / "study", ROOT / "docs" / "results.md"
+CHAINS, GYM = ("chain0", "chain1"), ("spell_backward", "gym2")
+PAPER, STRONG = "RLSD, paper", "RLSD, strong"
+
+
+def load(part):
+    """The data of a part with seeds as numbers, or None where it was not run."""
+    path = RESULTS / f"{part}.json"
+    if not path.exists():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["runs"] = {
+        arm: {int(seed): run for seed, run in seeds.items()} for arm, seeds in data["runs"].items()
+    }
+    return data
+
+
+def load_all():
+    found = {name: load(name) for name in (*CHAINS, "sensitivity", *GYM, "cost")}
+    return {name: data for name, data in found.items() if data}
+
+
+def pooled(parts, arm, other, value):
+    """Paired differences arm - other over the seeds of several parts: mean, se, n; or None."""
+    gains = []
+    for data in parts:
+        a, b = data["runs"].get(arm, {}), data["runs"].get(other, {})
+        gains += [value(a[s]) - value(b[s]) for s in a if s in b]
+    if len(gains) < 2:
+        return None
+    return {
+        "mean": statistics.fmean(gains), "se": statistics.stdev(gains) / len(gains) ** 0.5,
+        "n": len(gains), "each": gains,
+    }
+
+
+def clear(gain, sign=1):
+    """Whether a paired difference has this sign by more than two standard errors."""
+    return gain is not None and sign * gain["mean"] > 2 * gain["se"]
+
+
+def entropy_of(summary):
+    """Mean entropy of the training samples over the run."""
+    return curve_mean(summary, ENTROPY)
+
+
+def rows_of(data):
+    return arm_statistics(data["runs"], data["baseline"], data["goals"])
+
+
+def row(data, arm):
+    return next((r for r in rows_of(data) if r["arm"] == arm), None)
+
+
+# Tables
+
+
+def comparison_table(data):
+    rows = rows_of(data)
+    return markdown_table(rows, columns_of(rows, data["baseline"], data["goals"]))
+
+
+def pooled_table(parts):
+    """Every arm minus GRPO, over the pairs of all warm starts."""
+    lines = ["| arm | pairs | after, minus GRPO | curve mean, minus GRPO | pairs above GRPO |",
+             "| --- | --: | --: | --: | --: |"]
+    for arm in parts[0]["runs"]:
+        after = pooled(parts, arm, "GRPO", final)
+        if arm == "GRPO" or after is None:
+            continue
+        curve = pooled(parts, arm, "GRPO", curve_mean)
+        above = sum(g > 0 for g in curve["each"])
+        lines.append(
+            f"| {arm} | {after['n']} | {shown_gain(after)} | {shown_gain(curve)} | "
+            f"{above}/{after['n']} |"
+        )
+    return "\n".join(lines)
+
+
+def sensitivity_table(chain, data):
+    """Variants of the strong setting minus it; it and GRPO come from chain0 with the same seeds."""
+    seeds = data["seeds"]
+    runs = {
+        arm: {s: chain["runs"][arm][s] for s in seeds} for arm in (STRONG, "GRPO")
+    } | data["runs"]
+    rows = arm_statistics(runs, STRONG, data["goals"])
+    columns = [
+        c for c in columns_of(rows, STRONG, data["goals"]) if c.group not in ("per step", "peak")
+    ]
+    columns.append(Column("weights clipped", "share", 8, lambda r: shown_mean(r["clipped"])))
+    return markdown_table(rows, columns)
+
+
+def cost_table(data):
+    """Seconds of a step by its parts, in units of GRPO's whole step."""
+    whole = {}
+    for arm, seeds in data["runs"].items():
+        (run,) = seeds.values()
+        whole[arm] = run["times"]["rollout"] + run["times"]["update"], run
+    unit = whole["GRPO"][0]
+    lines = ["| arm | s per step | x GRPO | rollout | teacher | student and loss | optimizer | "
+             "peak MiB |", "| --- | --: | --: | --: | --: | --: | --: | --: |"]
+    for arm, (seconds, run) in whole.items():
+        parts = [run["times"][p] for p in ("rollout", "teacher", "loss", "optim")]
+        lines.append(
+            f"| {arm} | {seconds:.2f} | {seconds / unit:.2f} | "
+            + " | ".join(f"{p:.2f}" for p in parts)
+            + f" | {1024 * run['peak_memory_gb']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def compute_table(parts):
+    lines = ["| part | runs | hours of runs | processes | commit | load before | machine |",
+             "| --- | --: | --: | --: | --- | --: | --- |"]
+    total = 0
+    for name, data in parts.items():
+        about, count = data["about"], sum(map(len, data["runs"].values()))
+        total += about["seconds_of_all_runs"]
+        lines.append(
+            f"| {name} | {count} | {about['seconds_of_all_runs'] / 3600:.2f} | "
+            f"{about['processes']} | {about['git'][:7]}{'-dirty' if about['dirty'] else ''} | "
+            f"{about['load_before']:.1f} | {about['cores']} cores, {about['cpu']} |"
+        )
+    return "\n".join([*lines, f"| all | | {total / 3600:.2f} | | | | |"])
+
+
+# Claims: (what is claimed, what was measured, verdict, reason)
+
+
+def verdict(holds):
+    return "confirmed" if holds else "not confirmed"
+
+
+def gains_text(parts, arm, other, value, what):
+    gain = pooled(parts, arm, other, value)
+    return f"{arm} - {other}, {what}: {shown_gain(gain)} ({gain['n']} pairs)"
+
+
+def claims(parts):
+    """Rows of the claims table, from the data of the chain task and the cost part."""
+    chains = [parts[name] for name in CHAINS if name in parts]
+    if not chains:
+        return []
+    rows = []
+    for arm in (PAPER, STRONG):
+        after, curve = (pooled(chains, arm, "GRPO", v) for v in (final, curve_mean))
+        rows.append((
+            f"RLSD ends above GRPO (+2.32 points on average); {arm}",
+            f"after: {shown_gain(after)}, curve mean: {shown_gain(curve)} ({after['n']} pairs)",
+            verdict(clear(after)),
+            "by the accuracy after the last step; the curve mean is a matter of speed",
+        ))
+        reached = [row(c, arm)["steps_to_baseline"] for c in chains]
+        last = chains[0]["base"]["max_steps"]
+        rows.append((
+            f"RLSD is twice as fast: above GRPO's end in half its steps; {arm}",
+            f"GRPO's accuracy after {last} steps is reached at step "
+            + ", ".join(str(s or "never") for s in reached),
+            verdict(all(s and s <= last / 2 for s in reached)),
+            "first evaluation of the mean curve, per warm start",
+        ))
+    falls = [
+        (row(c, "OPSD")["best"], row(c, "OPSD")["best_step"], row(c, "OPSD")["after"].mean,
+         row(c, "OPSD")["leak"].mean) for c in chains
+    ]
+    rows.append((
+        "OPSD peaks after 10 to 20 steps, then falls while it leaks",
+        "; ".join(f"best {b:.3f} at step {s}, {a:.3f} after, leak {x:.3f}"
+                  for b, s, a, x in falls),
+        verdict(all(10 <= s <= 20 and b - a > 0.1 and x > 0.1 for b, s, a, x in falls)),
+        "the marker is planted in the warm-up, so that a leak can show at all",
+    ))
+    leaks = [
+        (arm, pooled(chains, arm, "GRPO", lambda s: final(s, LEAK)),
+         max(row(c, arm)["leak_peak"] for c in chains)) for arm in (PAPER, STRONG)
+    ]
+    rows.append((
+        "RLSD does not leak",
+        "; ".join(f"{arm}: leak rate minus GRPO's {shown_gain(g)}, peak {p:.3f}"
+                  for arm, g, p in leaks),
+        verdict(all(g["mean"] < 0.005 for _, g, _ in leaks)),
+        "leak rate after the last step less than half a point above GRPO's",
+    ))
+    entropy = [(arm, pooled(chains, arm, "GRPO", entropy_of)) for arm in (PAPER, STRONG)]
+    rows.append((
+        "RLSD keeps more entropy than GRPO",
+        "; ".join(f"{arm} - GRPO, nats: {shown_gain(g)}" for arm, g in entropy),
+        verdict(all(clear(g) for _, g in entropy)),
+        "mean over the run, tokens with A != 0; accuracy differs at the same step",
+    ))
+    clipped = [row(c, PAPER)["clipped"].mean for c in chains]
+    rows.append((
+        "3 to 6 % of the token weights are clipped",
+        ", ".join(f"{x:.1%}" for x in clipped) + " in the paper's setting",
+        verdict(all(0.03 <= x <= 0.06 for x in clipped)),
+        "depends on how much the hint tells; here it tells every step",
+    ))
+    for other in ("GRPO+OPSD", "OPSD", "SDPO"):
+        both = [pooled(chains, arm, other, final) for arm in (PAPER, STRONG)]
+        rows.append((
+            f"RLSD ends above {other}",
+            "; ".join(f"{arm}: {shown_gain(g)}" for arm, g in zip((PAPER, STRONG), both,
+                                                                  strict=True)),
+            verdict(all(clear(g) for g in both)), "after the last step, both settings",
+        ))
+    for other in ("GRPO+OPSD", "SDPO"):
+        gain = pooled(chains, other, "GRPO", final)
+        rows.append((
+            f"{other} ends below GRPO", f"{shown_gain(gain)} ({gain['n']} pairs)",
+            verdict(clear(gain, -1)), "after the last step; JSD, equal learning rates",
+        ))
+    gain = pooled(chains, STRONG, "RLSD, shuffled hints", curve_mean)
+    rows.append((
+        "the gain comes from what the reference says (control)",
+        f"{STRONG} - shuffled hints, curve mean: {shown_gain(gain)} ({gain['n']} pairs)",
+        verdict(clear(gain)), "shuffled hints keep the method and take the information",
+    ))
+    if "cost" in parts:
+        times = {
+            arm: next(iter(seeds.values()))["times"] for arm, seeds in parts["cost"]["runs"].items()
+        }
+        step = {arm: t["rollout"] + t["update"] for arm, t in times.items()}
+        rows.append((
+            "RLSD needs no second model and costs less than OPD",
+            f"{step['RLSD'] / step['GRPO']:.2f} x GRPO's step, OPD with a teacher of twice the "
+            f"layers {step['OPD'] / step['GRPO']:.2f} x",
+            verdict(step["RLSD"] < step["OPD"]),
+            "a snapshot or EMA teacher is a second copy of the weights; a live one is not",
+        ))
+    untestable = "no weights of that size and no GPU here"
+    rows += [
+        ("56.18 against 53.86 (GRPO) on five benchmarks, Qwen3-VL-8B", "-", "not testable here",
+         untestable),
+        ("responses of 4096 tokens, batch 256, learning rate 1e-6", "-", "not testable here",
+         untestable),
+    ]
+    return rows
+
+
+def claims_table(parts):
+    lines = ["| claim | measured | verdict | how it was judged |", "| --- | --- | --- | --- |"]
+    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in claims(parts))])
+
+
+# The document
+
+
+def plot(name, data):
+    plot_runs(
+        {arm: [records_of(s) for s in seeds.values()] for arm, seeds in data["runs"].items()},
+        RESULTS / f"{name}.png", panels=PANELS, bands=True,
+    )
+
+
+def blocks(parts):
+    """{name: markdown} of everything that docs/results.md shows of the data."""
+    made = {name: comparison_table(parts[name]) for name in (*CHAINS, *GYM) if name in parts}
+    chains = [parts[name] for name in CHAINS if name in parts]
+    if chains:
+        made["pooled"] = pooled_table(chains)
+        made["claims"] = claims_table(parts)
+    if "sensitivity" in parts and "chain0" in parts:
+        made["sensitivity"] = sensitivity_table(parts["chain0"], parts["sensitivity"])
+    if "cost" in parts:
+        made["cost"] = cost_table(parts["cost"])
+    made["compute"] = compute_table(parts)
+    return made
+
+
+def fill(text, made):
+    """The document with the text between <!-- name --> and <!-- end --> replaced by its block."""
+    for name, block in made.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(
+            pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise SystemExit(f"{DOCUMENT} has {count} places for the block {name}.")
+    return text
+
+
+def main():
+    parts = load_all()
+    for name, data in parts.items():
+        if data["baseline"] or name == "sensitivity":
+            plot(name, data)
+        (RESULTS / f"{name}.csv").write_text(csv_table(rows_of(data)), encoding="utf-8")
+    made = blocks(parts)
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8"), made), encoding="utf-8")
+    print(f"{DOCUMENT}: {', '.join(made)}")
+
+
+if __name__ == "__main__":
+    main()
