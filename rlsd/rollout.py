@@ -293,7 +293,7 @@ def continuous_batching_refusal(model, tokenizer, config):
 
 
 def choose_sampler(model, tokenizer, config, processes, log=print):
-    """The function to sample by, called as generate is; `log` gets one line that names it.
+    """The function to sample by, called as generate is; `log` gets one line on a choice.
 
     Raises UserError, one sentence, where a sampler that was asked for cannot run.
     """
@@ -330,7 +330,8 @@ def choose_sampler(model, tokenizer, config, processes, log=print):
                 "use_transformers_continuous_batching to false."
             )
         why_not = f", as continuous batching cannot: {reason}"
-    log(f"Sampling by the model's own generate{why_not}.")
+    if on_gpu or wanted is not None:  # elsewhere there was nothing to choose
+        log(f"Sampling by the model's own generate{why_not}.")
     return generate
 
 
