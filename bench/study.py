@@ -139,13 +139,13 @@ def cost_plan(work):
                        "solution": " ".join(rng.choices(words, k=48))}
                 file.write(json.dumps(row) + "\n")
     return {
-        "seeds": [0], "baseline": "GRPO",
+        "seeds": [0, 1, 2], "baseline": "GRPO",  # in turn, so that a busy minute hits all arms
         "base": {
-            "model_name_or_path": str(folder / "student"), "eval_size": 8, "max_steps": 8,
+            "model_name_or_path": str(folder / "student"), "eval_size": 8, "max_steps": 5,
             "train_dataset": str(folder / "train.jsonl"), "max_completion_length": 64,
             "reward_funcs": ["bench.study.random_reward"], "generation_batch_size": 32,
             "per_device_train_batch_size": 32, "privileged_template":
-            "{privileged_context} {prompt}", "eval_steps": 8, "save_total_limit": 1,
+            "{privileged_context} {prompt}", "eval_steps": 5,
         },
         "arms": {
             "GRPO": {"objective": "grpo"},
