@@ -18,12 +18,14 @@ import torch
 
 from bench.common import ROOT, environment
 from rlsd.compare import Plan, compare
+from rlsd.config import make_config
 from rlsd.demo import (
     chain_options,
     chain_problem,
     chain_start,
     chain_tokenizer,
     save_model,
+    scratch_model,
     tiny_model,
     warm_up,
     word_tokenizer,
@@ -117,6 +119,34 @@ def sensitivity_plan(work):
     }
 
 
+# Warm-up steps that leave RL something to learn, found by trying; the longest answer in characters.
+GYM = {"number_sequence": (500, 6), "spell_backward": (1500, 12)}
+
+
+def gym_plan(work, task):
+    """A task of reasoning-gym; its hint is the final answer, which is all that it has."""
+    steps, length = GYM[task]
+    base = {
+        "train_dataset": f"reasoning-gym:{task}", "dataset_size": 4000, "eval_size": 256,
+        "reward_funcs": ["exact_match"], "max_completion_length": length,
+        "privileged_template": "{privileged_context}|{prompt}", "rollout_batch_size": 256,
+        "generation_batch_size": 64, "num_generations": 8, "per_device_train_batch_size": 64,
+        "learning_rate": 3e-4, "adam_beta2": 0.98, "max_steps": 60, "eval_steps": 10,
+    }
+    folder = work / f"gym-start-{task}"
+    if not folder.exists():
+        config = make_config({**base, "model_name_or_path": "scratch", "scratch_steps": steps})
+        scratch_model(config, folder, hidden=64, layers=2)
+    return {
+        "seeds": [0, 1, 2], "goals": [], "baseline": "GRPO",
+        "base": base | {"model_name_or_path": str(folder)},
+        "arms": {
+            "GRPO": {"objective": "grpo"}, "RLSD, paper": PAPER, "RLSD, strong": STRONG,
+            "GRPO+OPSD": {"objective": "grpo+opsd"}, "OPSD": {"objective": "opsd"},
+        },
+    }
+
+
 def random_reward(prompts, completions, completion_ids, **columns):
     """Five values, unrelated to the text, so that groups have signal."""
     return [sum(ids) % 5 / 4 for ids in completion_ids]
@@ -161,6 +191,8 @@ PARTS = {
     "chain0": lambda work: chain_plan(work, 0),
     "chain1": lambda work: chain_plan(work, 1),
     "sensitivity": sensitivity_plan,
+    "number_sequence": lambda work: gym_plan(work, "number_sequence"),
+    "spell_backward": lambda work: gym_plan(work, "spell_backward"),
     "cost": cost_plan,
 }
 

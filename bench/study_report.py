@@ -29,7 +29,7 @@ from rlsd.tables import (
 )
 
 RESULTS, DOCUMENT = ROOT / "bench" / "results" / "study", ROOT / "docs" / "results.md"
-CHAINS, GYM = ("chain0", "chain1"), ("spell_backward", "gym2")
+CHAINS, GYM = ("chain0", "chain1"), ("number_sequence", "spell_backward")
 PAPER, STRONG = "RLSD, paper", "RLSD, strong"
 
 
