@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from families import build
 from runs import (
     TEMPLATE,
     assert_same,
@@ -181,6 +182,24 @@ def test_micro_batches_change_neither_loss_nor_gradient(name, loss_type):
             assert (got[1][key] - grad).norm() <= 1e-9 * grad.norm(), key
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("family", ["phi", "gemma3-softcap", "granite"])  # bias, softcap, scale
+def test_other_heads_equal_a_naive_loop(family, name):
+    student, teacher, batch = build(family).double(), build(family).double(), make_batch((2,))
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.05 * torch.randn(p.shape, dtype=p.dtype))
+    config = config_of(name)
+    got = ours(student, teacher, batch, config, [[0, 1, 2, 3], [4, 5]])
+    student.zero_grad(set_to_none=True)
+    want = naive_loss(student, teacher, batch, config)
+    want.backward()
+    # Rotary positions and softmax of the models stay in fp32.
+    assert got[0] == pytest.approx(want.item(), abs=1e-5)
+    for key, p in student.named_parameters():
+        assert (got[1][key] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7, key
+
+
 @pytest.mark.parametrize("name", ["opsd", "sft"])
 def test_log_probs_and_entropy_are_the_students(name):
     student, batch = model(0), make_batch()
@@ -319,6 +338,20 @@ def test_a_run_of_every_objective_does_not_depend_on_micro_batches(name, tmp_pat
         assert got["validate/dh"] < 1e-5
     if name not in ("rlsd", "grpo", "sdpo"):
         assert results[0][1][0]["live_sequences"] == (4 if name == "sft" else 16)
+
+
+@pytest.mark.parametrize("name", ["opsd", "grpo+opsd", "opd", "sft"])
+@pytest.mark.parametrize("changed", [
+    {"bf16": True}, {"use_peft": True, "lora_r": 4}, {"num_iterations": 2},
+    {"padding_free": True, "max_tokens_per_micro_batch": 50}, {"mask_truncated_completions": True},
+    {"teacher_model_kind": "live", "gradient_checkpointing": True},
+], ids=["bf16", "lora", "iterations-2", "packed", "masked", "live-recomputed"])
+def test_objectives_run_with_the_trainers_options(name, changed, tmp_path):
+    trainer = make_trainer(tmp_path, **of_objective(name, tmp_path), **changed)
+    before = parameters(trainer.model)
+    metrics, _ = trainer.train_step(1)
+    assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    assert any(not torch.equal(p, before[n]) for n, p in parameters(trainer.model).items())
 
 
 def test_lambda_zero_is_grpo_to_the_bit(tmp_path):
