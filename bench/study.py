@@ -60,6 +60,7 @@ def chain_arms(teacher=None):
 
 # Beside the strong setting, which chain0 has with the same seeds.
 SENSITIVITY = {
+    "lambda 0": {**STRONG, "rlsd_lambda": 0.0},
     "eps_w 0.2": {**STRONG, "rlsd_reweight_clip_range": 0.2},
     "lambda 1, constant": {**STRONG, "rlsd_lambda_decay_steps": 0},
     "lambda 0.5 -> 0": {**STRONG, "rlsd_lambda": 0.5},
@@ -73,6 +74,8 @@ SENSITIVITY = {
     "2 iterations, delta old": {
         **STRONG, "num_iterations": 2, "rlsd_delta_source": "old_log_probs"
     },
+    "OPSD, forward KL": {"objective": "opsd", "distillation_divergence": "forward_kl"},
+    "OPSD, reverse KL": {"objective": "opsd", "distillation_divergence": "reverse_kl"},
 }
 
 
