@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from runs import (
     write_rows,
 )
 
+import rlsd.config
+import rlsd.objectives
 import rlsd.trainer
 from rlsd import TrainConfig, UserError
 from rlsd.config import OBJECTIVES
@@ -426,6 +430,28 @@ def test_an_external_teacher_sees_the_question_alone_and_never_moves(tmp_path, m
     assert seen[0][1].teacher_prompts == seen[0][1].prompts
     assert_same(parameters(trainer.teacher.model), before)
     assert all(row["teacher_prompt_ids"] is None for row in trainer.rows)
+
+
+def test_the_documented_way_to_add_an_objective(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    scope = vars(rlsd.objectives).copy()
+    exec(source, scope)
+    monkeypatch.setitem(rlsd.objectives.LOSSES, "praised", scope["praised_only"])
+    monkeypatch.setitem(rlsd.config._CHOICES, "objective", (*OBJECTIVES, "praised"))
+    trainer = make_trainer(tmp_path, objective="praised")
+    made = []
+    real = rlsd.trainer.student_terms
+
+    def recorded(model, head, batch, *args, **kwargs):
+        made.append((batch, real(model, head, batch, *args, **kwargs)))
+        return made[-1][1]
+
+    monkeypatch.setattr(rlsd.trainer, "student_terms", recorded)
+    assert trainer.teacher is None and trainer.train_step(1)[0]["grad_norm"] > 0
+    (batch, terms), = made
+    praised = batch.advantages.clamp(min=0)[:, None] * batch.loss_weights
+    assert terms.out.loss.item() == pytest.approx(-praised.sum().item(), rel=1e-5)
 
 
 # What an objective asks for, told before the first rollout
