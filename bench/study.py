@@ -18,12 +18,14 @@ import torch
 
 from bench.common import ROOT, environment
 from rlsd.compare import Plan, compare
+from rlsd.config import make_config
 from rlsd.demo import (
     chain_options,
     chain_problem,
     chain_start,
     chain_tokenizer,
     save_model,
+    scratch_model,
     tiny_model,
     warm_up,
     word_tokenizer,
@@ -58,6 +60,7 @@ def chain_arms(teacher=None):
 
 # Beside the strong setting, which chain0 has with the same seeds.
 SENSITIVITY = {
+    "lambda 0": {**STRONG, "rlsd_lambda": 0.0},
     "eps_w 0.2": {**STRONG, "rlsd_reweight_clip_range": 0.2},
     "lambda 1, constant": {**STRONG, "rlsd_lambda_decay_steps": 0},
     "lambda 0.5 -> 0": {**STRONG, "rlsd_lambda": 0.5},
@@ -71,6 +74,8 @@ SENSITIVITY = {
     "2 iterations, delta old": {
         **STRONG, "num_iterations": 2, "rlsd_delta_source": "old_log_probs"
     },
+    "OPSD, forward KL": {"objective": "opsd", "distillation_divergence": "forward_kl"},
+    "OPSD, reverse KL": {"objective": "opsd", "distillation_divergence": "reverse_kl"},
 }
 
 
@@ -117,6 +122,34 @@ def sensitivity_plan(work):
     }
 
 
+# Warm-up steps that leave RL something to learn, found by trying; the longest answer in characters.
+GYM = {"number_sequence": (500, 6), "spell_backward": (1500, 12)}
+
+
+def gym_plan(work, task):
+    """A task of reasoning-gym; its hint is the final answer, which is all that it has."""
+    steps, length = GYM[task]
+    base = {
+        "train_dataset": f"reasoning-gym:{task}", "dataset_size": 4000, "eval_size": 256,
+        "reward_funcs": ["exact_match"], "max_completion_length": length,
+        "privileged_template": "{privileged_context}|{prompt}", "rollout_batch_size": 256,
+        "generation_batch_size": 64, "num_generations": 8, "per_device_train_batch_size": 64,
+        "learning_rate": 3e-4, "adam_beta2": 0.98, "max_steps": 60, "eval_steps": 10,
+    }
+    folder = work / f"gym-start-{task}"
+    if not folder.exists():
+        config = make_config({**base, "model_name_or_path": "scratch", "scratch_steps": steps})
+        scratch_model(config, folder, hidden=64, layers=2)
+    return {
+        "seeds": [0, 1, 2], "goals": [], "baseline": "GRPO",
+        "base": base | {"model_name_or_path": str(folder)},
+        "arms": {
+            "GRPO": {"objective": "grpo"}, "RLSD, paper": PAPER, "RLSD, strong": STRONG,
+            "GRPO+OPSD": {"objective": "grpo+opsd"}, "OPSD": {"objective": "opsd"},
+        },
+    }
+
+
 def random_reward(prompts, completions, completion_ids, **columns):
     """Five values, unrelated to the text, so that groups have signal."""
     return [sum(ids) % 5 / 4 for ids in completion_ids]
@@ -139,13 +172,13 @@ def cost_plan(work):
                        "solution": " ".join(rng.choices(words, k=48))}
                 file.write(json.dumps(row) + "\n")
     return {
-        "seeds": [0], "baseline": "GRPO",
+        "seeds": [0, 1, 2], "baseline": "GRPO",  # in turn, so that a busy minute hits all arms
         "base": {
-            "model_name_or_path": str(folder / "student"), "eval_size": 8, "max_steps": 8,
+            "model_name_or_path": str(folder / "student"), "eval_size": 8, "max_steps": 5,
             "train_dataset": str(folder / "train.jsonl"), "max_completion_length": 64,
             "reward_funcs": ["bench.study.random_reward"], "generation_batch_size": 32,
             "per_device_train_batch_size": 32, "privileged_template":
-            "{privileged_context} {prompt}", "eval_steps": 8, "save_total_limit": 1,
+            "{privileged_context} {prompt}", "eval_steps": 5,
         },
         "arms": {
             "GRPO": {"objective": "grpo"},
@@ -161,6 +194,8 @@ PARTS = {
     "chain0": lambda work: chain_plan(work, 0),
     "chain1": lambda work: chain_plan(work, 1),
     "sensitivity": sensitivity_plan,
+    "number_sequence": lambda work: gym_plan(work, "number_sequence"),
+    "spell_backward": lambda work: gym_plan(work, "spell_backward"),
     "cost": cost_plan,
 }
 

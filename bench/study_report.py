@@ -29,7 +29,7 @@ from rlsd.tables import (
 )
 
 RESULTS, DOCUMENT = ROOT / "bench" / "results" / "study", ROOT / "docs" / "results.md"
-CHAINS, GYM = ("chain0", "chain1"), ("spell_backward", "gym2")
+CHAINS, GYM = ("chain0", "chain1"), ("number_sequence", "spell_backward")
 PAPER, STRONG = "RLSD, paper", "RLSD, strong"
 
 
@@ -51,13 +51,13 @@ def load_all():
 
 
 def pooled(parts, arm, other, value):
-    """Paired differences arm - other over the seeds of several parts: mean, se, n; or None."""
+    """Paired differences arm - other over the seeds of several parts: mean, se, n, each."""
     gains = []
     for data in parts:
         a, b = data["runs"].get(arm, {}), data["runs"].get(other, {})
         gains += [value(a[s]) - value(b[s]) for s in a if s in b]
     if len(gains) < 2:
-        return None
+        raise SystemExit(f"{arm} and {other} have fewer than two pairs: run the study further.")
     return {
         "mean": statistics.fmean(gains), "se": statistics.stdev(gains) / len(gains) ** 0.5,
         "n": len(gains), "each": gains,
@@ -66,7 +66,7 @@ def pooled(parts, arm, other, value):
 
 def clear(gain, sign=1):
     """Whether a paired difference has this sign by more than two standard errors."""
-    return gain is not None and sign * gain["mean"] > 2 * gain["se"]
+    return sign * gain["mean"] > 2 * gain["se"]
 
 
 def entropy_of(summary):
@@ -95,9 +95,9 @@ def pooled_table(parts):
     lines = ["| arm | pairs | after, minus GRPO | curve mean, minus GRPO | pairs above GRPO |",
              "| --- | --: | --: | --: | --: |"]
     for arm in parts[0]["runs"]:
-        after = pooled(parts, arm, "GRPO", final)
-        if arm == "GRPO" or after is None:
+        if arm == "GRPO":
             continue
+        after = pooled(parts, arm, "GRPO", final)
         curve = pooled(parts, arm, "GRPO", curve_mean)
         above = sum(g > 0 for g in curve["each"])
         lines.append(
@@ -121,21 +121,34 @@ def sensitivity_table(chain, data):
     return markdown_table(rows, columns)
 
 
-def cost_table(data):
-    """Seconds of a step by its parts, in units of GRPO's whole step."""
-    whole = {}
+def step_costs(data):
+    """{arm: seconds of each part of a step, of "all", and "memory" in MiB}, medians over seeds."""
+    found = {}
     for arm, seeds in data["runs"].items():
-        (run,) = seeds.values()
-        whole[arm] = run["times"]["rollout"] + run["times"]["update"], run
-    unit = whole["GRPO"][0]
-    lines = ["| arm | s per step | x GRPO | rollout | teacher | student and loss | optimizer | "
-             "peak MiB |", "| --- | --: | --: | --: | --: | --: | --: | --: |"]
-    for arm, (seconds, run) in whole.items():
-        parts = [run["times"][p] for p in ("rollout", "teacher", "loss", "optim")]
+        times = [s["times"] for s in seeds.values()]
+        found[arm] = {
+            part: statistics.median(t[part] for t in times)
+            for part in ("rollout", "teacher", "loss", "optim")
+        }
+        found[arm]["all"] = statistics.median(t["rollout"] + t["update"] for t in times)
+        found[arm]["update"] = statistics.median(t["update"] for t in times)
+        found[arm]["memory"] = statistics.median(
+            1024 * s["peak_memory_gb"] for s in seeds.values()
+        )
+    return found
+
+
+def cost_table(data):
+    costs = step_costs(data)
+    unit = costs["GRPO"]
+    lines = ["| arm | s per step | x GRPO | update alone, x GRPO | rollout | teacher | "
+             "student and loss | optimizer | peak MiB |",
+             "| --- | --: | --: | --: | --: | --: | --: | --: | --: |"]
+    for arm, c in costs.items():
+        parts = " | ".join(f"{c[p]:.2f}" for p in ("rollout", "teacher", "loss", "optim"))
         lines.append(
-            f"| {arm} | {seconds:.2f} | {seconds / unit:.2f} | "
-            + " | ".join(f"{p:.2f}" for p in parts)
-            + f" | {1024 * run['peak_memory_gb']:.0f} |"
+            f"| {arm} | {c['all']:.2f} | {c['all'] / unit['all']:.2f} | "
+            f"{c['update'] / unit['update']:.2f} | {parts} | {c['memory']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -160,11 +173,6 @@ def compute_table(parts):
 
 def verdict(holds):
     return "confirmed" if holds else "not confirmed"
-
-
-def gains_text(parts, arm, other, value, what):
-    gain = pooled(parts, arm, other, value)
-    return f"{arm} - {other}, {what}: {shown_gain(gain)} ({gain['n']} pairs)"
 
 
 def claims(parts):
@@ -247,14 +255,11 @@ def claims(parts):
         verdict(clear(gain)), "shuffled hints keep the method and take the information",
     ))
     if "cost" in parts:
-        times = {
-            arm: next(iter(seeds.values()))["times"] for arm, seeds in parts["cost"]["runs"].items()
-        }
-        step = {arm: t["rollout"] + t["update"] for arm, t in times.items()}
+        step = {arm: c["update"] for arm, c in step_costs(parts["cost"]).items()}
         rows.append((
             "RLSD needs no second model and costs less than OPD",
-            f"{step['RLSD'] / step['GRPO']:.2f} x GRPO's step, OPD with a teacher of twice the "
-            f"layers {step['OPD'] / step['GRPO']:.2f} x",
+            f"an update takes {step['RLSD'] / step['GRPO']:.2f} x GRPO's, OPD's with a teacher of "
+            f"twice the layers {step['OPD'] / step['GRPO']:.2f} x",
             verdict(step["RLSD"] < step["OPD"]),
             "a snapshot or EMA teacher is a second copy of the weights; a live one is not",
         ))

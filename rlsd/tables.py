@@ -195,19 +195,23 @@ def shown_mean(s, digits=3):
 
 
 class Column(NamedTuple):
-    """One column: two lines of heading, width in the text table, and what it shows of a row."""
+    """One column: two lines of heading, width in the text table, what it shows of a row, and its
+    heading where there is one line (None: both lines)."""
 
     group: str
     name: str
     width: int
     show: object
+    title: str | None = None
 
 
 BEFORE = Column("", "before", 7, lambda r: shown_number(r["before"]))
-AFTER = Column("held-out pass@1", "after", 16, lambda r: shown_spread(r["after"]))
-CURVE_MEAN = Column("sampled", "curve mean", 16, lambda r: shown_spread(r["curve_mean"]))
+AFTER = Column("held-out pass@1", "after", 16, lambda r: shown_spread(r["after"]), "after")
+CURVE_MEAN = Column(
+    "sampled", "curve mean", 16, lambda r: shown_spread(r["curve_mean"]), "curve mean"
+)
 LEAK_AFTER = Column("leak", "after", 8, lambda r: shown_mean(r["leak"]))
-LEAK_PEAK = Column("rate", "peak", 7, lambda r: shown_number(r["leak_peak"]))
+LEAK_PEAK = Column("rate", "peak", 7, lambda r: shown_number(r["leak_peak"]), "leak peak")
 
 
 def steps_to_baseline(baseline):
@@ -222,8 +226,14 @@ def columns_of(rows, baseline, goals):
     columns = [Column("", "n", 4, lambda r: str(r["n"])), BEFORE, AFTER, CURVE_MEAN]
     if baseline:
         columns += [
-            Column(f"minus {baseline} +- se", "after", 17, lambda r: shown_gain(r["after_gain"])),
-            Column("", "curve mean", 17, lambda r: shown_gain(r["curve_gain"])),
+            Column(
+                f"minus {baseline} +- se", "after", 17, lambda r: shown_gain(r["after_gain"]),
+                f"after, minus {baseline}",
+            ),
+            Column(
+                "", "curve mean", 17, lambda r: shown_gain(r["curve_gain"]),
+                f"curve mean, minus {baseline}",
+            ),
         ]
     for goal in goals:
         columns.append(Column(
@@ -239,7 +249,7 @@ def columns_of(rows, baseline, goals):
         columns += [LEAK_AFTER, LEAK_PEAK]
     return columns + [
         Column("per step", "ms", 9, lambda r: shown_number(
-            r["step_seconds"] and 1000 * r["step_seconds"].mean, 0)),
+            r["step_seconds"] and 1000 * r["step_seconds"].mean, 0), "ms per step"),
         Column("peak", "MiB", 7, lambda r: shown_number(
             r["peak_memory_gb"] and 1024 * r["peak_memory_gb"].mean, 0)),
     ]
@@ -259,7 +269,7 @@ def text_table(rows, columns):
 
 
 def _cells(rows, columns):
-    heads = [f"{c.group} {c.name}".strip() for c in columns]
+    heads = [c.title or f"{c.group} {c.name}".strip() for c in columns]
     return ["arm", *heads], [[r["arm"], *(c.show(r) for c in columns)] for r in rows]
 
 

@@ -2,9 +2,12 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from families import build
 from runs import (
     TEMPLATE,
     assert_same,
@@ -17,6 +20,8 @@ from runs import (
     write_rows,
 )
 
+import rlsd.config
+import rlsd.objectives
 import rlsd.trainer
 from rlsd import TrainConfig, UserError
 from rlsd.config import OBJECTIVES
@@ -181,6 +186,24 @@ def test_micro_batches_change_neither_loss_nor_gradient(name, loss_type):
             assert (got[1][key] - grad).norm() <= 1e-9 * grad.norm(), key
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("family", ["phi", "gemma3-softcap", "granite"])  # bias, softcap, scale
+def test_other_heads_equal_a_naive_loop(family, name):
+    student, teacher, batch = build(family).double(), build(family).double(), make_batch((2,))
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.05 * torch.randn(p.shape, dtype=p.dtype))
+    config = config_of(name)
+    got = ours(student, teacher, batch, config, [[0, 1, 2, 3], [4, 5]])
+    student.zero_grad(set_to_none=True)
+    want = naive_loss(student, teacher, batch, config)
+    want.backward()
+    # Rotary positions and softmax of the models stay in fp32.
+    assert got[0] == pytest.approx(want.item(), abs=1e-5)
+    for key, p in student.named_parameters():
+        assert (got[1][key] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7, key
+
+
 @pytest.mark.parametrize("name", ["opsd", "sft"])
 def test_log_probs_and_entropy_are_the_students(name):
     student, batch = model(0), make_batch()
@@ -321,6 +344,20 @@ def test_a_run_of_every_objective_does_not_depend_on_micro_batches(name, tmp_pat
         assert results[0][1][0]["live_sequences"] == (4 if name == "sft" else 16)
 
 
+@pytest.mark.parametrize("name", ["opsd", "grpo+opsd", "opd", "sft"])
+@pytest.mark.parametrize("changed", [
+    {"bf16": True}, {"use_peft": True, "lora_r": 4}, {"num_iterations": 2},
+    {"padding_free": True, "max_tokens_per_micro_batch": 50}, {"mask_truncated_completions": True},
+    {"teacher_model_kind": "live", "gradient_checkpointing": True},
+], ids=["bf16", "lora", "iterations-2", "packed", "masked", "live-recomputed"])
+def test_objectives_run_with_the_trainers_options(name, changed, tmp_path):
+    trainer = make_trainer(tmp_path, **of_objective(name, tmp_path), **changed)
+    before = parameters(trainer.model)
+    metrics, _ = trainer.train_step(1)
+    assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+    assert any(not torch.equal(p, before[n]) for n, p in parameters(trainer.model).items())
+
+
 def test_lambda_zero_is_grpo_to_the_bit(tmp_path):
     results = []
     for changed in ({"objective": "grpo"}, {"objective": "rlsd", "rlsd_lambda": 0.0},
@@ -393,6 +430,28 @@ def test_an_external_teacher_sees_the_question_alone_and_never_moves(tmp_path, m
     assert seen[0][1].teacher_prompts == seen[0][1].prompts
     assert_same(parameters(trainer.teacher.model), before)
     assert all(row["teacher_prompt_ids"] is None for row in trainer.rows)
+
+
+def test_the_documented_way_to_add_an_objective(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    scope = vars(rlsd.objectives).copy()
+    exec(source, scope)
+    monkeypatch.setitem(rlsd.objectives.LOSSES, "praised", scope["praised_only"])
+    monkeypatch.setitem(rlsd.config._CHOICES, "objective", (*OBJECTIVES, "praised"))
+    trainer = make_trainer(tmp_path, objective="praised")
+    made = []
+    real = rlsd.trainer.student_terms
+
+    def recorded(model, head, batch, *args, **kwargs):
+        made.append((batch, real(model, head, batch, *args, **kwargs)))
+        return made[-1][1]
+
+    monkeypatch.setattr(rlsd.trainer, "student_terms", recorded)
+    assert trainer.teacher is None and trainer.train_step(1)[0]["grad_norm"] > 0
+    (batch, terms), = made
+    praised = batch.advantages.clamp(min=0)[:, None] * batch.loss_weights
+    assert terms.out.loss.item() == pytest.approx(-praised.sum().item(), rel=1e-5)
 
 
 # What an objective asks for, told before the first rollout

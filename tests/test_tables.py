@@ -131,6 +131,7 @@ def test_tables_show_the_statistics():
     assert markdown[1].startswith("| --- | --: |") and len(markdown) == 5
     assert {line.count("|") for line in markdown} == {len(columns) + 2}
     assert "| 0.600 +- 0.265 |" in markdown[3]
+    assert "| after | curve mean | after, minus GRPO | curve mean, minus GRPO |" in markdown[0]
     (grpo, rlsd, slow) = csv.DictReader(io.StringIO(csv_table(rows)))
     assert float(rlsd["after_mean"]) == pytest.approx(0.6) and float(rlsd["curve_gain_se"]) > 0
     assert grpo["curve_gain"] == "" and slow["steps_to_0.55"] == "" and rlsd["n"] == "3"
