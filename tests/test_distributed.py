@@ -1,5 +1,6 @@
 """Loss, gradient and weights do not depend on the number of processes, nor on how they share."""
 
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,13 +27,11 @@ SIZES = {world: max(1, size) for world, size in WORLDS.items()}
 TOLERANCE = 5e-6  # sums in another order
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def run_all(folder):
     """{(world, case, rank): what it ended with}; case-on: resumed from another world."""
-    folder = tmp_path_factory.mktemp("worlds")
     done = subprocess.run(
         [sys.executable, str(HERE / "distributed_run.py"), str(folder)], text=True,
-        capture_output=True, timeout=600,
+        capture_output=True, timeout=900,
         env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-5000:]
@@ -40,6 +40,11 @@ def results(tmp_path_factory):
         for world, size in SIZES.items() for rank in range(size)
         for one in CASES_OF[world] for case in (one, f"{one}-on")
     }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_all(tmp_path_factory.mktemp("worlds"))
 
 
 def distance(got, want):
@@ -169,3 +174,29 @@ def test_what_cannot_be_honoured_is_one_sentence(variables, words, tmp_path, mon
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
         Processes(TrainConfig(device="cpu"))
+
+
+def table(results):
+    """Largest differences from one process, over ranks, steps, and runs resumed elsewhere."""
+    lines = [f"{'world':<8}{'case':<8}{'student':>10}{'teacher':>10}{'loss':>10}{'grad norm':>11}"]
+    for world, case in ((world, case) for world in WORLDS for case in CASES_OF[world]):
+        want, worst = results["plain", case, 0], [0.0] * 4
+        for rank, on in itertools.product(range(SIZES[world]), ("", "-on")):
+            got = results[world, f"{case}{on}", rank]
+            wanted = want["records"][-len(got["records"]):]
+            worst = list(map(max, worst, (
+                distance(got["student"], want["student"]),
+                distance(got["teacher"], want["teacher"]),
+                max(abs(a["loss"] - b["loss"]) for a, b in zip(got["records"], wanted, strict=True)),
+                max(abs(a["grad_norm"] / b["grad_norm"] - 1)
+                    for a, b in zip(got["records"], wanted, strict=True)),
+            )))
+        lines.append(f"{world:<8}{case:<8}" + "".join(
+            f"{x:>{width}.1e}" for x, width in zip(worst, (10, 10, 10, 11), strict=True)
+        ))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as made:
+        print(table(run_all(Path(made))))
