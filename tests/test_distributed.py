@@ -179,17 +179,17 @@ def test_what_cannot_be_honoured_is_one_sentence(variables, words, tmp_path, mon
 def table(results):
     """Largest differences from one process, over ranks, steps, and runs resumed elsewhere."""
     lines = [f"{'world':<8}{'case':<8}{'student':>10}{'teacher':>10}{'loss':>10}{'grad norm':>11}"]
-    for world, case in ((world, case) for world in WORLDS for case in CASES_OF[world]):
+    for world, case in [(w, case) for w in WORLDS for case in CASES_OF[w]]:
         want, worst = results["plain", case, 0], [0.0] * 4
         for rank, on in itertools.product(range(SIZES[world]), ("", "-on")):
             got = results[world, f"{case}{on}", rank]
             wanted = want["records"][-len(got["records"]):]
+            pairs = list(zip(got["records"], wanted, strict=True))
             worst = list(map(max, worst, (
                 distance(got["student"], want["student"]),
                 distance(got["teacher"], want["teacher"]),
-                max(abs(a["loss"] - b["loss"]) for a, b in zip(got["records"], wanted, strict=True)),
-                max(abs(a["grad_norm"] / b["grad_norm"] - 1)
-                    for a, b in zip(got["records"], wanted, strict=True)),
+                max(abs(a["loss"] - b["loss"]) for a, b in pairs),
+                max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs),
             )))
         lines.append(f"{world:<8}{case:<8}" + "".join(
             f"{x:>{width}.1e}" for x, width in zip(worst, (10, 10, 10, 11), strict=True)
