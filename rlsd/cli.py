@@ -194,9 +194,9 @@ def evaluate(arguments):
             "There is nothing to evaluate: eval_size is 0, and neither eval_dataset nor "
             "eval_split_size is set."
         )
+    processes = Processes(config)  # it chooses the GPU
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model = load_model(str(path), config.device, dtype=dtype)
-    processes = Processes(config)
     config = dataclasses.replace(config, use_vllm=False)
     sample = choose_sampler(model, tokenizer, config, processes)
     metrics = run(model, tokenizer, held_out, config, functions, config.seed, processes, sample)

@@ -117,6 +117,13 @@ class Processes:
         """function() of the main process alone, in all."""
         return self.everywhere(lambda: function() if self.main else None)[0]
 
+    def joined(self, stats):
+        """The dicts of tensors of all processes in one list; from others they come on the CPU."""
+        if self.size == 1:
+            return stats
+        mine = [{name: value.cpu() for name, value in part.items()} for part in stats]
+        return [part for parts in self.everywhere(lambda: mine) for part in parts]
+
     def share(self, items):
         """This process's share of a list, equally long in all: a contiguous part, filled up."""
         each = -(-len(items) // self.size)

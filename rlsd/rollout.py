@@ -345,8 +345,8 @@ def roll_out(
     """
     def of_share():
         mine = processes.share(rows)
-        if processes.rank:  # shares of one seed would be samples of one stream
-            torch.manual_seed(torch.initial_seed() + processes.rank)
+        if processes.rank:  # a stream of its own, far from those of other steps, below 2^32
+            torch.manual_seed(torch.initial_seed() + (processes.rank << 40))
         drawn = sample(
             model, tokenizer, [row["prompt_ids"] for row in mine], config, greedy=greedy,
             images=[row.get("_images") for row in mine],

@@ -368,7 +368,7 @@ class Trainer:
                 batch = batch._replace(
                     old_log_probs=outputs[0], teacher_log_probs=outputs[1] if keep else None
                 )
-        stats = [part for parts in self.processes.everywhere(lambda: stats) for part in parts]
+        stats = self.processes.joined(stats)
         if stats:
             merged = {k: v.item() for k, v in merge_stats(stats).items()}
             metrics = {k: v for k, v in merged.items() if not k.startswith("tokens/")} | metrics
