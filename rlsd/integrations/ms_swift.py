@@ -33,7 +33,7 @@ class RLSDGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         args, self.reweights = self.args, self.advantage_reweight == "rlsd"
         data, missing = self.train_dataset, None
-        if self.reweights and isinstance(data, Dataset):  # streamed rows are checked as they come
+        if self.reweights and self.rlsd_lambda > 0 and isinstance(data, Dataset):  # no stream
             prompts = data["teacher_prompt"] if "teacher_prompt" in data.column_names else [None]
             missing = next((i for i, prompt in enumerate(prompts) if not prompt), None)
         for applies, why in (
@@ -97,8 +97,8 @@ class RLSDGRPOTrainer(GRPOTrainer):
         return self._scored or super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _prepare_batch_inputs(self, samples):
-        for sample in samples if self.reweights else ():
-            if not sample.teacher_prompt:
+        for sample in samples:
+            if self.reweights and self.rlsd_lambda > 0 and not sample.teacher_prompt:
                 raise UserError(f"The row with messages {sample.messages!r:.80} has no "
                                 "teacher_prompt, so it would silently train as plain GRPO.")
         return super()._prepare_batch_inputs(samples)
