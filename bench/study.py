@@ -39,12 +39,8 @@ PAPER = {"objective": "rlsd", "rlsd_lambda": 0.5, "rlsd_reweight_clip_range": 0.
 WARM_UP_STEPS, CHAIN_SEEDS = 400, [0, 1, 2, 3, 4]
 
 
-def chain_arms(teacher=None):
-    """Objectives and controls on the chain task; OPD and SFT, not on-policy RL, with a teacher."""
-    others = {} if teacher is None else {
-        "OPD": {"objective": "opd", "teacher_model_name_or_path": str(teacher)},
-        "SFT": {"objective": "sft"},
-    }
+def chain_arms(teacher):
+    """Objectives and controls on the chain task."""
     return {
         "GRPO": {"objective": "grpo"},
         "RLSD, paper": PAPER,
@@ -52,7 +48,8 @@ def chain_arms(teacher=None):
         "OPSD": {"objective": "opsd"},
         "GRPO+OPSD": {"objective": "grpo+opsd"},
         "SDPO": {"objective": "sdpo"},
-        **others,
+        "OPD": {"objective": "opd", "teacher_model_name_or_path": str(teacher)},
+        "SFT": {"objective": "sft"},
         "RLSD, shuffled hints": {**STRONG, "shuffle_privileged_context": True},
         "RLSD, answer-only hints": {**STRONG, "answer_only_privileged_context": True},
     }
@@ -111,7 +108,7 @@ def chain_base(work, seed):
 def chain_plan(work, seed):
     return {
         "seeds": CHAIN_SEEDS, "goals": [0.6, 0.8], "base": chain_base(work, seed),
-        "arms": chain_arms(None if seed else chain_teacher(work)), "baseline": "GRPO",
+        "arms": chain_arms(chain_teacher(work)), "baseline": "GRPO",
     }
 
 

@@ -76,6 +76,13 @@ def test_a_claim_is_confirmed_by_its_own_numbers_alone(claim, changed):
     assert verdicts(**changed)[claim] == "confirmed"
 
 
+def test_settings_that_differ_are_judged_apart():
+    found = verdicts(**{"RLSD, strong": {"entropy": 1.2}})
+    assert found["RLSD keeps more entropy than GRPO"] == (
+        "confirmed: RLSD, strong; not confirmed: RLSD, paper"
+    )
+
+
 @pytest.mark.parametrize("claim, changed", [
     ("RLSD does not leak", {"RLSD, strong": {"leak": 0.02}}),
     ("3 to 6 % of the token weights are clipped", {"RLSD, paper": {"clipped": 0.3}}),
