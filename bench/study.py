@@ -19,6 +19,7 @@ import torch
 from bench.common import ROOT, environment
 from rlsd.compare import Plan, compare
 from rlsd.config import make_config
+from rlsd.data import load_rows
 from rlsd.demo import (
     chain_options,
     chain_problem,
@@ -39,12 +40,8 @@ PAPER = {"objective": "rlsd", "rlsd_lambda": 0.5, "rlsd_reweight_clip_range": 0.
 WARM_UP_STEPS, CHAIN_SEEDS = 400, [0, 1, 2, 3, 4]
 
 
-def chain_arms(teacher=None):
-    """Objectives and controls on the chain task; OPD and SFT, not on-policy RL, with a teacher."""
-    others = {} if teacher is None else {
-        "OPD": {"objective": "opd", "teacher_model_name_or_path": str(teacher)},
-        "SFT": {"objective": "sft"},
-    }
+def chain_arms(teacher):
+    """Objectives and controls on the chain task."""
     return {
         "GRPO": {"objective": "grpo"},
         "RLSD, paper": PAPER,
@@ -52,7 +49,8 @@ def chain_arms(teacher=None):
         "OPSD": {"objective": "opsd"},
         "GRPO+OPSD": {"objective": "grpo+opsd"},
         "SDPO": {"objective": "sdpo"},
-        **others,
+        "OPD": {"objective": "opd", "teacher_model_name_or_path": str(teacher)},
+        "SFT": {"objective": "sft"},
         "RLSD, shuffled hints": {**STRONG, "shuffle_privileged_context": True},
         "RLSD, answer-only hints": {**STRONG, "answer_only_privileged_context": True},
     }
@@ -111,7 +109,7 @@ def chain_base(work, seed):
 def chain_plan(work, seed):
     return {
         "seeds": CHAIN_SEEDS, "goals": [0.6, 0.8], "base": chain_base(work, seed),
-        "arms": chain_arms(None if seed else chain_teacher(work)), "baseline": "GRPO",
+        "arms": chain_arms(chain_teacher(work)), "baseline": "GRPO",
     }
 
 
@@ -129,20 +127,24 @@ GYM = {"number_sequence": (500, 6), "spell_backward": (1500, 12)}
 def gym_plan(work, task):
     """A task of reasoning-gym; its hint is the final answer, which is all that it has."""
     steps, length = GYM[task]
+    folder = work / f"gym-start-{task}"
     base = {
-        "train_dataset": f"reasoning-gym:{task}", "dataset_size": 4000, "eval_size": 256,
+        "train_dataset": str(folder / "rows.jsonl"), "eval_size": 256,
         "reward_funcs": ["exact_match"], "max_completion_length": length,
         "privileged_template": "{privileged_context}|{prompt}", "rollout_batch_size": 256,
         "generation_batch_size": 64, "num_generations": 8, "per_device_train_batch_size": 64,
         "learning_rate": 3e-4, "adam_beta2": 0.98, "max_steps": 60, "eval_steps": 10,
     }
-    folder = work / f"gym-start-{task}"
-    if not folder.exists():
+    if not (folder / "warm_start").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:  # made once: it is slow
+            for row in load_rows(f"reasoning-gym:{task}", size=4000):
+                file.write(json.dumps({k: row[k] for k in ("prompt", "solution")}) + "\n")
         config = make_config({**base, "model_name_or_path": "scratch", "scratch_steps": steps})
-        scratch_model(config, folder, hidden=64, layers=2)
+        scratch_model(config, folder / "warm_start", hidden=64, layers=2)
     return {
         "seeds": [0, 1, 2], "goals": [], "baseline": "GRPO",
-        "base": base | {"model_name_or_path": str(folder)},
+        "base": base | {"model_name_or_path": str(folder / "warm_start")},
         "arms": {
             "GRPO": {"objective": "grpo"}, "RLSD, paper": PAPER, "RLSD, strong": STRONG,
             "GRPO+OPSD": {"objective": "grpo+opsd"}, "OPSD": {"objective": "opsd"},

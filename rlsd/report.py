@@ -316,7 +316,10 @@ def plot_runs(runs, path, title=None, *, panels=PANELS, bands=False):
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    if len(data) > 1:
+    if len(data) > 4:  # would cover the curves
+        lines, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(lines, labels, fontsize=8, loc="outside lower center", ncols=5)
+    elif len(data) > 1:
         axes.flat[0].legend(fontsize=8)
     if title:
         figure.suptitle(title)

@@ -410,11 +410,14 @@ def references(rows, tokenizer, config, reward_funcs, device):
 
 
 def rollout_metrics(rollout, advantages, num_generations, config):
-    """What one rollout shows before the update."""
+    """What one rollout shows before the update.
+
+    num_generations 1 means references: what they score is no achievement of the model.
+    """
     mask = loss_mask(rollout, config)
     active = (mask & (advantages != 0)[:, None]).sum()
     metrics = {
-        "reward": rollout.rewards.mean().item(),
+        "reward" if num_generations > 1 else "reference_reward": rollout.rewards.mean().item(),
         "completions/mean_length": rollout.mask.sum(1).double().mean().item(),
         "completions/clipped_ratio": rollout.truncated.double().mean().item(),
         "rlsd/active_token_frac": (active / mask.sum().clamp(min=1)).item(),

@@ -37,7 +37,10 @@ def run_summary(records, seconds=None):
         known = dict(zip(*series(records, name), strict=True))
         if known:
             curves[name] = [known.get(s) for s in steps]
+    weighted = any(r.get("rlsd/effective_lambda") for r in records)
     for name in BETWEEN:
+        if name.startswith("rlsd/") and not weighted:
+            continue  # 1 by definition
         known, values, last = list(zip(*series(records, name), strict=True)), [], -1
         for s in steps:
             inside = [v for at, v in known if last < at <= s]

@@ -241,8 +241,8 @@ class Trainer:
             rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows),
             self.flops.update(batch, config) / self.processes.size, self.peak_flops,
         )
-        metrics |= reward_metrics(self.reward_funcs, rollout.rewards_per_func)
         if not supervised:
+            metrics |= reward_metrics(self.reward_funcs, rollout.rewards_per_func)
             metrics |= leak_metrics(rollout, config, "leak_rate")
         samples = None
         if config.log_completions_steps and step % config.log_completions_steps == 0:

@@ -393,6 +393,7 @@ def test_sft_is_cross_entropy_on_the_reference_solutions(tmp_path):
     optimizer.step()
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["live_sequences"] == 4 and "leak_rate" not in metrics
+    assert "reward" not in metrics and 0 <= metrics["reference_reward"] <= 1
     assert relative_distance(parameters(trainer.model), parameters(copied), start) < 1e-3
 
 

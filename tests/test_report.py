@@ -185,8 +185,15 @@ def test_plot_of_bands_is_mean_and_deviation(tmp_path, axes):
     assert curves(axes[0]) == [pytest.approx([x + 1 for x in zero])] * 2  # no line per seed
     wide, thin = (band.get_paths()[0].vertices for band in axes[0].collections)
     at_step_2 = sorted({round(y, 6) for x, y in wide if x == 2})
-    assert at_step_2 == pytest.approx([1.2 - 2**0.5, 1.2 + 2**0.5])
+    assert at_step_2 == pytest.approx([1.2 - 2**0.5, 1.2 + 2**0.5], abs=1e-5)
     assert {round(y, 6) for x, y in thin if x == 2} == {1.2}  # one seed has no deviation
+
+
+def test_legend_of_many_runs_lies_outside_of_the_panels(tmp_path, axes):
+    plot_runs({f"arm {k}": [records(k)] for k in range(5)}, tmp_path / "x.png")
+    assert axes[0].get_legend() is None
+    (legend,) = axes[0].figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == [f"arm {k}" for k in range(5)]
 
 
 def test_plot_of_all_panels_and_of_seeds_of_unequal_length(tmp_path, axes):

@@ -64,14 +64,23 @@ def test_equal_arms_confirm_nothing_but_what_is_of_equality():
      {"OPSD": {"accuracy": [0.3, 0.5, 0.6, 0.2], "leak": 0.9}}),
     ("RLSD keeps more entropy than GRPO",
      {a: {"entropy": 1.2} for a in ("RLSD, paper", "RLSD, strong")}),
+    ("RLSD keeps more entropy than GRPO at equal accuracy",
+     {a: {"entropy": 1.2} for a in ("RLSD, paper", "RLSD, strong")}),
     ("RLSD ends above SDPO", {"SDPO": {"accuracy": [0.3, 0.4, 0.5, 0.6]}}),
     ("SDPO ends below GRPO", {"SDPO": {"accuracy": [0.3, 0.4, 0.5, 0.6]}}),
     ("the gain comes from what the reference says (control)",
      {"RLSD, shuffled hints": {"accuracy": [0.3, 0.4, 0.5, 0.6]}}),
-], ids=["end", "speed", "opsd", "entropy", "above", "below", "control"])
+], ids=["end", "speed", "opsd", "entropy", "entropy-at", "above", "below", "control"])
 def test_a_claim_is_confirmed_by_its_own_numbers_alone(claim, changed):
     assert verdicts()[claim] == "not confirmed"
     assert verdicts(**changed)[claim] == "confirmed"
+
+
+def test_settings_that_differ_are_judged_apart():
+    found = verdicts(**{"RLSD, strong": {"entropy": 1.2}})
+    assert found["RLSD keeps more entropy than GRPO"] == (
+        "confirmed: RLSD, strong; not confirmed: RLSD, paper"
+    )
 
 
 @pytest.mark.parametrize("claim, changed", [

@@ -66,6 +66,10 @@ def test_summary_of_a_run():
 def test_summary_of_a_run_without_evaluation_and_of_a_bare_one():
     s = run_summary([record(1, reward=0.5), record(2, reward=0.75)])
     assert s["steps"] == [1, 2] and s["curves"] == {"reward": [0.5, 0.75]}
+    unweighted = record(1, **{"rlsd/weight_mean_pos": 1.0, "rlsd/effective_lambda": 0.0})
+    weighted = record(1, **{"rlsd/weight_mean_pos": 1.5, "rlsd/effective_lambda": 0.5})
+    assert run_summary([unweighted])["curves"] == {}  # no token was re-weighted: 1 by definition
+    assert run_summary([weighted])["curves"] == {"rlsd/weight_mean_pos": [1.5]}
     assert s["times"] == {} and s["clipped"] is s["peak_memory_gb"] is s["seconds"] is None
 
 
