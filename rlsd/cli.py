@@ -5,12 +5,10 @@ A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exi
 
 import dataclasses
 import importlib.metadata
-import logging
 import platform
 import shutil
 import sys
 import typing
-import warnings
 from pathlib import Path
 
 import torch
@@ -99,6 +97,8 @@ def train(arguments):
             print(f"  --{f.name} {shown}\n      {f.metadata['help']}")
         return 0
     options = parse_options(arguments)
+    from .report import quiet_libraries
+
     quiet_libraries()
     if not set(options) - {"seed", "output_dir", "max_steps", "num_seeds"}:
         from .demo import run_demo
@@ -164,6 +164,8 @@ def evaluate(arguments):
         raise UserError("rlsd eval needs a run folder or checkpoint: rlsd eval RUN.")
     run_dir, path = find_checkpoint(arguments[0])
     config = make_config(run_options(run_dir, parse_options(arguments[1:])))
+    from .report import quiet_libraries
+
     quiet_libraries()
     from .checkpoint import load_model, load_processor, load_tokenizer
     from .data import load_data
@@ -190,6 +192,7 @@ def evaluate(arguments):
 
 def compare(arguments):
     from .compare import main as run
+    from .report import quiet_libraries
 
     quiet_libraries()
     return run(parse_options(arguments))
@@ -258,18 +261,6 @@ def doctor(arguments):
     print(f"  impl='auto' runs {auto!r} on {device}, the fastest that is available there")
     print("\nIntegrations\n  none in this version; import rlsd_kernels into your own trainer")
     return 0
-
-
-def quiet_libraries():
-    """Keep the terminal for our own lines."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    # The schedule counts rollout steps, and one without signal makes no optimizer step.
-    warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
-    logging.getLogger("rlsd_kernels").addHandler(logging.StreamHandler(sys.stdout))
-    logging.getLogger("rlsd_kernels").setLevel(logging.INFO)
 
 
 COMMANDS = {

@@ -3,12 +3,14 @@
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import resource
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -84,6 +86,18 @@ def require_packages(config):
     for package, (extra, what) in needed.items():
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{what} needs the package {package}: pip install '.[{extra}]'.")
+
+
+def quiet_libraries():
+    """Keep the terminal for our own lines."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # The schedule counts rollout steps, and one without signal makes no optimizer step.
+    warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
+    logging.getLogger("rlsd_kernels").addHandler(logging.StreamHandler(sys.stdout))
+    logging.getLogger("rlsd_kernels").setLevel(logging.INFO)
 
 
 def number(value):
