@@ -39,7 +39,7 @@ import yaml
 from . import checkpoint
 from .config import UserError, load_yaml, make_config
 from .data import load_data
-from .report import plot_runs, read_metrics
+from .report import plot_runs, quiet_libraries, read_metrics
 from .tables import (
     ACCURACY,
     ENTROPY,
@@ -220,7 +220,6 @@ def run_one(config, threads):
 
     Goes on from the newest checkpoint; without one the run starts again.
     """
-    from .report import quiet_libraries
     from .trainer import Trainer
 
     folder = Path(config.output_dir)
