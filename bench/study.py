@@ -1,7 +1,7 @@
 """The study behind docs/results.md: every objective under one harness, on tasks made here.
 
     python -m bench.study run [PART ...] [--work runs/study] [--processes N]   # hours on two cores
-    python -m bench.study report       # tables, plots and docs/results.md from the committed data
+    python -m bench.study_report       # tables, plots and docs/results.md from the committed data
 
 A part is one `rlsd compare`. Its data, bench/results/study/<part>.json, holds the options of every
 arm, the evaluation curves and medians of every run, and what it ran on; nothing else is kept.
@@ -207,9 +207,8 @@ def run(parts, work, processes):
     torch.set_num_threads(1)  # an RL step of these models gains nothing from two
     RESULTS.mkdir(parents=True, exist_ok=True)
     work, crashed = Path(work), 0
-    about = environment(["torch", "transformers", "reasoning-gym"])
     for name in parts:
-        began = time.monotonic()
+        began, about = time.monotonic(), environment(["torch", "transformers", "reasoning-gym"])
         plan = Plan(
             output_dir=str(work / name), processes=processes, **PARTS[name](work)
         )

@@ -23,7 +23,7 @@ import transformers
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .config import UserError
-from .distributed import placed, whole
+from .distributed import placed, whole, whole_weights
 
 PARTIAL = ".partial-"
 STATE = ("step", "rng", "optimizer", "scheduler", "teacher", "reference", "teacher_model_kind")
@@ -104,7 +104,7 @@ def set_rng_state(state):
     numpy.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 def _flush(folder):
@@ -125,7 +125,7 @@ def save(run_dir, step, model, tokenizer, parts, processes, *, sharded=False, li
     """
     run_dir, state = Path(run_dir), parts.state_dict()
     shards = run_dir / f"{PARTIAL}shards-{step}"
-    weights = parts.weights.files(whole(model.state_dict(), keep=processes.main))
+    weights = parts.weights.files(whole_weights(model, keep=processes.main))
     if sharded:
         large = {name: state[name] for name in LARGE if state[name]}
         state |= dict.fromkeys(large, SHARDS)
@@ -222,7 +222,9 @@ def standing(run_dir):
 def load_state(path):
     """The contents of trainer_state.pt."""
     try:
-        state = torch.load(Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(  # mapped: processes of one machine share its pages
+            Path(path) / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True
+        )
         missing = [name for name in STATE if name not in state]
     except Exception as error:
         raise UserError(

@@ -211,6 +211,8 @@ def evaluate(arguments):
 def compare(arguments):
     from .compare import main as run
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("rlsd compare runs in one process and starts its runs itself.")
     _quiet()
     return run(parse_options(arguments))
 

@@ -55,6 +55,9 @@ from .tables import (
 )
 from .teacher import require_same_vocabulary
 
+# What a model from scratch depends on.
+SCRATCH = ("train_dataset", "dataset_size", "dataset_seed", "seed", "scratch_steps", "eval_size",
+           "eval_split_size", "privileged_template", "max_completion_length")
 PANELS = (
     ("held-out pass@1, sampled", ACCURACY), ("training reward", "reward"),
     ("entropy (nats)", ENTROPY), ("response length (tokens)", LENGTH),
@@ -173,7 +176,10 @@ def is_finished(config):
     if not (folder / "config.yaml").exists():
         return False
     was, now = load_yaml(folder / "config.yaml"), dataclasses.asdict(config)
-    changed = [n for n in now if n in was and was[n] != now[n] and n != "output_dir"]
+    changed = [
+        n for n in now if n in was and was[n] != now[n] and n != "output_dir"
+        and not (n == "model_name_or_path" and Path(was[n]).resolve() == Path(now[n]).resolve())
+    ]
     if changed:
         raise UserError(
             f"{folder} was run with another {changed[0]} ({was[changed[0]]!r}, now "
@@ -187,14 +193,18 @@ def is_finished(config):
 
 
 def require_data(config):
-    """What the arm's objective asks of data and teacher, before anything is sampled."""
+    """What the arm's objective asks of data and teacher, before anything is sampled.
+
+    Returns the sources of the rows that it trains on.
+    """
     tokenizer = checkpoint.load_tokenizer(config.model_name_or_path)
     processor = checkpoint.load_processor(config.model_name_or_path)
-    _, held_out = load_data(config, tokenizer, lambda *_: None, processor)
+    rows, held_out = load_data(config, tokenizer, lambda *_: None, processor)
     if not held_out or not config.eval_steps:
         raise UserError("A comparison needs held-out questions; set eval_size and eval_steps.")
     if config.objective == "opd":
         require_same_vocabulary(config.teacher_model_name_or_path, tokenizer)
+    return [row["_source"] for row in rows]
 
 
 def warm_start(plan):
@@ -204,14 +214,25 @@ def warm_start(plan):
         if "scratch" in models:
             raise UserError("model_name_or_path: scratch must be in base, for all arms.")
         return None
-    folder = Path(plan.output_dir) / "warm-start"
+    folder, config = Path(plan.output_dir) / "warm-start", plan.config(
+        next(iter(plan.arms)), plan.seeds[0]
+    )
+    made = {name: getattr(config, name) for name in SCRATCH}
     if not folder.exists():
         from .demo import scratch_model
 
         partial = beside(folder, ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        scratch_model(plan.config(next(iter(plan.arms)), plan.seeds[0]), partial)
+        scratch_model(config, partial)
+        (partial / "options.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
         os.rename(partial, folder)
+    was = load_yaml(folder / "options.yaml")
+    changed = [name for name in SCRATCH if was.get(name) != made[name]]
+    if changed:
+        raise UserError(
+            f"{folder} was made with another {changed[0]} ({was.get(changed[0])!r}, now "
+            f"{made[changed[0]]!r}); choose another output_dir or remove that folder."
+        )
     return str(folder)
 
 
@@ -232,9 +253,8 @@ def run_one(config, threads):
         os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = log
         quiet_libraries()
-        began = time.monotonic()
+        began, resume = time.monotonic(), checkpoint.latest(folder)
         try:
-            resume = checkpoint.latest(folder)
             if resume is None:
                 shutil.rmtree(folder, ignore_errors=True)
             Trainer(config, resume_from=resume).train()
@@ -246,9 +266,10 @@ def run_one(config, threads):
                 )
                 failure.write_text(said + "\n", encoding="utf-8")
             sys.exit(1)
-        seconds = beside(folder, ".seconds")
-        before = float(seconds.read_text()) if resume and seconds.exists() else 0.0
-        seconds.write_text(f"{before + time.monotonic() - began:.2f}\n", encoding="utf-8")
+        finally:  # of a run that was killed, its time is lost
+            seconds = beside(folder, ".seconds")
+            before = float(seconds.read_text()) if resume and seconds.exists() else 0.0
+            seconds.write_text(f"{before + time.monotonic() - began:.2f}\n", encoding="utf-8")
 
 
 def _end_with_parent():
@@ -319,12 +340,24 @@ def compare(plan, *, arm=None, seed=None, log=print):
         plan.config(a, s)
     model = warm_start(plan)
     configs = {name: plan.config(*name, model) for name in chosen}
+    kept = {}
     for a in dict.fromkeys(a for a, _ in chosen):
         try:
-            require_data(plan.config(a, plan.seeds[0], model))
+            kept[a] = require_data(plan.config(a, plan.seeds[0], model))
         except UserError as error:
             raise UserError(f"arm {a}: {error}") from None
-    todo = {name: config for name, config in configs.items() if not is_finished(config)}
+    first, *others = kept
+    for a in others:  # a row more or less reorders the questions of every step
+        if kept[a] != kept[first]:
+            raise UserError(
+                f"arm {a} keeps {len(kept[a])} training rows and arm {first} {len(kept[first])}, "
+                "so they would see other questions; raise max_completion_length or "
+                "max_teacher_prompt_length until none is dropped."
+            )
+    finished = {
+        (a, s): is_finished(plan.config(a, s, model)) for a in plan.arms for s in plan.seeds
+    }
+    todo = {name: config for name, config in configs.items() if not finished[name]}
     log(f"{len(plan.arms)} arms x {len(plan.seeds)} seeds: {len(todo)} runs to do, "
         f"{len(configs) - len(todo)} finished before, in {plan.output_dir}")
     crashed = run_all(todo, plan.processes, log)

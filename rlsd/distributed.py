@@ -9,6 +9,7 @@ accelerate): the same passes inside forward, where the weights are gathered laye
 
 import contextlib
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import DISTILLING, UserError
 
+
+def _told(variable):
+    return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
 # How the backends say that another process is gone: gloo, then NCCL.
-LOST = ("closed by peer", "reset by peer", "Connection refused", "NCCL", "ncclRemoteError")
+LOST = ("closed by peer", "reset by peer", "Connection refused", "ncclRemoteError")
 
 
 class Processes:
@@ -29,24 +35,24 @@ class Processes:
 
     def __init__(self, config):
         self.rank, self.size, self.accelerator = 0, 1, None
-        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            raise UserError(
-                "DeepSpeed's engine owns the optimizer that the trainer steps; shard with FSDP2 "
-                "instead: accelerate launch --config_file configs/accelerate/fsdp2.yaml."
-            )
-        if self.sharded and config.objective in DISTILLING:
-            raise UserError(
-                f"Objective {config.objective} compares whole distributions, for which FSDP2 does "
-                "not gather the teacher's head; use configs/accelerate/ddp.yaml."
-            )
-        if not self.sharded and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        self.sharded = _told("ACCELERATE_USE_FSDP")
+        deepspeed = _told("ACCELERATE_USE_DEEPSPEED")
+        if not self.sharded and not deepspeed and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return
         from accelerate import Accelerator
-        from accelerate.utils import FullyShardedDataParallelPlugin
+        from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
-        self.accelerator = Accelerator(cpu=config.device.startswith("cpu"))
+        self._require_honourable(config)
+        on_cpu, started = config.device.startswith("cpu"), int(os.environ.get("WORLD_SIZE", 1))
+        # The others wait while one writes a checkpoint or samples longer.
+        waiting = InitProcessGroupKwargs(backend=None, timeout=timedelta(hours=6))
+        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[waiting])
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.size != started:
+            raise UserError(
+                f"{started} processes were started, but accelerate sees {self.size}, as where no "
+                "GPU is visible; set device to cpu, or start one process."
+            )
         if self.accelerator.mixed_precision != "no":
             raise UserError(
                 f"mixed_precision is {self.accelerator.mixed_precision!r} in the configuration of "
@@ -55,13 +61,36 @@ class Processes:
         if self.sharded:
             self.plugin = FullyShardedDataParallelPlugin(
                 mixed_precision_policy=MixedPrecisionPolicy(
-                    param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+                    param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
+                    cast_forward_inputs=False,  # rotary positions come in fp32 and stay so
                 ) if config.bf16 else None,
                 cpu_ram_efficient_loading=False,  # every process verifies the model that it loads
             )
             if self.plugin.fsdp_version != 2:
                 raise UserError("FSDP 1 is not supported; set fsdp_version: 2.")
             self.accelerator.state.fsdp_plugin = self.plugin
+
+    def _require_honourable(self, config):
+        """Refuse what the launcher was told and this trainer would not do."""
+        on_cpu = config.device.startswith("cpu")
+        for applies, sentence in (
+            (_told("ACCELERATE_USE_DEEPSPEED"), "DeepSpeed's engine owns the optimizer that the "
+             "trainer steps; shard with FSDP2 instead: accelerate launch --config_file "
+             "configs/accelerate/fsdp2.yaml."),
+            (self.sharded and config.objective in DISTILLING, f"Objective {config.objective} "
+             "compares whole distributions, for which FSDP2 does not gather the teacher's head; "
+             "use configs/accelerate/ddp.yaml."),
+            (self.sharded and _told("FSDP_OFFLOAD_PARAMS"),
+             "fsdp_offload_params keeps weights where no pass runs; set it to false."),
+            (self.sharded and _told("FSDP_ACTIVATION_CHECKPOINTING"),
+             "Set gradient_checkpointing here instead of fsdp_activation_checkpointing."),
+            (self.sharded and on_cpu and torch.cuda.is_available(),
+             "FSDP2 shards over this machine's GPUs, so device cannot be cpu; leave it out."),
+            (":" in config.device, f"device {config.device} is one GPU for all processes; leave it "
+             "out, so that each takes its own."),
+        ):
+            if applies:
+                raise UserError(sentence)
 
     def __str__(self):
         how = "sharded by FSDP2" if self.sharded else "replicated"
@@ -189,23 +218,31 @@ class Processes:
                 part.reshard()
 
 
-def whole(value, *, keep=True, memo=None):
-    """The value with every sharded tensor in it whole, on the CPU; equal ones stay one tensor.
+def whole(value, *, keep=True):
+    """The value with every sharded tensor in it whole, on the CPU.
 
     keep: whether this process wants the result, of which it otherwise gets None for each.
     """
-    memo = {} if memo is None else memo
     if isinstance(value, dict):
-        return {name: whole(item, keep=keep, memo=memo) for name, item in value.items()}
+        return {name: whole(item, keep=keep) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [whole(item, keep=keep, memo=memo) for item in value]
+        return [whole(item, keep=keep) for item in value]
     if not isinstance(value, DTensor):
         return value
-    key = value.to_local().data_ptr(), value.shape
-    if key not in memo:
-        full = value.detach().full_tensor()  # all take part
-        memo[key] = full.cpu() if keep else None
-    return memo[key]
+    full = value.detach().full_tensor()  # all take part
+    return full.cpu() if keep else None
+
+
+def whole_weights(model, *, keep=True):
+    """{name: whole weight} as the model's files hold them; tied names share one tensor."""
+    owners = dict(model.named_parameters(remove_duplicate=False))
+    state, made = model.state_dict(), {}
+    for name, value in state.items():
+        owner = id(owners.get(name, value))
+        if owner not in made:
+            made[owner] = whole(value, keep=keep)
+        state[name] = made[owner]
+    return dict(state)
 
 
 def placed(value, like):

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
 from . import checkpoint
-from .config import UserError
+from .config import DISTILLING, UserError
 from .distributed import placed
 from .packing import Layout, completion_hidden, hidden_states
 
@@ -261,17 +261,26 @@ class MasterWeights:
     """
 
     def __init__(self, model, to_bf16, *, sharded=False):
-        self.pairs, self.masters, self.bf16 = [], [], to_bf16
+        self.pairs, self.masters, self.hooks, self.bf16 = [], [], [], to_bf16
         for p in model.parameters():
             master = p
             if to_bf16 and p.dtype == torch.float32 and not sharded and not has_lora(model):
                 # The rounded copy is made per parameter: buffers as of rotary positions stay fp32.
                 master = torch.nn.Parameter(p.data, requires_grad=p.requires_grad)
                 p.data = p.data.bfloat16()
-                p.register_post_accumulate_grad_hook(functools.partial(_hand_over, master))
+                self.hooks.append(p.register_post_accumulate_grad_hook(
+                    functools.partial(_hand_over, master)
+                ))
                 self.pairs.append((p, master))
             if p.requires_grad:
                 self.masters.append(master)
+
+    def undo(self):
+        """The model gets its fp32 weights back, as if it had no masters."""
+        for hook in self.hooks:
+            hook.remove()
+        for p, master in self.pairs:
+            p.data = master.data
 
     @torch.no_grad()
     def publish(self):
@@ -421,7 +430,7 @@ class Flops:
         return trunk + self.head * completion_tokens
 
     def update(self, batch, config):
-        """Of all passes of an update; only a live teacher scores again in later iterations."""
+        """Of all passes of an update; a teacher of opd is counted as if it were the student."""
         tokens = batch.mask.sum(1).tolist()
         lengths = [len(p) + n for p, n in zip(batch.prompts, tokens, strict=True)]
         hinted = [(len(p), n) for p, n in zip(batch.teacher_prompts, tokens, strict=True) if p]
@@ -430,7 +439,8 @@ class Flops:
             + self.head * sum(tokens) * (1 + self.head_backward)
         )
         teacher = self.scoring([p + n for p, n in hinted], sum(n for _, n in hinted))
-        passes = config.num_iterations if config.teacher_model_kind == "live" else 1
+        again = config.teacher_model_kind == "live" or config.objective in DISTILLING
+        passes = config.num_iterations if again else 1
         return config.num_iterations * student + passes * teacher
 
 

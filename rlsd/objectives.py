@@ -240,7 +240,8 @@ def measured(inputs, impl):
     ones = torch.ones_like(inputs["loss_weights"])
     out = rlsd_loss(
         log_probs.detach(), ones, teacher_log_probs=None, loss_weights=inputs["loss_weights"],
-        entropy=entropy.detach(), rlsd_lambda=0.0, config=config,
+        old_log_probs=inputs["old_log_probs"], entropy=entropy.detach(), rlsd_lambda=0.0,
+        config=config,
     )
     return out._replace(log_probs=log_probs)
 

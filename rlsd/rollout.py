@@ -31,7 +31,7 @@ class Rollout(NamedTuple):
     truncated: torch.Tensor  # (B,) bool: no EOS within max_completion_length
     rewards: torch.Tensor  # (B,) fp64, weighted sum over reward functions
     rewards_per_func: torch.Tensor  # (B, F) fp64, NaN where a function returned None
-    sampling_log_probs: torch.Tensor | None  # of Samples
+    sampling_log_probs: torch.Tensor | None = None  # of Samples
 
 
 class Samples(NamedTuple):
@@ -393,16 +393,16 @@ def loss_mask(rollout, config):
     return rollout.mask & ~rollout.truncated[:, None]
 
 
-def references(rows, tokenizer, config, reward_funcs, device):
+def references(rows, tokenizer, config, reward_funcs, device, processes):
     """The rows' reference solutions as a Rollout, for supervised steps; scored like samples."""
     lists = [row["_reference_ids"] for row in rows]
     width = max(map(len, lists))
     ids = torch.tensor([y + [tokenizer.pad_token_id] * (width - len(y)) for y in lists])
     mask = torch.tensor([[t < len(y) for t in range(width)] for y in lists])
     texts = tokenizer.batch_decode(lists, skip_special_tokens=True)
-    per_func, rewards = score(
+    per_func, rewards = processes.once(lambda: score(
         reward_funcs, config.reward_weights, rows, texts, lists, config.reward_timeout
-    )
+    ))
     return Rollout(
         rows, ids.to(device), mask.to(device), texts,
         torch.zeros(len(rows), dtype=torch.bool, device=device), rewards, per_func, None,

@@ -107,7 +107,13 @@ def first_step(steps, curve, goal):
 
 def paired(summaries, baseline, value):
     """Mean difference and its standard error over the seeds that both arms have, or None."""
-    gains = [value(summaries[s]) - value(baseline[s]) for s in summaries if s in baseline]
+    return difference([
+        value(summaries[s]) - value(baseline[s]) for s in summaries if s in baseline
+    ])
+
+
+def difference(gains):
+    """Mean of paired differences and its standard error, None for one; None without any."""
     if not gains:
         return None
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
@@ -197,6 +203,10 @@ def shown_mean(s, digits=3):
     return "-" if s is None else f"{s.mean:.{digits}f}"
 
 
+def shown_step(step):
+    return "never" if step is None else str(step)
+
+
 class Column(NamedTuple):
     """One column: two lines of heading, width in the text table, what it shows of a row, and its
     heading where there is one line (None: both lines)."""
@@ -220,7 +230,7 @@ LEAK_PEAK = Column("rate", "peak", 7, lambda r: shown_number(r["leak_peak"]), "l
 def steps_to_baseline(baseline):
     return Column(
         "steps to", f"{baseline} end", 6 + len(baseline),
-        lambda r: str(r["steps_to_baseline"] or "never"),
+        lambda r: shown_step(r["steps_to_baseline"]),
     )
 
 
@@ -240,7 +250,7 @@ def columns_of(rows, baseline, goals):
         ]
     for goal in goals:
         columns.append(Column(
-            "steps to", f"{goal:g}", 9, lambda r, g=goal: str(r["steps_to"][g] or "never")
+            "steps to", f"{goal:g}", 9, lambda r, g=goal: shown_step(r["steps_to"][g])
         ))
     if baseline:
         columns.append(steps_to_baseline(baseline))
@@ -292,6 +302,7 @@ def csv_table(rows):
                 line[f"{name}_mean"], line[f"{name}_sd"] = value.mean, value.sd
             elif name.endswith("_gain") and value is not None:
                 line[name], line[f"{name}_se"] = value["mean"], value["se"]
+                line[f"{name}_n"] = value["n"]
             elif name == "steps_to":
                 line |= {f"steps_to_{goal:g}": step for goal, step in value.items()}
             else:

@@ -101,6 +101,7 @@ class Trainer:
         self.questions = config.generation_batch_size // config.num_generations
         self.processes.require_room_for(self.questions, [*self.rows, *self.held_out])
         self.model = load_student(config, weights, resuming=resume_from is not None)
+        self.weights = MasterWeights(self.model, config.bf16)
         self.head = head_of(self.model)
         self.layout = layout_of(self.model, self.tokenizer.pad_token_id, config.padding_free)
         self.router = router_of(self.model, config.router_aux_loss_coef)
@@ -109,10 +110,9 @@ class Trainer:
         self.sample = choose_sampler(self.model, self.tokenizer, config, self.processes, log)
         self.flops, self.peak_flops = Flops(self.model), peak_flops(self.model.device)
         shard, self.teacher = self.processes.shard, None
-        if self.processes.sharded:
-            self.model.to("cpu")  # layer by layer its shards go back to the device
-        else:
-            self.weights = MasterWeights(self.model, config.bf16)
+        if self.processes.sharded:  # layer by layer its shards go back to the device
+            self.weights.undo()
+            self.model.to("cpu")
         if config.objective == "opd":
             self.teacher = external_teacher(
                 config, self.tokenizer, self.model, self.head, self.layout
@@ -215,7 +215,8 @@ class Trainer:
         ):
             if supervised:
                 rollout = references(
-                    rows, self.tokenizer, config, self.reward_funcs, self.model.device
+                    rows, self.tokenizer, config, self.reward_funcs, self.model.device,
+                    self.processes,
                 )
                 advantages = torch.ones(len(rows))
             else:

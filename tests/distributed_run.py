@@ -32,8 +32,11 @@ CASES = {
     "ema": {"teacher_model_kind": "ema", "teacher_ema_rate": 0.5, "gradient_checkpointing": True,
             "sharded_checkpoints": True},
     "lora": {
-        "use_peft": True, "lora_r": 4, "teacher_sync_steps": 1, "sharded_checkpoints": True,
+        # Rank 1: processes without a row of A hold empty shards.
+        "use_peft": True, "lora_r": 1, "teacher_sync_steps": 1,
     },
+    "opsd": {"objective": "opsd", "teacher_model_kind": "ema"},
+    "sft": {"objective": "sft"},
     "moe": {
         "model_name_or_path": "qwen3-moe", "padding_free": True, "rlsd_negative_only": True,
         "teacher_model_kind": "live",
@@ -43,11 +46,13 @@ CASES = {
 }
 # The worlds of two and of one run every case, the others those that share the most.
 CASES_OF = {world: CASES if size in (0, 2) else ("dense", "moe") for world, size in WORLDS.items()}
+CASES_OF["fsdp-2"] = [case for case in CASES if case not in ("opsd", "sft")]  # refused
 # Where a world goes on from; every kind of world reads what another kind, or size, has written.
 SAVED_BY = {
     "plain": "fsdp-2", "ddp-2": "plain", "ddp-4": "fsdp-2", "fsdp-1": "ddp-2", "fsdp-2": "plain",
     "fsdp-4": "fsdp-2",
 }
+PLAIN_FROM_DDP = ("opsd", "sft")  # which FSDP2 does not run
 
 
 def made_up(rows, config):
@@ -91,7 +96,7 @@ def run(folder, world, case, resume_from=None):
         records.append({name: number(value) for name, value in metrics.items()})
         if trainer.step == 2 and not resume_from:
             trainer.save()
-    teacher = trainer.teacher.state_dict()
+    teacher = trainer.teacher.state_dict() if trainer.teacher else {}
     name = f"{case}{'-on' if resume_from else ''}-{trainer.processes.rank}.pt"
     torch.save({
         "records": records, "student": whole(dict(trainer.model.named_parameters())),
@@ -115,7 +120,8 @@ def process(rank, folder, world, port, resuming):
             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         }
     for case in CASES_OF[world]:
-        saved = folder / SAVED_BY[world] / f"{case}-run" / "checkpoint-2"
+        saver = "ddp-2" if (world, case in PLAIN_FROM_DDP) == ("plain", True) else SAVED_BY[world]
+        saved = folder / saver / f"{case}-run" / "checkpoint-2"
         run(folder, world, case, str(saved) if resuming else None)
 
 

@@ -77,9 +77,11 @@ def test_the_cases_are_not_vacuous(results):
     for case in CASES:
         result = results["plain", case, 0]
         for record in result["records"]:
-            assert record["grad_norm"] > 0.1 and record["live_sequences"] >= 12
+            assert record["grad_norm"] > 0.1 and record["live_sequences"] >= (
+                4 if case == "sft" else 12
+            )
         assert result["records"][0]["aux_loss"] > 0 or case != "moe"
-        assert bool(result["teacher"]) == (case != "moe")
+        assert bool(result["teacher"]) == (case not in ("moe", "sft"))
 
 
 def dying_reward(prompts, completions, completion_ids, **columns):
@@ -124,7 +126,7 @@ def launch(folder, accelerate_config, **changed):
         write_config(folder, max_steps=4, save_steps=1, **changed),
         environment=ours | {"ACCELERATE_USE_CPU": "true"},
     )
-    out, err = done.communicate(timeout=300)
+    out, err = done.communicate(timeout=600)
     return done.returncode, out, err
 
 
@@ -156,6 +158,9 @@ def test_the_end_of_one_process_ends_the_run_and_loses_nothing(reward, words, tm
 @pytest.mark.parametrize("variables, words", [
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed's engine .* shard with FSDP2 instead"),
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "set it to false"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+     "Set gradient_checkpointing here"),
     ({"WORLD_SIZE": "2"}, "make generation_batch_size a multiple of num_generations times 2"),
 ])
 def test_what_cannot_be_honoured_is_one_sentence(variables, words, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ def add_rlsd_head(model, cast_lm_head_to_fp32):
     hidden (B, L, H), weight (V, H) and bias (V,) or None have one dtype, autocast's where it is
     on, as in TRL's fused head. Without rlsd_head, forward is what it was.
     """
-    forward, text_config = model.forward, model.config.get_text_config()
+    forward = model.forward
 
     @functools.wraps(type(model).forward)  # generate checks its arguments against the signature
     def with_head(self, *args, rlsd_head=None, **kwargs):
@@ -43,7 +43,7 @@ def add_rlsd_head(model, cast_lm_head_to_fp32):
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = load_balancing_loss_func(
-                out.router_logits, text_config.num_experts, text_config.num_experts_per_tok,
+                out.router_logits, self.num_experts, self.num_experts_per_tok,
                 kwargs.get("attention_mask"),
             )
         return result, aux_loss

@@ -3,9 +3,9 @@
     rlsd_plugin.py:  import rlsd.integrations.ms_swift
     swift rlhf --rlhf_type grpo --advantage_reweight rlsd --external_plugins rlsd_plugin.py ...
 
-ms-swift keeps its options, advantages, teacher, schedule and metrics. All log-probs come from the
-fused head, not from (B, T, V) logits, and the clipped surrogate without KL is one fused pass: token
-weights, clip, aggregation, all gradients. Other losses are ms-swift's formula on those log-probs.
+ms-swift keeps its options, advantages, teacher, schedule and metrics. Log-probs come from the fused
+head, not from (B, T, V) logits; the clipped surrogate without KL is one fused pass (token weights,
+clip, aggregation, all gradients), other losses are ms-swift's formula. Evaluation is GRPO's.
 """
 
 import logging
@@ -73,12 +73,11 @@ class RLSDGRPOTrainer(GRPOTrainer):
         for model in filter(None, (self.model, self.ref_model, self.teacher_model)):
             base = self.accelerator.unwrap_model(model)
             base = base.get_base_model() if is_peft_model(base) else base
-            head = head_of(base)
-            scales.add((head.logit_scale, head.final_logit_softcapping))
+            scales.add(head_of(base))
             add_rlsd_head(base, cast_lm_head_to_fp32=False)
         if len(scales) > 1:
             raise UserError(f"Policy, reference and teacher scale logits differently: {scales}.")
-        return dict(zip(("logit_scale", "final_logit_softcapping"), *scales, strict=True))
+        return scales.pop()._asdict()
 
     def _forward(self, model, model_inputs, head, *tensors, **options):
         """head(hidden, weight, *tensors) inside forward; hidden (B, T, H) predict tensors[0]."""
@@ -97,11 +96,14 @@ class RLSDGRPOTrainer(GRPOTrainer):
         return self._scored or super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _prepare_batch_inputs(self, samples):
-        for sample in samples:
-            if self.reweights and self.rlsd_lambda > 0 and not sample.teacher_prompt:
+        for sample in samples if self.reweights and self.model.training else ():
+            if self.rlsd_lambda > 0 and not sample.teacher_prompt:
                 raise UserError(f"The row with messages {sample.messages!r:.80} has no "
                                 "teacher_prompt, so it would silently train as plain GRPO.")
         return super()._prepare_batch_inputs(samples)
+
+    def _rlsd_effective_lambda(self):  # 0 in evaluation: held-out rows need no hint
+        return super()._rlsd_effective_lambda() if self.model.training else 0.0
 
     def _compute_teacher_logps(self, *args, **kwargs):
         unread = self.reweights and self._rlsd_effective_lambda() == 0

@@ -29,15 +29,14 @@ OPTIONS = {"rlsd_lambda": 0.5, "rlsd_lambda_warmup_steps": 0, "rlsd_lambda_decay
 
 def fused_forward(self, input_ids=None, labels=None, shift_labels=None, temperature=1.0, **inputs):
     """fp32 log-probs (B, L) and entropies, by the head with its bias, scale and softcap."""
-    head, _ = self.lm_head, inputs.pop("logits_to_keep", None)
+    head, scale, _ = self.lm_head, head_terms(self.config), inputs.pop("logits_to_keep", None)
     if not isinstance(head, torch.nn.Linear):
         raise UserError(f"The fused head needs a torch.nn.Linear, but lm_head is {type(head)}.")
     outputs = dense_common.forward_base_model(self, input_ids=input_ids, **inputs)
     ids = torch.roll(input_ids if labels is None else labels, -1, -1)
     log_probs, entropy = rlsd_kernels.linear_log_probs(
         outputs.last_hidden_state, head.weight, ids if shift_labels is None else shift_labels,
-        bias=head.bias, temperature=temperature, return_entropy=True,
-        **head_terms(self.config)._asdict(),
+        bias=head.bias, temperature=temperature, return_entropy=True, **scale._asdict(),
     )
     return dense_common.CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy)
 
