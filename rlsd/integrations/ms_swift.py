@@ -4,8 +4,7 @@
     swift rlhf --rlhf_type grpo --advantage_reweight rlsd --external_plugins rlsd_plugin.py ...
 
 ms-swift keeps its options, advantages, teacher, schedule and metrics. Log-probs come from the fused
-head, not from (B, T, V) logits; the clipped surrogate without KL is one fused pass (token weights,
-clip, aggregation, all gradients), other losses are ms-swift's formula. Evaluation is GRPO's.
+head; the clipped surrogate without KL is one fused pass, other losses are ms-swift's formula.
 """
 
 import logging
@@ -41,8 +40,7 @@ class RLSDGRPOTrainer(GRPOTrainer):
             (self.is_multimodal, "the model takes images"),
             (self.template.sequence_parallel_size > 1, "sequence_parallel_size is above 1"),
             (args.deepspeed and args.deepspeed_plugin.zero_stage == 3, "ZeRO-3 shards the head"),
-            (missing is not None, f"row {missing} of the dataset has no teacher_prompt and would "
-             "silently train as plain GRPO"),
+            (missing is not None, f"row {missing} has no teacher_prompt: it would train by GRPO"),
         ):
             if applies:
                 raise UserError(f"The fused RLSD loss cannot run because {why}.")

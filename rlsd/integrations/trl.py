@@ -373,8 +373,8 @@ class RLSDTrainer(GRPOTrainer):
             own = {name: x.cpu() for name, x in merge_stats(self._stats).items()}
             self._stats.clear()
             for name, x in merge_stats(gather_object([own])).items():
-                if name == "entropy" and not (self.beta or x.isnan()):
-                    self._metrics["train"][name] = [x.item()]  # TRL's: NaN without live tokens
+                if name == "entropy" and torch.tensor(self._metrics["train"][name]).isnan().any():
+                    self._metrics["train"][name] = [x.item()]  # a process had no live token
                 if name.startswith(("rlsd/", "policy_kl", "clip_ratio/dual")) and not x.isnan():
                     self._metrics["train"][name].append(x.item())
         super().log(logs, start_time)
