@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -126,7 +127,15 @@ def test_all_arms_start_alike_and_share_questions(tmp_path):
         "model_name_or_path": "scratch", "scratch_steps": 2, "max_steps": 1,
         "privileged_template": "{privileged_context} {prompt}", "eval_steps": 1,
     }
+    with pytest.raises(UserError, match="^arm SFT keeps 1 training rows and arm GRPO 8, .*dropped"):
+        compare(plan(tmp_path, arms=arms, base=base), log=lines.append)
+    base["max_completion_length"], known = 32, tmp_path / "compare" / "warm-start"
+    with pytest.raises(UserError, match="was made with another max_completion_length .6, now 32"):
+        compare(plan(tmp_path, arms=arms, base=base), log=lines.append)
+    shutil.rmtree(known)
     found = compare(plan(tmp_path, arms=arms, base=base, goals=[0.0]), log=lines.append)
+    table = (tmp_path / "compare" / "table.md").read_text()
+    assert "| never |" not in table.split("\n")[2]  # a goal met at the start is met at step 0
     starts = {s["curves"]["eval/pass@1_greedy"][0] for a in found["runs"].values()
               for s in a.values()}
     assert len(starts) == 1 and found["missing"] == []
