@@ -28,6 +28,12 @@ def test_claimed_step_is_the_tables():
     assert f"GRPO's final accuracy in {reached} of 80 steps" in README
 
 
+def test_differences_are_those_of_the_study():
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"[+-]0\.\d{3} \+- 0\.\d{3}", README.replace("\n", " "))
+    assert len(quoted) == 4 and [q for q in quoted if q not in results] == []
+
+
 def test_links_lead_to_files():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links and [link for link in links if not (ROOT / link).exists()] == []
