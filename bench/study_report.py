@@ -283,8 +283,8 @@ def claims(parts):
             f"an update takes {step['RLSD'] / step['GRPO']:.2f} x GRPO's, OPD's with a teacher of "
             f"twice the layers {step['OPD'] / step['GRPO']:.2f} x",
             verdict(step["RLSD"] < step["OPD"]),
-            "the least of three medians, without an error; a snapshot or EMA teacher is a second copy of the weights, "
-            "a live one is not",
+            "the least of three medians, without an error; a snapshot or EMA teacher is a second "
+            "copy of the weights, a live one is not",
         ))
     untestable = "no weights of that size and no GPU here"
     rows += [
