@@ -78,4 +78,4 @@ def test_links_lead_to_files_and_every_config_is_listed():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", DOCS) if "://" not in link]
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
     listed = {Path(link).name for link in links if link.endswith(".yaml")}
-    assert listed == {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    assert listed == {path.name for path in (ROOT / "configs").rglob("*.yaml")}
