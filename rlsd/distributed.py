@@ -59,16 +59,14 @@ class Processes:
                 "accelerate; set it to no there, and bf16 here."
             )
         if self.sharded:
-            self.plugin = FullyShardedDataParallelPlugin(
+            plugin = FullyShardedDataParallelPlugin(
                 mixed_precision_policy=MixedPrecisionPolicy(
                     param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
                     cast_forward_inputs=False,  # rotary positions come in fp32 and stay so
                 ) if config.bf16 else None,
                 cpu_ram_efficient_loading=False,  # every process verifies the model that it loads
             )
-            if self.plugin.fsdp_version != 2:
-                raise UserError("FSDP 1 is not supported; set fsdp_version: 2.")
-            self.accelerator.state.fsdp_plugin = self.plugin
+            self.accelerator.state.fsdp_plugin = plugin
 
     def _require_honourable(self, config):
         """Refuse what the launcher was told and this trainer would not do."""
@@ -86,6 +84,8 @@ class Processes:
              "Set gradient_checkpointing here instead of fsdp_activation_checkpointing."),
             (self.sharded and on_cpu and torch.cuda.is_available(),
              "FSDP2 shards over this machine's GPUs, so device cannot be cpu; leave it out."),
+            (self.sharded and os.environ.get("FSDP_VERSION", "1") != "2",
+             "FSDP 1 is not supported; set fsdp_version: 2."),
             (":" in config.device, f"device {config.device} is one GPU for all processes; leave it "
              "out, so that each takes its own."),
         ):

@@ -281,6 +281,7 @@ class MasterWeights:
             hook.remove()
         for p, master in self.pairs:
             p.data = master.data
+        self.pairs, self.masters = [], []  # which would keep them on the device
 
     @torch.no_grad()
     def publish(self):

@@ -12,7 +12,8 @@ if [ ! -e "$VENV/.ready" ]; then
     # uvicorn to msgspec: what verl's workers import and its extra verl-core asks for.
     "$VENV/bin/python" -m pip install --quiet torch==2.13.0 numpy==2.2.6 verl==0.9.1 \
         transformers==5.10.4 tensordict==0.10.0 ray==2.60.0 peft==0.21.2 accelerate==1.15.0 \
-        TransferQueue==0.1.11 uvicorn fastapi cachetools pyzmq msgspec pytest==9.2.0
+        TransferQueue==0.1.11 uvicorn==0.54.0 fastapi==0.165.0 cachetools==8.0.1 pyzmq==27.3.0 \
+        msgspec==0.22.0 pytest==9.2.0
     touch "$VENV/.ready"
 fi
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" PYTHONPATH=. TMPDIR="$scratch"
