@@ -40,7 +40,7 @@ class RLSDGRPOTrainer(GRPOTrainer):
             (self.is_multimodal, "the model takes images"),
             (self.template.sequence_parallel_size > 1, "sequence_parallel_size is above 1"),
             (args.deepspeed and args.deepspeed_plugin.zero_stage == 3, "ZeRO-3 shards the head"),
-            (missing is not None, f"row {missing} has no teacher_prompt: it would train by GRPO"),
+            (missing is not None, f"row {missing} of the dataset has no teacher_prompt"),
         ):
             if applies:
                 raise UserError(f"The fused RLSD loss cannot run because {why}.")
