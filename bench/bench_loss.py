@@ -22,7 +22,7 @@ import torch
 
 from bench import common, plot
 from bench.providers import PROVIDERS, Provider, first_line, providers_for
-from rlsd import measure
+from rlsd.checks import measure
 
 # Head frozen or not, share of live rows.
 BLOCKS = ((False, 1.0), (True, 1.0), (False, 0.5))

@@ -18,9 +18,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 
 from bench.common import MIB, environment
+from rlsd.checks.measure import interleave, peak_extra_bytes, summary
 from rlsd.demo import word_tokenizer
 from rlsd.integrations.trl import RLSDConfig, RLSDTrainer
-from rlsd.measure import interleave, peak_extra_bytes, summary
 
 VOCAB, HIDDEN, LAYERS, BATCH, PROMPT, HINT, LENGTH = 16384, 256, 2, 8, 32, 32, 96
 ARMS = {

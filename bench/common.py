@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rlsd.measure import Case
+from rlsd.checks.measure import Case
 from rlsd_kernels import __version__
 
 ROOT = Path(__file__).resolve().parents[1]

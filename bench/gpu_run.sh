@@ -89,8 +89,8 @@ for name in "${parts[@]}"; do
         build) part build 150 "$PYTHON" -m bench.bench_loss --device cuda \
             --probe "RLSD fused, cuda" ;;
         tests) part tests 200 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider --durations=10 ;;
-        kernels) part kernels 200 "$PYTHON" -m pytest tests/test_triton_impl.py \
-            tests/test_pipeline.py -q -p no:cacheprovider ;;
+        kernels) part kernels 200 "$PYTHON" -m pytest tests/kernels/test_triton_impl.py \
+            tests/kernels/test_pipeline.py -q -p no:cacheprovider ;;
         sanitize) SANITIZE_SECONDS=$((left / 2)) part sanitize "$left" tests/gpu/sanitize.sh ;;
         stages) part stages 100 "$PYTHON" -m bench.stages --device cuda --out "$OUT" --seconds 85 ;;
         bench) part bench "$left" "$PYTHON" -m bench.bench_loss --device cuda --out "$OUT" \

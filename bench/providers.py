@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rlsd import measure
-from rlsd.measure import compose, eager, full_logits, fused
+from rlsd.checks import measure
+from rlsd.checks.measure import compose, eager, full_logits, fused
 from rlsd_kernels import available_impls, linear_log_probs, rlsd_loss, tuning
 
 from . import common

@@ -26,7 +26,7 @@ import torch
 from bench import common
 from bench.bench_loss import GPU_PACKAGES
 from bench.providers import first_line
-from rlsd import measure
+from rlsd.checks import measure
 from rlsd_kernels import RLSDLossConfig, available_impls, gemm, linear_log_probs
 from rlsd_kernels.logprob import load_impl
 

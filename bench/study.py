@@ -19,7 +19,6 @@ import torch
 from bench.common import ROOT, environment
 from rlsd.compare import Plan, compare
 from rlsd.config import make_config
-from rlsd.data import load_rows
 from rlsd.demo import (
     chain_options,
     chain_problem,
@@ -31,6 +30,7 @@ from rlsd.demo import (
     warm_up,
     word_tokenizer,
 )
+from rlsd.tasks.data import load_rows
 
 RESULTS = ROOT / "bench" / "results" / "study"
 STRONG = {"objective": "rlsd", "rlsd_lambda": 1.0, "rlsd_reweight_clip_range": 1.0,

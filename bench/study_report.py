@@ -12,8 +12,8 @@ import statistics
 
 from bench.common import ROOT
 from rlsd.compare import PANELS
-from rlsd.report import plot_runs
-from rlsd.tables import (
+from rlsd.reports.report import plot_runs
+from rlsd.reports.tables import (
     ACCURACY,
     ENTROPY,
     LEAK,

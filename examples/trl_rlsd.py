@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from rlsd.checkpoint import load_tokenizer
 from rlsd.demo import (
     LENGTH,
     MARKER,
@@ -28,6 +27,7 @@ from rlsd.demo import (
     word_tokenizer,
 )
 from rlsd.integrations.trl import RLSDConfig, RLSDTrainer
+from rlsd.policy.checkpoint import load_tokenizer
 
 
 def warm_start(folder, steps):

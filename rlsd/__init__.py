@@ -2,8 +2,8 @@
 
 from rlsd_kernels import __version__
 
-from .advantages import group_advantages, rlsd_lambda_at
 from .config import TrainConfig, UserError, load_yaml, make_config
+from .policy.advantages import group_advantages, rlsd_lambda_at
 
 __all__ = [
     "TrainConfig",

@@ -71,7 +71,7 @@ def parse_options(arguments):
 
 def find_checkpoint(path):
     """(run folder, checkpoint) from either of them; takes the newest of a run."""
-    from . import checkpoint
+    from .policy import checkpoint
 
     path = Path(path)
     if not path.is_dir():
@@ -109,7 +109,7 @@ def train(arguments):
         check_demo_options(options)
         run_demo(**options)
         return 0
-    from . import checkpoint
+    from .policy import checkpoint
     from .trainer import Trainer
 
     resume, resume_from = options.pop("resume_from_checkpoint", None), None
@@ -178,13 +178,13 @@ def evaluate(arguments):
     run_dir, path = find_checkpoint(arguments[0])
     config = make_config(run_options(run_dir, parse_options(arguments[1:])))
     _quiet()
-    from .checkpoint import load_model, load_processor, load_tokenizer
-    from .data import load_data
-    from .distributed import Processes
-    from .evaluation import evaluate as run
-    from .evaluation import summary
-    from .rewards import load_reward_funcs
-    from .rollout import choose_sampler
+    from .policy.checkpoint import load_model, load_processor, load_tokenizer
+    from .policy.distributed import Processes
+    from .sampling.evaluation import evaluate as run
+    from .sampling.evaluation import summary
+    from .sampling.rollout import choose_sampler
+    from .tasks.data import load_data
+    from .tasks.rewards import load_reward_funcs
 
     functions = load_reward_funcs(config.reward_funcs, config)
     tokenizer = load_tokenizer(str(path))
@@ -218,7 +218,7 @@ def compare(arguments):
 
 
 def plot(arguments):
-    from .report import plot_runs
+    from .reports.report import plot_runs
 
     runs = []
     while arguments and not arguments[0].startswith("--"):
@@ -235,13 +235,13 @@ def plot(arguments):
 def validate(arguments):
     if arguments:
         raise UserError(f"rlsd validate takes no arguments, but got {' '.join(arguments)}.")
-    from .validate import validate as run
+    from .checks.validate import validate as run
 
     return 1 if run() else 0
 
 
 def bench(arguments):
-    from .bench import run
+    from .checks.bench import run
 
     run(parse_options(arguments))
     return 0
@@ -295,7 +295,7 @@ def host_state(name, tested):
 
 
 def _quiet():
-    from .report import quiet_libraries
+    from .reports.report import quiet_libraries
 
     quiet_libraries()
 

@@ -36,11 +36,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from . import checkpoint
 from .config import UserError, load_yaml, make_config
-from .data import load_data
-from .report import plot_runs, quiet_libraries, read_metrics
-from .tables import (
+from .policy import checkpoint
+from .policy.teacher import require_same_vocabulary
+from .reports.report import plot_runs, quiet_libraries, read_metrics
+from .reports.tables import (
     ACCURACY,
     ENTROPY,
     LEAK,
@@ -53,7 +53,7 @@ from .tables import (
     run_summary,
     text_table,
 )
-from .teacher import require_same_vocabulary
+from .tasks.data import load_data
 
 # What a model from scratch depends on.
 SCRATCH = ("train_dataset", "dataset_size", "dataset_seed", "seed", "scratch_steps", "eval_size",

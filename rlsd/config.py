@@ -163,7 +163,7 @@ class TrainConfig:
     )
     leak_phrases: bool = option(
         False, "also count answers that refer to a reference which the student cannot see, such as "
-        "'the reference solution' (rlsd/leak.py has the rule)"
+        "'the reference solution' (rlsd/sampling/leak.py has the rule)"
     )
 
     # Objective

@@ -17,11 +17,9 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from .config import UserError, make_config
-from .data import load_rows, split_rows
-from .packing import left_pad
-from .prompts import insert_hint
-from .report import plot_runs
-from .tables import (
+from .policy.packing import left_pad
+from .reports.report import plot_runs
+from .reports.tables import (
     AFTER,
     BEFORE,
     CURVE_MEAN,
@@ -34,6 +32,8 @@ from .tables import (
     steps_to_baseline,
     text_table,
 )
+from .tasks.data import load_rows, split_rows
+from .tasks.prompts import insert_hint
 from .trainer import Trainer
 
 OPERATIONS, MARKER, LENGTH = "+-*", "REF", 12

@@ -16,14 +16,11 @@ import transformers
 
 from rlsd_kernels import aggregation_weights, available_impls, merge_stats
 
-from . import checkpoint
-from .advantages import group_advantages, lambda_of
 from .config import DISTILLING, TrainConfig, UserError
-from .data import load_data, rows_of_step
-from .distributed import Processes, whole
-from .evaluation import evaluate
-from .leak import leak_metrics
-from .models import (
+from .policy import checkpoint
+from .policy.advantages import group_advantages, lambda_of
+from .policy.distributed import Processes, whole
+from .policy.models import (
     Flops,
     MasterWeights,
     checkpoint_layers,
@@ -35,7 +32,7 @@ from .models import (
     peak_flops,
     router_of,
 )
-from .objectives import (
+from .policy.objectives import (
     Batch,
     has_signal,
     log_probs_under,
@@ -46,8 +43,9 @@ from .objectives import (
     teacher_prompts,
     token_weights,
 )
-from .packing import micro_batches
-from .report import (
+from .policy.packing import micro_batches
+from .policy.teacher import Teacher, external_teacher
+from .reports.report import (
     Clock,
     Reporter,
     model_card,
@@ -58,8 +56,9 @@ from .report import (
     samples_of,
     write_completions,
 )
-from .rewards import RewardError, load_reward_funcs, reward_metrics
-from .rollout import (
+from .sampling.evaluation import evaluate
+from .sampling.leak import leak_metrics
+from .sampling.rollout import (
     choose_sampler,
     loss_mask,
     references,
@@ -67,11 +66,12 @@ from .rollout import (
     roll_out,
     rollout_metrics,
 )
-from .teacher import Teacher, external_teacher
+from .tasks.data import load_data, rows_of_step
+from .tasks.rewards import RewardError, load_reward_funcs, reward_metrics
 
 
 class Trainer:
-    """Trains a causal LM by RLSD, GRPO or another objective of rlsd.objectives.LOSSES.
+    """Trains a causal LM by RLSD, GRPO or another objective of rlsd.policy.objectives.LOSSES.
 
     config: TrainConfig. reward_funcs: callables that replace config.reward_funcs. resume_from: a
     checkpoint folder. Raises UserError, in one sentence, on anything a user can fix.

@@ -5,8 +5,8 @@ import transformers
 from runs import naive_log_probs
 
 from rlsd.demo import tiny_model
-from rlsd.models import open_forward
-from rlsd.objectives import Batch
+from rlsd.policy.models import open_forward
+from rlsd.policy.objectives import Batch
 from rlsd_kernels import aggregation_weights
 
 PAD, EOS = 0, 1

@@ -28,7 +28,7 @@ TEMPLATE = "<h> {privileged_context} {prompt}"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """One thread: two on shared cores make a step of this model 30 times slower. No curves.png:
-    drawing takes longer than the run; a test of it puts rlsd.report.plot_runs back."""
+    drawing takes longer than the run; a test of it puts rlsd.reports.report.plot_runs back."""
     monkeypatch.setattr(rlsd.trainer, "plot_runs", lambda *_: None)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -24,11 +24,12 @@ from runs import (
 
 import rlsd
 import rlsd.demo
-import rlsd.report
+import rlsd.reports.report
 import rlsd.trainer
-from rlsd import __version__, checkpoint
+from rlsd import __version__
 from rlsd.cli import COMMANDS, TESTED_HOSTS, main
 from rlsd.config import TrainConfig
+from rlsd.policy import checkpoint
 from rlsd_kernels import torch_impl
 
 
@@ -336,7 +337,7 @@ def test_real_sigint(tmp_path):
 
 
 def test_train_with_config_and_overrides(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rlsd.trainer, "plot_runs", rlsd.report.plot_runs)
+    monkeypatch.setattr(rlsd.trainer, "plot_runs", rlsd.reports.report.plot_runs)
     config = write_config(tmp_path, eval_steps=1, save_steps=1)
     assert main(["train", "--config", config, "--max_steps", "3", "--learning-rate=1e-3",
                  "--beta", "0.5", "--reward_funcs", "[exact_match, runs.sum_reward]"]) == 0
@@ -571,7 +572,7 @@ def test_missing_package_is_named(capsys, monkeypatch):
     def no_matplotlib(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
-    monkeypatch.setattr("rlsd.report.plot_runs", no_matplotlib)
+    monkeypatch.setattr("rlsd.reports.report.plot_runs", no_matplotlib)
     message = fails(capsys, "plot", "run")
     assert message == "rlsd: plot needs the package matplotlib: pip install '.[train]'."
 

@@ -16,8 +16,8 @@ import rlsd.compare
 from rlsd import UserError
 from rlsd.cli import main
 from rlsd.compare import Plan, compare, is_finished, load_plan, slug
-from rlsd.report import read_metrics
-from rlsd.tables import ACCURACY
+from rlsd.reports.report import read_metrics
+from rlsd.reports.tables import ACCURACY
 
 ROOT = Path(__file__).parent.parent
 

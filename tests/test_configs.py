@@ -9,8 +9,8 @@ import transformers
 from runs import make_trainer, quick  # noqa: F401
 
 from rlsd.config import load_yaml, make_config
-from rlsd.data import load_rows
-from rlsd.evaluation import interval
+from rlsd.sampling.evaluation import interval
+from rlsd.tasks.data import load_rows
 
 ROOT = Path(__file__).parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}

@@ -7,7 +7,6 @@ import torch
 
 import rlsd.demo
 from rlsd import TrainConfig, UserError
-from rlsd.data import load_rows
 from rlsd.demo import (
     ARMS,
     LENGTH,
@@ -28,7 +27,8 @@ from rlsd.demo import (
     word_tokenizer,
     write_problems,
 )
-from rlsd.report import read_metrics
+from rlsd.reports.report import read_metrics
+from rlsd.tasks.data import load_rows
 
 EOS = 1
 

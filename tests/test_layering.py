@@ -16,13 +16,22 @@ KERNEL_ORDER = [
     ["distillation", "loss"], ["logprob"], ["metrics"], ["pipeline"], sorted(IMPLS), ["streaming"],
     ["gemm"], ["config"], ["tuning"], ["extension"],
 ]
-TRAINER_ORDER = [
-    ["cli"], ["validate", "bench"], ["compare"], ["demo"], ["trainer"], ["tables"], ["report"],
-    ["objectives"], ["teacher"], ["models"], ["evaluation"], ["leak"], ["rollout"],
-    ["vllm_sampler"], ["packing"], ["checkpoint"], ["rewards"], ["data"], ["grader"],
-    ["math_judge"], ["sandbox"], ["prompts"], ["images"], ["advantages"], ["distributed"],
-    ["config"], ["measure"],
+# Folders, and files beside them, import only what stands in a later row; folders of one row know
+# nothing of each other. So do the files inside a folder.
+FLOORS = [
+    ["cli"], ["compare"], ["demo"], ["trainer"], ["reports"],
+    ["sampling", "checks", "integrations"], ["policy"], ["rewards"], ["tasks"], ["config"],
 ]
+ROOMS = {
+    "tasks": [["rewards"], ["data"], ["grader"], ["math_judge"], ["sandbox"], ["prompts"],
+              ["images"]],
+    "policy": [["objectives"], ["teacher"], ["models"], ["packing"], ["checkpoint"],
+               ["distributed"], ["advantages"]],
+    "sampling": [["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
+    "checks": [["validate"], ["bench"], ["measure"]],
+    "integrations": [["trl", "liger", "ms_swift", "verl"], ["head"]],
+    "reports": [["tables"], ["report"]],
+}
 TORCH_ONLY = {"torch", "rlsd_kernels"} | sys.stdlib_module_names
 
 
@@ -38,17 +47,24 @@ def imports(source, package, *, module_level=False):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             prefix = package if node.level else ""
+            if node.level > 1:  # one dot more is one folder up
+                prefix = ".".join(package.split(".")[: 1 - node.level])
             base = ".".join(x for x in (prefix, node.module) if x)
             names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
 
 
 def siblings(path, package):
-    """Stems of the files of its own package that a file imports."""
-    found = {n for n in imports(path.read_text(), package) if n.startswith(package + ".")}
-    stems = {p.stem for p in (ROOT / package).glob("*.py")}
-    stems |= {p.name for p in (ROOT / package).glob("*/") if any(p.glob("*.py"))}
-    return {n.split(".")[1] for n in found} & stems
+    """Names of what lies beside it in its package, files and folders, that a file imports.
+
+    package: dotted, the folder of whose contents names are returned; imports are resolved from the
+    folder that the file is in.
+    """
+    own = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    found = {n for n in imports(path.read_text(), own) if n.startswith(package + ".")}
+    folder = ROOT.joinpath(*package.split("."))
+    stems = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/*.py")}
+    return {n.removeprefix(package + ".").split(".")[0] for n in found} & stems
 
 
 def ids(paths):
@@ -61,6 +77,7 @@ import a.b
 from c import d
 from . import e
 from .f import g
+from ..k import l
 try:
     import h
 except ImportError:
@@ -69,19 +86,22 @@ def function():
     import i
     from .j import k
 """
-    top = {"a.b", "c.d", "p.e", "p.f.g", "h"}
-    assert imports(source, "p", module_level=True) == top
-    assert imports(source, "p") == top | {"i", "p.j.k"}
+    top = {"a.b", "c.d", "o.p.e", "o.p.f.g", "o.k.l", "h"}
+    assert imports(source, "o.p", module_level=True) == top
+    assert imports(source, "o.p") == top | {"i", "o.p.j.k"}
 
 
 def upward(paths, package, order):
+    """(file, import) pairs that do not go down in order; a folder's files stand on its floor."""
     rank = {stem: i for i, row in enumerate(order) for stem in row}
-    return {
-        (path.stem, other)
-        for path in paths
-        for other in siblings(path, package) - {path.stem}
-        if path.stem in rank and rank.get(other, -1) <= rank[path.stem]
-    }
+    depth = len(package.split("."))
+    pairs = set()
+    for path in paths:
+        own = path.relative_to(ROOT).with_suffix("").parts[depth]
+        for other in siblings(path, package) - {own}:
+            if own in rank and rank.get(other, -1) <= rank[own]:
+                pairs.add((own, other))
+    return pairs
 
 
 INTEGRATIONS = sorted((ROOT / "rlsd" / "integrations").rglob("*.py"))
@@ -104,16 +124,35 @@ def test_kernels_import_downwards():
     assert {p.stem for p in KERNELS} <= known
 
 
-def test_trainer_imports_downwards():
-    assert upward(TRAINER, "rlsd", TRAINER_ORDER) == set()
-    known = {stem for row in TRAINER_ORDER for stem in row} | {"__init__", "__main__"}
-    assert {p.stem for p in TRAINER if p.parent.name == "rlsd"} <= known
+def test_folders_import_downwards():
+    assert upward(TRAINER, "rlsd", FLOORS) == set()
+    known = {name for row in FLOORS for name in row} | {"__init__"}
+    assert {p.relative_to(ROOT / "rlsd").with_suffix("").parts[0] for p in TRAINER} == known
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_files_of_a_folder_import_downwards(room):
+    files = sorted((ROOT / "rlsd" / room).glob("*.py"))
+    assert upward(files, f"rlsd.{room}", ROOMS[room]) == set()
+    assert {p.stem for p in files} == {name for row in ROOMS[room] for name in row} | {"__init__"}
+
+
+def test_every_folder_has_its_order():
+    assert set(ROOMS) == {p.parent.name for p in (ROOT / "rlsd").glob("*/*.py")}
 
 
 def test_the_order_is_not_vacuous():
     assert siblings(ROOT / "rlsd_kernels" / "loss.py", "rlsd_kernels") >= {"ref", "config"}
     swapped = [["config"], ["loss"]]
     assert ("loss", "config") in upward(KERNELS, "rlsd_kernels", swapped)
+    trainer = ROOT / "rlsd" / "trainer.py"
+    assert siblings(trainer, "rlsd") >= {"tasks", "policy", "sampling", "reports", "config"}
+    assert ("trainer", "reports") in upward([trainer], "rlsd", [["reports"], ["trainer"]])
+    teacher = ROOT / "rlsd" / "policy" / "teacher.py"
+    assert siblings(teacher, "rlsd") == {"config", "policy"}
+    assert siblings(teacher, "rlsd.policy") >= {"models", "checkpoint"}
+    assert ("policy", "config") in upward([teacher], "rlsd", [["config"], ["policy"]])
+    assert ("teacher", "models") in upward([teacher], "rlsd.policy", [["models"], ["teacher"]])
 
 
 @pytest.mark.parametrize("path", [p for p in KERNELS if p.stem in IMPLS], ids=lambda p: p.stem)

@@ -7,7 +7,7 @@ import pytest
 
 import bench.study_report as report
 from bench.study import PARTS
-from rlsd.tables import ACCURACY, ENTROPY, LEAK
+from rlsd.reports.tables import ACCURACY, ENTROPY, LEAK
 
 ARMS = ("GRPO", "RLSD, paper", "RLSD, strong", "OPSD", "GRPO+OPSD", "SDPO",
         "RLSD, shuffled hints", "RLSD, answer-only hints")

@@ -28,13 +28,13 @@ from runs import (
     write_rows,
 )
 
-import rlsd.report
-import rlsd.rollout
+import rlsd.reports.report
+import rlsd.sampling.rollout
 import rlsd.trainer
 from rlsd import UserError
 from rlsd.cli import main
-from rlsd.data import rows_of_step
-from rlsd.models import STUDENT, TEACHER, adapter_weights
+from rlsd.policy.models import STUDENT, TEACHER, adapter_weights
+from rlsd.tasks.data import rows_of_step
 from rlsd_kernels import torch_impl
 
 # Measured over the cases below: 1e-6, once 1e-4 where Adam normalises a gradient that is nearly 0;
@@ -249,7 +249,8 @@ def test_rollout_without_signal_makes_no_step(tmp_path):
 
 def test_all_truncated_and_masked_makes_no_step(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, mask_truncated_completions=True, beta=0.1)
-    monkeypatch.setattr(rlsd.rollout, "eos_ids", lambda *_: [1000])  # an end that never comes
+    # An end that never comes.
+    monkeypatch.setattr(rlsd.sampling.rollout, "eos_ids", lambda *_: [1000])
     before = parameters(trainer.model)
     _, metrics = run_steps(trainer, 1)
     assert metrics[0]["completions/clipped_ratio"] == 1 and metrics[0]["live_sequences"] == 0
@@ -635,7 +636,7 @@ SECTION_5 = {
 
 
 def test_run_folder_holds_what_it_promises(tmp_path, monkeypatch):
-    monkeypatch.setattr(rlsd.trainer, "plot_runs", rlsd.report.plot_runs)
+    monkeypatch.setattr(rlsd.trainer, "plot_runs", rlsd.reports.report.plot_runs)
     trainer = make_trainer(
         tmp_path, max_steps=3, eval_steps=2, log_completions_steps=1, save_steps=2, beta=0.1,
         report_to="tensorboard", leak_markers=["#"], rlsd_lambda_decay_steps=10,

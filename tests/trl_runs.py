@@ -10,8 +10,8 @@ from runs import TEMPLATE, naive_log_probs, problems, save_tiny, sum_reward
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from rlsd.checkpoint import load_tokenizer
 from rlsd.integrations.trl import RLSDConfig
+from rlsd.policy.checkpoint import load_tokenizer
 
 DATA = problems(12)
 OFF = {"rlsd_lambda": 0.0}

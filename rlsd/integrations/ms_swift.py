@@ -19,7 +19,7 @@ from swift.trainers import TrainerFactory
 import rlsd_kernels
 from rlsd.config import UserError
 from rlsd.integrations.head import add_rlsd_head
-from rlsd.models import head_of
+from rlsd.policy.models import head_of
 
 logger = logging.getLogger("swift.rlsd")  # a child of ms-swift's logger, which prints INFO
 

@@ -29,12 +29,12 @@ from rlsd_kernels import (
     rlsd_loss,
 )
 
-from ..advantages import rlsd_lambda_at
 from ..config import DEFAULT_PRIVILEGED_TEMPLATE, TEACHER_MODEL_KINDS, UserError, option
-from ..models import head_of
-from ..packing import left_pad
-from ..prompts import teacher_prompt
-from ..teacher import Teacher
+from ..policy.advantages import rlsd_lambda_at
+from ..policy.models import head_of
+from ..policy.packing import left_pad
+from ..policy.teacher import Teacher
+from ..tasks.prompts import teacher_prompt
 from .head import add_rlsd_head
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ from verl.trainer.ppo import core_algos, ray_trainer
 from verl.utils import config as verl_config
 
 import rlsd_kernels
-from rlsd.advantages import rlsd_lambda_at
 from rlsd.config import UserError
-from rlsd.models import head_terms
-from rlsd.packing import left_pad
+from rlsd.policy.advantages import rlsd_lambda_at
+from rlsd.policy.models import head_terms
+from rlsd.policy.packing import left_pad
 
 OPTIONS = {"rlsd_lambda": 0.5, "rlsd_lambda_warmup_steps": 0, "rlsd_lambda_decay_steps": 0,
            "rlsd_reweight_clip_range": 0.2, "rlsd_negative_only": False}

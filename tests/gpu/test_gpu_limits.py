@@ -18,7 +18,7 @@ from on_gpu import (
 )
 from problems import NAMES, make_problem, run_fused
 
-from rlsd.measure import peak_extra_bytes
+from rlsd.checks.measure import peak_extra_bytes
 from rlsd_kernels import fused_linear_rlsd_loss, linear_log_probs, tuning
 
 BF16 = torch.bfloat16

@@ -1,0 +1,1 @@
+"""Against the specification and the clock: validation, measurement, benchmark."""

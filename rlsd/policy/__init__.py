@@ -1,0 +1,1 @@
+"""What is trained: models and their passes, teachers, objectives, processes, checkpoints."""

@@ -1,0 +1,1 @@
+"""What is written and drawn: metrics, samples, model cards, tables, curves."""

@@ -1,0 +1,1 @@
+"""What the policy says: rollouts, samplers, held-out accuracy, leaks of the hint."""

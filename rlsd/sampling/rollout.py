@@ -1,0 +1,446 @@
+"""Group rollouts, scored by the reward functions, from one of three samplers.
+
+`generate` is the model's own: padded batches that wait for their longest completion, prompts padded
+on the left. `generate_batch` is transformers' continuous batching: a finished sequence makes room
+for the next, in a paged cache. vllm_sampler.py runs another engine on copies of the weights. Each
+says with what log-prob it drew every token, which the trainer compares with its own pass.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor
+from transformers.generation import ContinuousBatchingConfig
+
+from ..config import UserError
+from ..policy.packing import left_pad
+from ..tasks.images import image_inputs
+from ..tasks.rewards import score
+
+
+class Rollout(NamedTuple):
+    """B completions; completion_ids and mask are (B, T), mask covers the first EOS and no more."""
+
+    rows: list
+    completion_ids: torch.Tensor
+    mask: torch.Tensor
+    texts: list
+    truncated: torch.Tensor  # (B,) bool: no EOS within max_completion_length
+    rewards: torch.Tensor  # (B,) fp64, weighted sum over reward functions
+    rewards_per_func: torch.Tensor  # (B, F) fp64, NaN where a function returned None
+    sampling_log_probs: torch.Tensor | None = None  # of Samples
+
+
+class Samples(NamedTuple):
+    """B completions; (B, T) but for truncated (B,). The mask covers the first EOS and no more."""
+
+    completion_ids: torch.Tensor  # padded on the right
+    mask: torch.Tensor
+    truncated: torch.Tensor  # bool: no EOS within max_completion_length
+    log_probs: torch.Tensor | None  # fp32, of each token as it was drawn; 0 where masked, NaN where
+    # the sampler gave none, None where it took the most probable tokens
+
+
+def eos_ids(model, tokenizer):
+    """Every token id that ends a completion."""
+    ids = model.generation_config.eos_token_id
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids = [*ids, tokenizer.eos_token_id]
+    if not ids:
+        raise UserError("Neither model nor tokenizer names an EOS token, so no completion can end.")
+    return ids
+
+
+def require_room(model, rows, config):
+    """A prompt and its completion must fit the positions that the model was made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for row in rows:
+        longest = max(len(row["prompt_ids"]), len(row["teacher_prompt_ids"] or []))
+        if config.objective == "sdpo":  # a sibling may come before the question
+            longest = len(row["prompt_ids"]) + config.max_completion_length
+        if limit is not None and longest + config.max_completion_length > limit:
+            raise UserError(
+                f"Row {row['_source']} has a prompt of {longest} tokens, which with "
+                f"max_completion_length {config.max_completion_length} exceeds the model's "
+                f"{limit} positions; lower max_completion_length, max_prompt_length or "
+                "max_teacher_prompt_length."
+            )
+
+
+_LOGGER = logging.getLogger("ContinuousBatchingLogger")
+
+
+class DrawnLogProbs(LogitsProcessor):
+    """Notes the log-prob of every drawn token; of (B, V) scores one tensor stays, never T.
+
+    generate divides by the temperature after it has called this.
+    """
+
+    def __init__(self, temperature):
+        self.temperature, self.scores, self.columns = temperature, None, []
+
+    def __call__(self, input_ids, scores):
+        self.note(input_ids)
+        self.scores = scores
+        return scores
+
+    def note(self, input_ids):
+        """The last ids were drawn from the scores seen before them."""
+        if self.scores is not None:
+            scaled = self.scores.float() / self.temperature
+            drawn = scaled.gather(1, input_ids[:, -1:]).squeeze(1)
+            self.columns.append(drawn - scaled.logsumexp(1))
+
+
+def placeholders_of(model):
+    """Ids that stand for images or videos: no pass over a completion with one could be made."""
+    names = ("image_token_id", "video_token_id")
+    return [getattr(model.config, n) for n in names if getattr(model.config, n, None)]
+
+
+@contextlib.contextmanager
+def _sampling(model):
+    """Eval mode, and no load-balancing loss of experts: nobody reads it, and it wants a mask."""
+    training, text = model.training, model.config.get_text_config()
+    balanced = getattr(text, "output_router_logits", None)
+    model.eval()
+    if balanced:
+        text.output_router_logits = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(
+            "The model's token probabilities are not finite, so it cannot be sampled from; lower "
+            "learning_rate and continue from an earlier checkpoint."
+        ) from error
+    finally:
+        if balanced:
+            text.output_router_logits = balanced
+        model.train(training)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, config, *, images=None, greedy=False):
+    """Samples of one completion per prompt (token lists), by the model's own generate.
+
+    images: PromptImages or None of each prompt. Placeholders of images are never sampled.
+    """
+    ends, placeholders = eos_ids(model, tokenizer), placeholders_of(model)
+    pad_id = tokenizer.pad_token_id
+    temperature = 1.0 if greedy else config.temperature
+    device = model.get_input_embeddings().weight.device
+    own = model.generation_config
+    # The model's own penalties and filters would sample another policy than the one we score.
+    model.generation_config = type(own)()
+    pieces, log_probs = [], []
+    try:
+        with _sampling(model):
+            for i in range(0, len(prompts), config.rollout_batch_size):
+                ids, mask = left_pad(prompts[i : i + config.rollout_batch_size], pad_id, device)
+                seen = (images or [None])[i : i + config.rollout_batch_size]
+                extra = {"suppress_tokens": placeholders} if placeholders else {}
+                if any(seen):
+                    extra |= image_inputs(seen, ids, placeholders[0])
+                drawn = DrawnLogProbs(temperature)
+                out = model.generate(
+                    input_ids=ids, attention_mask=mask, **extra,
+                    max_new_tokens=config.max_completion_length, pad_token_id=pad_id,
+                    eos_token_id=ends, do_sample=not greedy, temperature=temperature, top_k=0,
+                    logits_processor=[] if greedy else [drawn],
+                )
+                pieces.append(out[:, ids.shape[1] :])
+                if not greedy:
+                    drawn.note(out)
+                    log_probs.append(torch.stack(drawn.columns, 1))
+    finally:
+        model.generation_config = own
+    width = max(p.shape[1] for p in pieces)
+    ids = torch.cat([_widen(p, width, pad_id) for p in pieces])
+    is_end = torch.isin(ids, torch.tensor(ends, device=device))
+    mask = is_end.cumsum(1) - is_end.long() == 0
+    drawn = None
+    if not greedy:
+        joined = torch.cat([_widen(p, width, 0.0) for p in log_probs])
+        drawn = torch.where(mask, joined, 0.0)
+    return Samples(ids, mask, ~is_end.any(1), drawn)
+
+
+@torch.no_grad()
+def generate_batch(model, tokenizer, prompts, config, *, images=None, greedy=False):
+    """The same by transformers' continuous batching, rollout_batch_size sequences at a time.
+
+    images: none can be given.
+    """
+    ends, device = eos_ids(model, tokenizer), model.get_input_embeddings().weight.device
+    if device.type == "cuda":  # the cache takes a share of what is free
+        torch.cuda.empty_cache()
+    attention = model.config._attn_implementation
+    try:
+        with _sampling(model):
+            manager = model.init_continuous_batching(
+                GenerationConfig(
+                    eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
+                    **{} if greedy else {
+                        "do_sample": True, "temperature": config.temperature, "top_k": 0,
+                    },
+                ),
+                _engine_options(config),
+            )
+            results = _results(manager, prompts, config.max_completion_length)
+    finally:
+        if model.config._attn_implementation != attention:  # it has its own word for eager
+            model.set_attn_implementation(attention)
+    return samples_of_lists(
+        [r.generated_tokens for r in results], None if greedy else [r.logprobs for r in results],
+        ends, tokenizer.pad_token_id, device,
+    )
+
+
+def _engine_options(config):
+    options = {"return_logprobs": True, "max_requests_per_batch": config.rollout_batch_size}
+    if "auto_switch_to_flash" in {f.name for f in dataclasses.fields(ContinuousBatchingConfig)}:
+        options["auto_switch_to_flash"] = False  # attn_implementation says what runs, fp32 too
+    return ContinuousBatchingConfig(**options | config.transformers_continuous_batching_config)
+
+
+def _results(manager, prompts, max_new_tokens):
+    """The engine's results in the order of the prompts; its errors, raised here, not in its thread.
+
+    All requests wait before it starts: how they are batched, and so what is drawn, then depends on
+    no race between two threads.
+    """
+    done, names = {}, prompts
+    _LOGGER.setLevel("CRITICAL")  # it prints the traceback of an error that is raised here
+    try:
+        manager.warmup()
+        names = manager.add_requests(prompts, max_new_tokens=max_new_tokens)
+        manager.start()
+        while len(done) < len(names):
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                done[result.request_id] = result
+            elif result is None and not manager.is_running():
+                break
+        fatal = manager.background_thread_status.fatal_error
+    finally:
+        manager.stop(block=True, hard_stop=len(done) < len(names))
+        manager.destroy()
+    said = [r.error for r in done.values() if r.error]
+    if fatal is None and (said or len(done) < len(names)):
+        fatal = RuntimeError(f"Continuous batching failed: {said[0] if said else 'it stopped'}")
+    if fatal is not None:
+        raise fatal
+    return [done[name] for name in names]
+
+
+def samples_of_lists(completions, log_probs, ends, pad_id, device):
+    """Samples from token lists and lists of their log-probs (None in one: not known), or None."""
+    width, kept = max(map(len, completions)), []
+    for ids in completions:
+        at = next((t for t, token in enumerate(ids) if token in ends), None)
+        kept.append(len(ids) if at is None else at + 1)
+    shape = (len(completions), width)
+    ids = torch.full(shape, pad_id, dtype=torch.int64)
+    drawn = torch.zeros(shape)
+    for i, (line, n) in enumerate(zip(completions, kept, strict=True)):
+        ids[i, :n] = torch.tensor(line[:n])
+        if log_probs is not None:
+            given = [float("nan" if v is None else v) for v in log_probs[i][:n]]
+            drawn[i, :n] = torch.tensor(given)
+    mask = torch.arange(width)[None] < torch.tensor(kept)[:, None]
+    truncated = ~(torch.isin(ids, torch.tensor(ends)) & mask).any(1)
+    out = (ids, mask, truncated, None if log_probs is None else drawn)
+    return Samples(*(x if x is None else x.to(device) for x in out))
+
+
+def continuous_batching_refusal(model, tokenizer, config):
+    """Why continuous batching cannot sample from the model, or None.
+
+    It must draw with the log-probs of the model's own forward pass; a tiny cache holds the trial.
+    """
+    if placeholders_of(model):
+        return "it takes no images, and this model does"
+    trial = dataclasses.replace(
+        config, max_completion_length=3, rollout_batch_size=2,
+        transformers_continuous_batching_config={
+            **config.transformers_continuous_batching_config, "num_blocks": 8,
+            "max_batch_tokens": 64,
+        },
+    )
+    prompts = [[3, 4, 5], [6]]
+    try:
+        drawn = generate_batch(model, tokenizer, prompts, trial)
+    except (
+        AttributeError, ImportError, KeyError, MemoryError, RuntimeError, TypeError, ValueError
+    ) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}"
+    errors = []
+    for prompt, line, keep, got in zip(prompts, *drawn[:2], drawn.log_probs, strict=True):
+        ids = torch.cat([torch.tensor(prompt, device=line.device), line[keep]])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].float()
+        want = (logits / config.temperature).log_softmax(-1).gather(1, line[keep][:, None])
+        errors.append((got[keep] - want[:, 0]).abs().mean().item())
+    # In 16 bits two orders of one sum move a log-prob by some hundredths; a wrong mask, by more.
+    limit = 0.25 if model.dtype.itemsize == 2 else 1e-3
+    worst = next((e for e in errors if not e <= limit), None)
+    return None if worst is None else f"its log-probs deviate from the model's by {worst:.2g}"
+
+
+def choose_sampler(model, tokenizer, config, processes, log=print):
+    """The function to sample by, called as generate is; `log` gets one line on a choice.
+
+    Raises UserError, one sentence, where a sampler that was asked for cannot run.
+    """
+    log = log if processes.main else lambda *_: None
+    for name in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(config, name) and processes.sharded:
+            raise UserError(f"{name} cannot run under FSDP2, whose weights it does not gather.")
+    if config.use_vllm:
+        if placeholders_of(model):
+            raise UserError("use_vllm samples from text alone, but the model takes images.")
+        from .vllm_sampler import VLLMSampler
+
+        ends = eos_ids(model, tokenizer)
+        engine = VLLMSampler(model, tokenizer, config, ends)
+
+        def by_vllm(model, tokenizer, prompts, config, *, images=None, greedy=False):
+            return samples_of_lists(
+                *engine.sample(prompts, greedy), ends, tokenizer.pad_token_id,
+                model.get_input_embeddings().weight.device,
+            )
+
+        log(f"Sampling by vLLM, vllm_mode {config.vllm_mode}.")
+        return by_vllm
+    wanted, why_not = config.use_transformers_continuous_batching, ""
+    on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
+    if wanted or wanted is None and on_gpu and not processes.sharded:
+        reason = continuous_batching_refusal(model, tokenizer, config)
+        if reason is None:
+            log("Sampling by transformers' continuous batching.")
+            return generate_batch
+        if wanted:
+            raise UserError(
+                f"Continuous batching cannot sample from {type(model).__name__} ({reason}); set "
+                "use_transformers_continuous_batching to false."
+            )
+        why_not = f", as continuous batching cannot: {reason}"
+    if on_gpu or wanted is not None:  # elsewhere there was nothing to choose
+        log(f"Sampling by the model's own generate{why_not}.")
+    return generate
+
+
+def roll_out(
+    model, tokenizer, rows, config, reward_funcs, processes, *, greedy=False, sample=generate
+):
+    """Sample and score one completion per row (repeat a row to get a group).
+
+    Each process samples and scores its share of the rows, and all hold the whole result.
+    sample: what choose_sampler returned.
+    """
+    def of_share():
+        mine = processes.share(rows)
+        if processes.rank:  # a stream of its own, far from those of other steps, below 2^32
+            torch.manual_seed(torch.initial_seed() + (processes.rank << 40))
+        drawn = sample(
+            model, tokenizer, [row["prompt_ids"] for row in mine], config, greedy=greedy,
+            images=[row.get("_images") for row in mine],
+        )
+        drawn = Samples(*(x if x is None else x.cpu() for x in drawn))
+        lists = [
+            ids[keep].tolist() for ids, keep in zip(drawn.completion_ids, drawn.mask, strict=True)
+        ]
+        texts = tokenizer.batch_decode(lists, skip_special_tokens=True)
+        per_func, rewards = score(
+            reward_funcs, config.reward_weights, mine, texts, lists, config.reward_timeout
+        )
+        return drawn, texts, rewards, per_func
+
+    device = model.get_input_embeddings().weight.device
+    with processes.gathered(model):
+        shares = processes.everywhere(of_share)
+    drawn, texts, rewards, per_func = zip(*shares, strict=True)
+    width, count = max(part.completion_ids.shape[1] for part in drawn), len(rows)
+
+    def joined(name, value):
+        parts = [getattr(part, name) for part in drawn]
+        if parts[0] is None:
+            return None
+        return torch.cat([_widen(part, width, value) for part in parts])[:count].to(device)
+
+    return Rollout(
+        rows, joined("completion_ids", tokenizer.pad_token_id), joined("mask", False),
+        sum(texts, [])[:count],
+        torch.cat([part.truncated for part in drawn])[:count].to(device),
+        torch.cat(rewards)[:count], torch.cat(per_func)[:count], joined("log_probs", 0.0),
+    )
+
+
+def _widen(part, width, value):
+    return torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value)
+
+
+def loss_mask(rollout, config):
+    """(B, T) bool: the tokens that the loss may see."""
+    if not config.mask_truncated_completions:
+        return rollout.mask
+    return rollout.mask & ~rollout.truncated[:, None]
+
+
+def references(rows, tokenizer, config, reward_funcs, device, processes):
+    """The rows' reference solutions as a Rollout, for supervised steps; scored like samples."""
+    lists = [row["_reference_ids"] for row in rows]
+    width = max(map(len, lists))
+    ids = torch.tensor([y + [tokenizer.pad_token_id] * (width - len(y)) for y in lists])
+    mask = torch.tensor([[t < len(y) for t in range(width)] for y in lists])
+    texts = tokenizer.batch_decode(lists, skip_special_tokens=True)
+    per_func, rewards = processes.once(lambda: score(
+        reward_funcs, config.reward_weights, rows, texts, lists, config.reward_timeout
+    ))
+    return Rollout(
+        rows, ids.to(device), mask.to(device), texts,
+        torch.zeros(len(rows), dtype=torch.bool, device=device), rewards, per_func, None,
+    )
+
+
+def rollout_metrics(rollout, advantages, num_generations, config):
+    """What one rollout shows before the update.
+
+    num_generations 1 means references: what they score is no achievement of the model.
+    """
+    mask = loss_mask(rollout, config)
+    active = (mask & (advantages != 0)[:, None]).sum()
+    metrics = {
+        "reward" if num_generations > 1 else "reference_reward": rollout.rewards.mean().item(),
+        "completions/mean_length": rollout.mask.sum(1).double().mean().item(),
+        "completions/clipped_ratio": rollout.truncated.double().mean().item(),
+        "rlsd/active_token_frac": (active / mask.sum().clamp(min=1)).item(),
+    }
+    if num_generations > 1:
+        groups = rollout.rewards.view(-1, num_generations)
+        equal = (groups == groups[:, :1]).all(1)
+        metrics["reward_std"] = groups.std(1).mean().item()
+        metrics["frac_reward_zero_std"] = equal.double().mean().item()
+    return metrics
+
+
+def token_texts(tokenizer, ids):
+    """Text of each token, so that the pieces joined read like the completion.
+
+    A character that spans several tokens belongs to the last of them, the others are empty.
+    """
+    pieces, start, shown = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        before, text = tokenizer.decode(ids[start:shown]), tokenizer.decode(ids[start:end])
+        if text.endswith("\ufffd") and end < len(ids):
+            pieces.append("")
+        else:
+            pieces.append(text[len(before) :])
+            start, shown = shown, end
+    return pieces

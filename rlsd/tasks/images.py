@@ -1,0 +1,67 @@
+"""Images in prompts, for vision-language models whose placeholders stand for image tokens.
+
+A row's `images` (or `image`) are paths, PIL images or {"bytes", "path"} as in parquet files. The
+processor writes their placeholders into the prompt's tokens; pixels are made anew where a pass
+needs them, because those of a whole data set would fill the memory.
+"""
+
+import io
+
+import torch
+
+from ..config import UserError
+
+
+class PromptImages:
+    """The images of one prompt, as the processor of its model sees them."""
+
+    def __init__(self, row, processor):
+        from PIL import Image, UnidentifiedImageError
+
+        raw = row.get("images", row.get("image"))
+        self.processor, self.images = processor, []
+        for value in raw if isinstance(raw, list | tuple) else [raw]:
+            try:
+                if isinstance(value, dict):
+                    value = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
+                if not isinstance(value, Image.Image):
+                    value = Image.open(value)
+                self.images.append(value.convert("RGB"))
+            except (OSError, UnidentifiedImageError, KeyError, AttributeError, TypeError) as error:
+                reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+                raise UserError(f"its image cannot be opened ({reason.rstrip('.')})") from None
+
+    def encode(self, prompt):
+        """Token ids of a chat. Images stand where its text says <image>, as in verl's files, or at
+        the start of the first user turn, as in TRL."""
+        first = next((i for i, m in enumerate(prompt) if m["role"] == "user"), None)
+        if first is None:
+            raise UserError("its chat has no user message that could carry the images")
+        count, placed = len(self.images), sum(m["content"].count("<image>") for m in prompt)
+        if placed not in (0, count):
+            raise UserError(f"it has {count} images, but its text says <image> {placed} times")
+        messages = []
+        for i, message in enumerate(prompt):
+            content = [{"type": "image"}] * (count if i == first and not placed else 0)
+            for k, text in enumerate(message["content"].split("<image>")):
+                content += [{"type": "image"}] * (k > 0)
+                content += [{"type": "text", "text": text}] * bool(text)
+            messages.append({**message, "content": content})
+        text = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return list(self.processor(text=[text], images=self.images)["input_ids"][0])
+
+    def pixels(self):
+        """{argument of the model: tensor} of all images."""
+        return dict(self.processor.image_processor(images=self.images, return_tensors="pt"))
+
+
+def image_inputs(images, input_ids, image_token_id):
+    """Arguments of a pass over rows of input_ids (B, L) whose prompts have these images or None."""
+    parts = [prompt.pixels() for prompt in images if prompt is not None]
+    joined = {
+        name: torch.cat([part[name] for part in parts]).to(input_ids.device)
+        for name in (parts[0] if parts else {})
+    }
+    return joined | {"mm_token_type_ids": (input_ids == image_token_id).long()}

@@ -1,0 +1,133 @@
+"""Student and privileged prompts: the same text but for one insertion, as token ids.
+
+The privileged prompt is the student's with `privileged_template` around the last user turn (or
+around a plain-text prompt), so nothing but the hint differs and the response starts at the same
+boundary. With an empty hint both are identical, and delta is 0 under equal weights.
+"""
+
+import re
+
+from ..config import UserError
+
+
+def insert_hint(prompt, hint, template):
+    """The prompt (text or chat messages) with the hint inserted; unchanged when it is empty."""
+    if not hint:
+        return prompt
+    if isinstance(prompt, str):
+        values = {"prompt": prompt, "privileged_context": hint}
+        return re.sub(r"\{(prompt|privileged_context)\}", lambda m: values[m[1]], template)
+    last = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=None)
+    if last is None:
+        raise UserError("its chat has no user message that could carry the privileged context")
+    message = prompt[last]
+    content = insert_hint(message["content"], hint, template)
+    return [*prompt[:last], {**message, "content": content}, *prompt[last + 1 :]]
+
+
+def is_chat(prompt):
+    """Whether it is a list of messages with a role and text content."""
+    return isinstance(prompt, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
+        for m in prompt
+    )
+
+
+def render(prompt, tokenizer, template_options=None):
+    """(text, assistant boundary): the prompt as the model sees it and how it must end.
+
+    template_options: dict, further arguments of the chat template, as enable_thinking.
+    """
+    if isinstance(prompt, str):
+        return prompt, ""
+    if tokenizer.chat_template is None:
+        raise UserError("it is a chat, but the tokenizer has no chat template; use a plain text")
+    try:
+        full, without = (
+            tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=turn, **template_options or {}
+            )
+            for turn in (True, False)
+        )
+    except Exception as error:  # a template raises what it likes, as for roles that it refuses
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"its chat template fails with {type(error).__name__}: {reason}") from None
+    return full, full[len(without) :] if full.startswith(without) else ""
+
+
+def encode(prompt, tokenizer, images=None):
+    """Token ids of a prompt; chat templates bring their own special tokens."""
+    if images is not None:
+        return images.encode(prompt)
+    text, _ = render(prompt, tokenizer)
+    return tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+
+
+def privileged_prompt(row, template):
+    """The teacher's prompt of a row or None without one; its teacher_prompt column wins.
+
+    Raises UserError, a clause that the caller completes with the row's name.
+    """
+    privileged = row.get("teacher_prompt") or None
+    if privileged is None and row.get("privileged_context") is not None:
+        return insert_hint(row["prompt"], row["privileged_context"], template)
+    if privileged is not None and not isinstance(privileged, str) and not is_chat(privileged):
+        raise UserError(f"its teacher_prompt is neither a text nor a chat but {privileged!r:.80}")
+    return privileged
+
+
+def require_same_start(prompt, privileged, tokenizer, template_options=None):
+    """The response must start at the same assistant boundary after both prompts, else UserError."""
+    boundaries = [render(p, tokenizer, template_options)[1] for p in (prompt, privileged)]
+    if boundaries[0] != boundaries[1]:
+        raise UserError(
+            f"the assistant turn starts with {boundaries[0]!r} for the student but "
+            f"{boundaries[1]!r} for the privileged prompt, so the response would shift"
+        )
+
+
+def teacher_prompt(
+    row, name, tokenizer, template, *, allow_missing=False, template_options=None, check_start=True
+):
+    """What the teacher reads for a row of prompt, teacher_prompt and privileged_context (any type).
+
+    None where the hint is missing and may be. check_start: also compare the assistant boundary.
+    Raises UserError, a sentence that starts with `name`.
+    """
+    hint = "" if row["privileged_context"] is None else str(row["privileged_context"])
+    if not row.get("teacher_prompt") and not hint.strip():
+        if allow_missing:
+            return None
+        raise UserError(
+            f"{name} has no privileged context, so it would silently train as plain GRPO; fill "
+            "teacher_prompt, privileged_context or solution, or set "
+            "allow_missing_privileged_context."
+        )
+    try:
+        if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
+            raise UserError("its prompt is neither a text nor messages with text content")
+        privileged = privileged_prompt({**row, "privileged_context": hint}, template)
+        if check_start:
+            require_same_start(row["prompt"], privileged, tokenizer, template_options)
+    except UserError as error:
+        raise UserError(f"{name} cannot be used: {error}.") from None
+    return privileged
+
+
+def encode_pair(row, tokenizer, template):
+    """(student ids, privileged ids or None) of a row; its teacher_prompt column wins.
+
+    Raises UserError, a clause that the caller completes with the row's name.
+    """
+    prompt, privileged = row["prompt"], privileged_prompt(row, template)
+    images = row.get("_images")
+    student_ids = encode(prompt, tokenizer, images)
+    if not student_ids:
+        raise UserError("its prompt has no token")
+    if privileged is None:
+        return student_ids, None
+    require_same_start(prompt, privileged, tokenizer)
+    teacher_ids = encode(privileged, tokenizer, images)
+    if not teacher_ids:
+        raise UserError("its privileged prompt has no token")
+    return student_ids, teacher_ids

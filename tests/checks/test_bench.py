@@ -1,0 +1,326 @@
+"""The benchmark: every provider computes the same function, and tables say what was measured."""
+
+import dataclasses
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+from bench import bench_loss, common, plot, stages
+from bench.providers import EAGER, GPU_PROVIDERS, OURS, PROVIDERS
+from rlsd.checks import measure
+
+CASE = common.CASES["tiny"]
+RESULTS = common.ROOT / "bench/results/cpu/results.json"
+README = (common.ROOT / "README.md").read_text(encoding="utf-8")
+BY_NAME = {provider.name: provider for provider in PROVIDERS}
+
+
+def marked(provider):
+    marks = [pytest.mark.slow] if provider.compiled else []  # a C++ compiler runs for each
+    return pytest.param(provider, id=provider.id(), marks=marks)
+
+
+def skip_if_absent(provider):
+    if reason := provider.obstacle():
+        assert provider.modules or provider.compiled, reason  # these need nothing but torch
+        pytest.skip(reason)
+
+
+needs_proc = pytest.mark.skipif(
+    sys.platform != "linux", reason="the benchmark reads memory and CPU from Linux's /proc"
+)
+MARKED = [marked(provider) for provider in PROVIDERS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("frozen_head", [False, True], ids=["full", "frozen"])
+@pytest.mark.parametrize("live", [1.0, 0.5])
+@pytest.mark.parametrize("provider", MARKED)
+def test_every_provider_computes_the_specification(provider, live, frozen_head, dtype):
+    skip_if_absent(provider)
+    torch._dynamo.reset()
+    case = dataclasses.replace(CASE, dtype=dtype)
+    problem = measure.make_problem(case, frozen_head=frozen_head, live=live)
+    truth = measure.exact(problem)
+    got = measure.gradients(problem, provider.step)
+    assert (got["d_weight"] is None) == frozen_head
+    wrong = measure.errors(got, truth, problem.live())
+    logits_rounded = dtype == torch.bfloat16 and provider.logits == "input's"
+    assert wrong["log_prob"] < (1e-2 if logits_rounded else 1e-5)
+    assert wrong["loss"] < (1e-3 if logits_rounded else 1e-6)
+    for key in ("d_hidden", "d_weight"):
+        assert (wrong[key] or 0) < (5e-3 if dtype == torch.bfloat16 else 1e-5), key
+
+
+def gemm_work(case, provider, frozen_head, live):
+    problem = measure.make_problem(case, frozen_head=frozen_head, live=live)
+    measure.gradients(problem, provider.step)  # torch.compile traces now, not under the profiler
+    return measure.measured_nhv(case, lambda: measure.gradients(problem, provider.step))
+
+
+@pytest.mark.parametrize("frozen_head", [False, True], ids=["full", "frozen"])
+@pytest.mark.parametrize("provider", MARKED)
+def test_stated_gemm_work_is_what_runs(provider, frozen_head):
+    skip_if_absent(provider)
+    torch._dynamo.reset()
+    stated = provider.nhv_frozen if frozen_head else provider.nhv
+    assert gemm_work(CASE, provider, frozen_head, 1.0) == stated
+
+
+def test_only_the_fused_loss_drops_dead_rows():
+    assert gemm_work(CASE, BY_NAME[OURS], False, 0.5) == 4
+    assert gemm_work(CASE, BY_NAME[EAGER], False, 0.5) == 8
+
+
+@pytest.fixture(scope="module")
+def results():
+    """A run at the tiny shape: two providers, a third that cannot."""
+    providers = [BY_NAME[EAGER], BY_NAME[OURS]]
+    absent = dataclasses.replace(BY_NAME["TRL"], modules=("no_such_module",))
+    options = {"frozen_head": False, "live": 0.5, "warmup_s": 0.0}
+    data = {
+        "environment": common.environment(bench_loss.PACKAGES), "rounds": 5, "warmup_s": 0.0,
+        "providers": [
+            {"name": p.name, "call": p.call, "package": p.package, "logits": p.logits,
+             "not_run": p.obstacle() if p is absent else None}
+            for p in (*providers, absent)
+        ],
+        "blocks": [
+            bench_loss.run_block(CASE, providers, rounds=5, **options),
+            bench_loss.run_block(common.CASES["tiny-bf16"], providers, rounds=0, **options),
+        ],
+    }
+    return json.loads(json.dumps(data))
+
+
+@needs_proc
+def test_table_is_derived_from_the_results(results):
+    for found in results["blocks"][0]["providers"].values():
+        assert len(found["time"]["rounds"]) == 5 and found["peak_bytes"] >= 0
+        found["time"] |= {"ms": 50.0, "p20": 40.0, "p80": 60.0}
+        found["peak_bytes"] = 3 * 2**20
+    ours = results["blocks"][0]["providers"][OURS]
+    ours["time"]["ms"], ours["peak_bytes"] = 40.0, 2**20
+    results["blocks"][0]["bare"]["ms"] = 30.0
+    text = plot.table(results)
+    row = next(line for line in text.splitlines() if line.startswith(f"| {OURS} |"))
+    assert row.startswith(f"| {OURS} | 40 (40-60) | 1.25 | 75% | 1 | 33% | 4.0 |")
+    assert "not run: no_such_module cannot be imported: No module named" in text
+    assert "fp32, N=64, H=32, V=301, full head, 50% of the rows live" in text
+    timed, accuracy = plot.block_table(results, results["blocks"][1]), plot.readme_rows(results)
+    assert "step, ms" not in timed and f"| **{OURS}** | 40 | 75% | 1 | 4 |" in accuracy
+    for block in results["blocks"]:
+        for line in plot.block_table(results, block).splitlines()[2:]:
+            assert line.count("|") == plot.block_table(results, block).splitlines()[2].count("|")
+
+
+@needs_proc
+def test_plot_is_drawn(results, tmp_path):
+    plot.plot_times(results, tmp_path / "times.png")
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+
+
+FAKE_MS = {EAGER: 80.0, "TRL": 73.0, f"{OURS}, triton": 56.0}
+
+
+def fake_block(model, rows, frozen_head, live):
+    """A block as a GPU would give it; times in proportion to the work."""
+    case = common.model_case(model, rows)
+    share = case.rows * case.hidden * case.vocab / (8192 * 4096 * 151936)
+    providers = {}
+    for name, ms in FAKE_MS.items():
+        ms *= share * (live if name.startswith(OURS) else 1)
+        providers[name] = {
+            "nhv": 8, "peak_bytes": 2**30,
+            "errors": {"log_prob": 1e-5, "ratio_off": 0.0, "loss": 0.0, "d_hidden": 2e-3,
+                       "d_weight": None if frozen_head else 2e-3},
+            "time": {"ms": ms, "p20": 0.99 * ms, "p80": 1.01 * ms, "rounds": [ms]},
+        }
+    not_run = {}
+    if rows > 8192:
+        not_run[EAGER] = "out of memory"
+        del providers[EAGER]
+    bare = 52 * share * live
+    return {
+        "shape": case.label(), "model": model, "rows": rows, "hidden": case.hidden,
+        "vocab": case.vocab, "frozen_head": frozen_head, "live": live, "timed": True,
+        "providers": providers, "not_run": not_run,
+        "bare": {"ms": bare, "p20": bare, "p80": bare, "rounds": [bare]},
+    }
+
+
+@pytest.fixture(scope="module")
+def gpu_results():
+    providers = [p for p in GPU_PROVIDERS if p.name in FAKE_MS or p.name == "verl Triton"]
+    return {
+        "environment": {
+            "cpu": "a CPU", "cpu_capability": "AVX512", "threads": 8, "cores": 16,
+            "load_before": 0.1, "python": "3.12", "versions": {"rlsd": "0", "trl": "1.16.0"},
+            "git": "0" * 40, "dirty": False,
+            "gpu": {"name": "NVIDIA H200", "processors": 132, "driver_version": "580"},
+        },
+        "rounds": 30, "warmup_s": 0.5, "not_reached": [["Qwen3-4B, bf16", False, 1.0]],
+        "providers": [
+            {"name": p.name, "call": p.call, "package": p.package, "logits": p.logits,
+             "not_run": None if p.name in FAKE_MS else "no wheel"}
+            for p in providers
+        ],
+        "blocks": [fake_block(*block) for block in bench_loss.GPU_BLOCKS],
+    }
+
+
+def test_gpu_table(gpu_results):
+    text = plot.table(gpu_results)
+    row = next(line for line in text.splitlines() if line.startswith(f"| {OURS}, triton |"))
+    # 8 x 8192 x 4096 x 151936 FLOP in 56 ms
+    assert row.startswith(f"| {OURS}, triton | 56.0 (55.4-56.6) | 1.43 | 93% | 1024 | 100% | 728 |")
+    assert "| verl Triton | not run: no wheel |" in text
+    assert f"| {EAGER} | not run: out of memory |" in text
+    assert "Not reached in the time given: Qwen3-4B, bf16, full head, all rows live." in text
+    assert text.startswith("# One RLSD step on NVIDIA H200\n") and "driver version 580" in text
+    frozen = plot.block_table(gpu_results, gpu_results["blocks"][3])
+    assert "frozen head" in frozen and "| bare GEMMs | 52.0 (52.0-52.0) |" in frozen
+    for block in gpu_results["blocks"]:
+        lines = plot.block_table(gpu_results, block).splitlines()[2:]
+        assert len({line.count("|") for line in lines}) == 1
+    assert "NVIDIA H200, medians of 30 rounds" in plot.readme_rows(gpu_results)
+
+
+def test_scaling_panels_compare_blocks_that_differ_in_one_thing(gpu_results, tmp_path):
+    panels = plot.scaling(gpu_results)
+    name = f"{OURS}, triton"
+    _, _, lines = panels["time against N"]
+    assert lines[name] == [(2048, 14.0), (8192, 56.0), (32768, 224.0)]
+    assert [x for x, _ in lines[EAGER]] == [2048, 8192]
+    _, _, lines = panels["memory against V"]
+    assert [x for x, _ in lines[name]] == [128256, 151936, 151936, 151936, 262208]
+    _, _, lines = panels["dead rows"]
+    assert lines[name] == [(30, pytest.approx(30)), (50, pytest.approx(50)), (100, 100)]
+    assert lines[EAGER] == [(30, 100), (50, 100), (100, 100)]
+    _, _, lines = panels["speed by block, in the table's order"]
+    assert lines[name][0] == (1, pytest.approx(100 * 52 / 56)) and len(lines[name]) == 10
+    plot.plot_scaling(gpu_results, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    one = gpu_results | {"blocks": gpu_results["blocks"][:1]}
+    assert plot.scaling(one) == {}
+    plot.plot_scaling(one, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_gpu_plan_spends_a_budget_on_the_main_blocks_first():
+    assert bench_loss.gpu_plan(False) == list(bench_loss.GPU_BLOCKS)
+    full = bench_loss.gpu_plan(True)
+    assert full[: len(bench_loss.GPU_BLOCKS)] == list(bench_loss.GPU_BLOCKS)
+    models, rows, live = (bench_loss.GPU_MODELS, bench_loss.GPU_ROWS, bench_loss.LIVE)
+    assert len(full) == len(set(full)) == 2 * len(models) * len(rows) * len(live)
+    assert set(bench_loss.GPU_MODELS) <= set(common.HEADS)
+
+
+def test_a_block_starts_only_if_it_fits():
+    assert bench_loss.affordable(4, 0, 0, 1)  # nothing is known yet
+    assert bench_loss.affordable(2, 4, 20, 10) and not bench_loss.affordable(4, 4, 20, 10)
+
+
+def test_one_provider_that_fails_leaves_the_others():
+    attempt = bench_loss.Attempts(fatal=False)
+
+    def fail(error):
+        raise error
+
+    assert attempt("a", lambda: fail(torch.OutOfMemoryError("CUDA out of memory"))) is None
+    assert attempt("b", lambda: fail(ValueError("no\nwhy"))) is None
+    assert attempt("a", lambda: 1) is None and attempt("c", lambda: 2) == 2
+    assert attempt.failed == {"a": "out of memory", "b": "ValueError: no"}
+    with pytest.raises(ValueError, match="no"):
+        bench_loss.Attempts(fatal=True)("b", lambda: fail(ValueError("no")))
+
+
+def test_stated_work_counts_the_rows_that_are_computed():
+    by_name = {p.name: p for p in GPU_PROVIDERS}
+    assert len(by_name) == len(GPU_PROVIDERS)
+    tier_b, cute = by_name[f"{OURS}, triton tier B"], by_name["Liger CuTe"]
+    assert tier_b.stated_nhv(False, 0.5) == 4 and tier_b.stated_nhv(True, 1.0) == 6
+    assert cute.stated_nhv(True, 0.3) == 10 and not cute.in_torch
+
+
+def test_a_provider_that_computes_something_else_is_left_out():
+    wrong = dataclasses.replace(
+        BY_NAME[EAGER], step=lambda problem: measure.compose(
+            lambda *args: 1.3 * measure.full_logits(*args), problem)
+    )
+    assert wrong.obstacle().startswith("it computes something else: errors {")
+    assert BY_NAME[EAGER].obstacle() is None
+    refused = dataclasses.replace(BY_NAME[EAGER], impl="cuda")
+    assert "CUDA" in refused.obstacle()
+
+
+@pytest.mark.slow
+def test_probes_run_in_processes_of_their_own():
+    absent = dataclasses.replace(BY_NAME[EAGER], name="nobody")
+    reasons = bench_loss.probe([BY_NAME[EAGER], absent], "cpu")
+    assert reasons[EAGER] is None and reasons["nobody"].startswith("its process ended with status")
+    assert "did not finish" in bench_loss.probe([BY_NAME[EAGER]], "cpu", limit_s=0.1)[EAGER]
+
+
+@needs_proc
+def test_every_stage_is_measured(tmp_path):
+    lines = []
+    results = stages.run(
+        stages.TINY, "cpu", tmp_path / "stages.json", log=lambda line, **_: lines.append(line)
+    )
+    assert json.loads((tmp_path / "stages.json").read_text(encoding="utf-8")) == results
+    parts = results["parts"]
+    assert set(parts) == set(stages.PARTS) and all(isinstance(x, list) for x in parts.values())
+    assert {row["product"] for row in parts["gemm"]} == {
+        "logits", "logits of a chunk", "dx", "dw"
+    }
+    assert {row["stage"] for row in parts["exp"]} >= {"exp, no store", "exp, E stored"}
+    ours, quack = parts["teacher"]
+    assert ours["error"] < 1e-5 and "quack" in quack["not_run"]
+    assert all(row["ms"] > 0 for name in ("copy", "exp", "split") for row in parts[name])
+    over = stages.run(stages.TINY, "cpu", tmp_path / "late.json", seconds=-1, log=lines.append)
+    assert {x["not_run"] for x in over["parts"].values()} == {"the -1 s were over"}
+
+
+@pytest.mark.parametrize("given, commit, dirty", [
+    ("0123abc", "0123abc", False), ("0123abc-dirty", "0123abc", True), ("", None, False),
+])
+@needs_proc
+def test_a_copy_without_git_is_told_its_commit(given, commit, dirty, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_HASH", given)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    found = common.environment(())
+    assert (found["git"], found["dirty"]) == (commit, dirty) and "gpu" not in found
+
+
+def test_committed_table_and_readme_are_generated():
+    quoted = plot.quoted_in(README)
+    if not RESULTS.exists():
+        assert quoted == ""
+        pytest.skip("bench/results/cpu is not committed; `make bench-cpu` makes it")
+    data = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert (RESULTS.parent / "table.md").read_text(encoding="utf-8") == plot.table(data)
+    assert quoted == plot.readme_rows(data).strip()
+
+
+def test_committed_results_can_be_traced():
+    if not RESULTS.exists():
+        pytest.skip("bench/results/cpu is not committed; `make bench-cpu` makes it")
+    data = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert not data["environment"]["dirty"] and data["rounds"] >= 5
+    assert {p["name"] for p in data["providers"]} == set(BY_NAME)
+
+
+# Not the reports: they turn Triton's interpreter off for the whole process, and have tests.
+SCRIPTS = [p.stem for p in sorted(common.ROOT.glob("bench/*.py")) if "_report" not in p.stem]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_can_be_imported(script):
+    if script == "bench_trl":
+        pytest.importorskip("trl")
+    importlib.import_module("bench" if script == "__init__" else f"bench.{script}")

@@ -1,0 +1,261 @@
+"""Images in prompts: a tiny Qwen3-VL, its own processor of images, and the trainer on both."""
+
+import io
+import random
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from runs import assert_same, make_trainer, parameters, quick, save_tiny, without_times  # noqa: F401
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import rlsd.tasks.data
+from rlsd import UserError
+from rlsd.config import make_config
+from rlsd.demo import word_tokenizer
+from rlsd.policy import checkpoint
+from rlsd.policy.checkpoint import load_model, load_tokenizer
+from rlsd.policy.models import head_of
+from rlsd.policy.packing import Layout, completion_hidden
+from rlsd.sampling.rollout import generate
+from rlsd.tasks.data import tokenize_rows
+from rlsd.tasks.images import PromptImages
+from rlsd_kernels import linear_log_probs
+
+WORDS = [f"w{i}" for i in range(40)]
+MARKS = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|>"
+    "<|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} "
+    "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+class Processor(transformers.Qwen3VLProcessor):
+    """Without the part for videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if argument_name != "video_processor":
+            super().check_argument_for_proper_class(argument_name, argument)
+
+    def save_pretrained(self, folder):
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_processor(path):
+    """What rlsd.policy.checkpoint.load_processor finds where torchvision is installed."""
+    return Processor(
+        image_processor=Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 64, "longest_edge": 16 * 64}, patch_size=4, merge_size=2,
+            temporal_patch_size=2,
+        ),
+        tokenizer=load_tokenizer(str(path)), video_processor=None, chat_template=CHAT,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Qwen3-VL with its processor."""
+    tokenizer = word_tokenizer([*WORDS, "user", "assistant"])
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
+    tokenizer.chat_template = CHAT
+    start, image, end, video = tokenizer.convert_tokens_to_ids(MARKS)
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(
+        text_config={
+            "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48,
+            "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32,
+            "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+            "initializer_range": 0.3,
+        },
+        image_token_id=image, video_token_id=video, vision_start_token_id=start,
+        vision_end_token_id=end, tie_word_embeddings=True, eos_token_id=1,
+    ))
+    model.generation_config.eos_token_id = [1, *range(8, 20)]
+    path = tmp_path_factory.mktemp("qwen3vl")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def picture(seed, width=16, height=24):
+    rng = random.Random(seed)
+    image = Image.new("RGB", (width, height))
+    image.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(width * height)])
+    return image
+
+
+def as_bytes(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def rows():
+    """One image, none, two (one inside the text), and a large one."""
+    chats = [("w1 w2", [picture(1)]), ("w3 w4 w5", None),
+             ("w6 <image> w7 <image>", [picture(2), as_bytes(picture(3, 32, 16))]),
+             ("w8", [picture(4, 24, 32)])]
+    made = []
+    for i, (text, images) in enumerate(chats):
+        row = {"prompt": [{"role": "user", "content": text}], "solution": "w9",
+               "privileged_context": f"w{10 + i} w11", "_source": f"{i} of x"}
+        made.append(row | ({"images": images} if images else {}))
+    return made
+
+
+def tokenized(folder, given=None, **options):
+    config = make_config({"privileged_template": "w30 {privileged_context} {prompt}", **options})
+    return tokenize_rows(
+        given or rows(), load_tokenizer(str(folder)), config, need_hint=True,
+        processor=load_processor(str(folder)),
+    )[0]
+
+
+def own_logits(model, processor, ids, images):
+    """The model's logits of one sequence, with the inputs that its processor makes."""
+    extra = {}
+    if images is not None:
+        extra = dict(processor.image_processor(images=images.images, return_tensors="pt"))
+        types = (torch.tensor([ids]) == model.config.image_token_id).long()
+        extra["mm_token_type_ids"] = types
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False, **extra).logits[0]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("which", ["prompt_ids", "teacher_prompt_ids"])
+def test_log_probs_align_with_the_models_own_logits(folder, which, packed):
+    model, processor = load_model(str(folder), "cpu"), load_processor(str(folder))
+    given, layer = tokenized(folder), model.get_output_embeddings()
+    head_of(model)  # takes it
+    prompts = [row[which] for row in given]
+    ids = torch.tensor([[5, 6, 7, 1], [8, 1, 0, 0], [1, 0, 0, 0], [9, 9, 1, 0]])
+    mask = torch.tensor([[t < n for t in range(4)] for n in (4, 2, 1, 3)])
+    images = [row.get("_images") for row in given]
+    layout = Layout(0, packed, model.config.image_token_id)
+    with torch.no_grad():
+        hidden = completion_hidden(model, prompts, ids, mask, layout, images=images)
+        got = linear_log_probs(hidden, layer.weight, ids)
+        without = completion_hidden(model, prompts[:1], ids[:1], mask[:1], layout)
+    for i, prompt in enumerate(prompts):
+        y = ids[i][mask[i]]
+        logits = own_logits(model, processor, [*prompt, *y.tolist()], images[i])
+        want = logits[len(prompt) - 1 : -1].log_softmax(-1)[torch.arange(len(y)), y]
+        torch.testing.assert_close(got[i][mask[i]], want, atol=1e-4, rtol=0)
+    assert (hidden[0] - without[0]).abs().max() > 1e-2  # the picture matters
+
+
+def test_prompts_hold_the_placeholders_where_they_belong(folder):
+    tokenizer, given = load_tokenizer(str(folder)), tokenized(folder)
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    counts = [row["prompt_ids"].count(image) for row in given]
+    grids = [row["_images"].pixels()["image_grid_thw"].prod(1).sum() // 4
+             if "_images" in row else 0 for row in given]
+    assert counts == [int(n) for n in grids] and counts[0] > 1 and counts[1] == 0
+    for row in given:  # the teacher's is the student's with the hint inserted
+        assert row["teacher_prompt_ids"].count(image) == row["prompt_ids"].count(image)
+        assert len(row["teacher_prompt_ids"]) == len(row["prompt_ids"]) + 3
+    text = tokenizer.decode(given[2]["prompt_ids"])
+    assert text.index("w6") < text.index("<|vision_start|>") < text.index("w7")
+
+
+def test_greedy_completions_follow_the_models_own_logits(folder):
+    model, processor = load_model(str(folder), "cpu"), load_processor(str(folder))
+    tokenizer, given = load_tokenizer(str(folder)), tokenized(folder)
+    config = make_config({"max_completion_length": 4})
+    images = [row.get("_images") for row in given]
+    ids, mask, _, _ = generate(
+        model, tokenizer, [row["prompt_ids"] for row in given], config, images=images, greedy=True
+    )
+    banned = [model.config.image_token_id, model.config.video_token_id]
+    for row, line, keep in zip(given, ids, mask, strict=True):
+        sequence = list(row["prompt_ids"])
+        for y in line[keep].tolist():
+            logits = own_logits(model, processor, sequence, row.get("_images"))[-1]
+            logits[banned] = -torch.inf
+            assert y == logits.argmax()
+            sequence.append(y)
+
+
+def test_images_train_packed_or_padded_full_or_lora_and_resume(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_processor", load_processor)
+    pool = [(f"{i} of x", {k: v for k, v in row.items() if k[0] != "_"})
+            for i, row in enumerate(rows() * 2)]
+    for i, (_, row) in enumerate(pool):
+        row["prompt"] = [{"role": "user", "content": f"w{i} {row['prompt'][0]['content']}"}]
+    monkeypatch.setattr(rlsd.tasks.data, "_read_jsonl", lambda path: pool)
+    common = {
+        "model_name_or_path": str(folder), "train_dataset": "pictures.jsonl", "eval_size": 2,
+        "privileged_template": "w30 {privileged_context} {prompt}", "max_steps": 2,
+        "save_steps": 1, "eval_steps": 2, "per_device_train_batch_size": 5, "beta": 0.1,
+    }
+    for lora in (False, True):
+        final = []
+        for packed in (False, True):
+            trainer = make_trainer(
+                tmp_path, output_dir=str(tmp_path / f"{lora}{packed}"), padding_free=packed,
+                use_peft=lora, lora_r=2, learning_rate=1e-3, **common,
+            )
+            start = parameters(trainer.model)
+            records = trainer.train()
+            final.append(parameters(trainer.model))
+        moved = max((final[0][n] - start[n]).abs().max() for n in start)
+        assert moved > 1e-4 and 0 < records[1]["loss"] ** 2
+        resumed = make_trainer(
+            tmp_path, output_dir=str(tmp_path / f"{lora}{packed}"), padding_free=packed,
+            use_peft=lora, lora_r=2, learning_rate=1e-3, **common,
+            resume_from=tmp_path / f"{lora}{packed}" / "checkpoint-1",
+        )
+        assert without_times(resumed.train()) == without_times(records)
+        assert_same(parameters(resumed.model), final[1])
+
+
+def test_images_for_a_text_model_are_refused(folder):
+    with pytest.raises(UserError, match="^Row 0 of x has images, but the model takes none\\.$"):
+        tokenize_rows(rows(), load_tokenizer(str(folder)), make_config({}), need_hint=True)
+
+
+@pytest.mark.parametrize("bad, words", [
+    ({"bytes": b"nonsense", "path": None}, "its image cannot be opened"),
+    ("/nonesuch.png", "No such file"), ({"path": None}, "its image cannot be opened"),
+    (3, "its image cannot be opened"),
+])
+def test_a_broken_image_names_its_row(folder, bad, words):
+    given = rows()
+    given[3]["images"] = [bad]
+    with pytest.raises(UserError, match=f"^Row 3 of x cannot be used: .*{words}.*\\.$"):
+        tokenized(folder, given)
+
+
+def test_placeholders_and_images_must_agree(folder):
+    given = rows()
+    given[2]["images"] = given[2]["images"][:1]
+    with pytest.raises(UserError, match="Row 2 of x .*has 1 images, but its text says <image> 2"):
+        tokenized(folder, given)
+
+
+def test_one_image_may_stand_alone(folder):
+    processor = load_processor(str(folder))
+    one, many = PromptImages({"image": picture(1)}, processor), PromptImages(
+        {"images": [picture(1)]}, processor
+    )
+    prompt = [{"role": "user", "content": "w1"}]
+    assert one.encode(prompt) == many.encode(prompt)
+
+
+def test_a_processor_is_loaded_for_models_with_a_vision_tower_alone(folder, tmp_path):
+    assert checkpoint.load_processor(save_tiny(tmp_path / "model")) is None
+    with pytest.raises(UserError, match="its processor of images"):  # it holds none
+        checkpoint.load_processor(str(folder))
