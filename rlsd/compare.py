@@ -202,7 +202,7 @@ def require_data(config):
     rows, held_out = load_data(config, tokenizer, lambda *_: None, processor)
     if not held_out or not config.eval_steps:
         raise UserError("A comparison needs held-out questions; set eval_size and eval_steps.")
-    if config.objective == "opd":
+    if config.method.teacher_reads == "question":
         require_same_vocabulary(config.teacher_model_name_or_path, tokenizer)
     return [row["_source"] for row in rows]
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 
 from rlsd_kernels import RLSDLossConfig
 
+from .objectives import OBJECTIVES
+
 
 class UserError(ValueError):
     """A mistake the user can fix, told in one sentence; the command line prints it and exits 2."""
 
 
-OBJECTIVES = ("rlsd", "grpo", "opsd", "opd", "grpo+opsd", "sdpo", "sft")
-HINTED = ("rlsd", "opsd", "grpo+opsd")  # their teacher reads the privileged context of the data
-DISTILLING = ("opsd", "opd", "grpo+opsd", "sdpo")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TEACHER_MODEL_KINDS = ("live", "base", "snapshot", "ema")
 SCALE_REWARDS = ("group", "batch", "none")
@@ -168,9 +167,7 @@ class TrainConfig:
 
     # Objective
     objective: str = option(
-        "rlsd", "rlsd; grpo; opsd, distillation from the model itself under the hint; grpo+opsd; "
-        "sdpo, the same with a successful sibling as the hint; opd, from an external teacher; "
-        "sft, cross entropy on the privileged context"
+        "rlsd", "; ".join(f"{name}: {row.summary}" for name, row in OBJECTIVES.items())
     )
     teacher_model_name_or_path: str | None = option(
         None, "the external teacher of objective opd; it must have the student's vocabulary"
@@ -349,14 +346,17 @@ class TrainConfig:
 
     def _check_objective(self):
         name, path = self.objective, self.teacher_model_name_or_path
-        if name == "opd" and not path:
+        external = self.method.teacher_reads == "question"
+        if external and not path:
             raise UserError(
-                "objective opd needs an external teacher; name it in teacher_model_name_or_path."
+                f"objective {name} needs an external teacher; name it in "
+                "teacher_model_name_or_path."
             )
-        if path and name != "opd":
+        if path and not external:
+            taking = [n for n, row in OBJECTIVES.items() if row.teacher_reads == "question"]
             raise UserError(
                 f"teacher_model_name_or_path is set, but objective {name} has no external teacher; "
-                "leave it out or set objective to opd."
+                f"leave it out or set objective to {' or '.join(taking)}."
             )
         if not 0 < self.distillation_alpha < 1:
             raise UserError(
@@ -364,7 +364,7 @@ class TrainConfig:
                 f"{self.distillation_alpha}; for the KL divergences at the ends set "
                 "distillation_divergence."
             )
-        if name in ("opsd", "opd", "sdpo", "sft") and (self.beta or self.entropy_coef):
+        if not self.method.policy_gradient and (self.beta or self.entropy_coef):
             raise UserError(
                 f"beta and entropy_coef are terms of the policy gradient, which objective {name} "
                 "does not have; set both to 0."
@@ -374,27 +374,33 @@ class TrainConfig:
                 "Give shuffle_privileged_context or answer_only_privileged_context, but not both."
             )
 
+    @property
+    def method(self):
+        """The row of OBJECTIVES."""
+        return OBJECTIVES[self.objective]
+
     def data_seed(self):
         """What fixes the questions."""
         return self.seed if self.dataset_seed is None else self.dataset_seed
 
     def reads_hints(self):
         """Whether a teacher reads the privileged context of the data."""
-        return self.objective in HINTED and (self.objective != "rlsd" or self.rlsd_lambda > 0)
+        method = self.method
+        return method.teacher_reads == "hint" and (not method.reweights or self.rlsd_lambda > 0)
 
     def loss_config(self):
-        """The scalars of the loss; lambda of every objective but RLSD is 0."""
+        """The scalars of the loss; lambda is 0 where the objective weighs no token."""
         names = [f.name for f in dataclasses.fields(RLSDLossConfig)]
         try:
             config = RLSDLossConfig(**{name: getattr(self, name) for name in names})
         except ValueError as error:
             raise UserError(str(error)) from None
-        return config if self.objective == "rlsd" else dataclasses.replace(config, rlsd_lambda=0.0)
+        return config if self.method.reweights else dataclasses.replace(config, rlsd_lambda=0.0)
 
 
 _HINTS = typing.get_type_hints(TrainConfig)
 _CHOICES = {
-    "objective": OBJECTIVES,
+    "objective": tuple(OBJECTIVES),
     "distillation_divergence": DIVERGENCES,
     "teacher_model_kind": TEACHER_MODEL_KINDS,
     "scale_rewards": SCALE_REWARDS,

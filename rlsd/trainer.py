@@ -10,13 +10,14 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 
-from rlsd_kernels import aggregation_weights, available_impls, merge_stats
+from rlsd_kernels import available_impls, merge_stats
 
-from .config import DISTILLING, TrainConfig, UserError
+from .config import TrainConfig, UserError
 from .policy import checkpoint
 from .policy.advantages import group_advantages, lambda_of
 from .policy.distributed import Processes, whole
@@ -24,17 +25,15 @@ from .policy.models import (
     Flops,
     MasterWeights,
     checkpoint_layers,
-    head_of,
-    layout_of,
     load_student,
     memory_named,
-    open_forward,
+    open_policy,
     peak_flops,
-    router_of,
 )
-from .policy.objectives import (
-    Batch,
-    has_signal,
+from .policy.packing import micro_batches
+from .policy.teacher import Teacher, teacher_of
+from .policy.update import (
+    live_batch,
     log_probs_under,
     router_totals,
     sampling_metrics,
@@ -43,8 +42,6 @@ from .policy.objectives import (
     teacher_prompts,
     token_weights,
 )
-from .policy.packing import micro_batches
-from .policy.teacher import Teacher, external_teacher
 from .reports.report import (
     Clock,
     Reporter,
@@ -70,8 +67,19 @@ from .tasks.data import load_data, rows_of_step
 from .tasks.rewards import RewardError, load_reward_funcs, reward_metrics
 
 
+class Passed(NamedTuple):
+    """What one pass over a batch gave: sums of all processes, (B, T) outputs of this one's rows."""
+
+    loss: float
+    aux_loss: float
+    log_probs: torch.Tensor
+    teacher_log_probs: torch.Tensor
+    stats: list  # of each micro-batch
+    errors: dict
+
+
 class Trainer:
-    """Trains a causal LM by RLSD, GRPO or another objective of rlsd.policy.objectives.LOSSES.
+    """Trains a causal LM by RLSD, GRPO or another objective of rlsd.objectives.OBJECTIVES.
 
     config: TrainConfig. reward_funcs: callables that replace config.reward_funcs. resume_from: a
     checkpoint folder. Raises UserError, in one sentence, on anything a user can fix.
@@ -102,26 +110,15 @@ class Trainer:
         self.processes.require_room_for(self.questions, [*self.rows, *self.held_out])
         self.model = load_student(config, weights, resuming=resume_from is not None)
         self.weights = MasterWeights(self.model, config.bf16)
-        self.head = head_of(self.model)
-        self.layout = layout_of(self.model, self.tokenizer.pad_token_id, config.padding_free)
-        self.router = router_of(self.model, config.router_aux_loss_coef)
-        open_forward(self.model)
+        self.policy = open_policy(self.model, self.tokenizer.pad_token_id, config)
         require_room(self.model, [*self.rows, *self.held_out], config)
         self.sample = choose_sampler(self.model, self.tokenizer, config, self.processes, log)
         self.flops, self.peak_flops = Flops(self.model), peak_flops(self.model.device)
-        shard, self.teacher = self.processes.shard, None
+        shard = self.processes.shard
         if self.processes.sharded:  # layer by layer its shards go back to the device
             self.weights.undo()
             self.model.to("cpu")
-        if config.objective == "opd":
-            self.teacher = external_teacher(
-                config, self.tokenizer, self.model, self.head, self.layout
-            )
-        elif self.loss_config.rlsd_lambda > 0 or config.objective in DISTILLING:
-            self.teacher = Teacher(
-                self.model, config.teacher_model_kind, sync_steps=config.teacher_sync_steps,
-                ema_rate=config.teacher_ema_rate, shard=shard,
-            )
+        self.teacher = teacher_of(config, self.policy, self.tokenizer, shard)
         self.reference = Teacher(self.model, "base", shard=shard) if config.beta > 0 else None
         if config.gradient_checkpointing:  # after the copies: they never see a backward pass
             checkpoint_layers(self.model)
@@ -206,7 +203,7 @@ class Trainer:
         # Every generator, at every step: what ran in between, a table printed by rich (it draws
         # from Python's) or a resume, then cannot change a reward function that draws.
         transformers.set_seed((config.seed * 1_000_003 + step) % 2**32)
-        supervised = config.objective == "sft"
+        supervised = config.method.supervised
         size = 1 if supervised else config.num_generations
         rows = rows_of_step(self.rows, self.questions, step, config.seed)
         rows = [row for row in rows for _ in range(size)]
@@ -255,33 +252,18 @@ class Trainer:
         return metrics, samples
 
     def make_batch(self, rollout, advantages, step):
-        """The live sequences of a rollout as a Batch, and their indices.
-
-        Aggregation weights come from the whole rollout, so dropping and micro-batching are exact.
-        """
-        config, mask = self.config, loss_mask(rollout, self.config)
-        weights = aggregation_weights(
-            mask, config.loss_type, max_completion_length=config.max_completion_length
-        )
+        """The live sequences of a rollout as a Batch, and their indices."""
+        config = self.config
         privileged = teacher_prompts(
             rollout, advantages, lambda_of(config, step), step, self.tokenizer, config
         )
-        alive = mask.any(1) & has_signal(privileged, advantages, config)
-        live = alive.nonzero().squeeze(1).tolist()
-        batch = Batch(
-            prompts=[rollout.rows[i]["prompt_ids"] for i in live],
-            teacher_prompts=[privileged[i] for i in live],
-            images=[rollout.rows[i].get("_images") for i in live],
-            completion_ids=rollout.completion_ids[live], mask=mask[live],
-            advantages=advantages[live], loss_weights=weights[live],
-            sampling_log_probs=(
-                None if rollout.sampling_log_probs is None else rollout.sampling_log_probs[live]
-            ),
+        batch, live = live_batch(
+            rollout, loss_mask(rollout, config), advantages, privileged, config
         )
         if self.reference is not None and live:
             with self.clock("teacher"), self.reference.scoring() as reference:
                 log_probs = log_probs_under(
-                    reference, self.head, batch, self._micro_batches(batch), self.layout,
+                    self.policy._replace(model=reference), batch, self._micro_batches(batch),
                     config.temperature, config.impl,
                 )
                 self.processes.sum_(log_probs)
@@ -309,61 +291,21 @@ class Trainer:
             "rlsd/effective_lambda": lam, "loss": 0.0, "aux_loss": 0.0, "grad_norm": 0.0,
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
-        outputs = (torch.zeros_like(batch.loss_weights), torch.zeros_like(batch.loss_weights))
-        stats, check = [], config.validate_every and step % config.validate_every == 0
-        distilling = config.objective in DISTILLING
+        outputs, stats = None, []
         for iteration in range(config.num_iterations):
             self.optimizer.zero_grad(set_to_none=True)
-            parts, totals = self._micro_batches(batch), None
-            losses = torch.zeros(2, dtype=torch.float64, device=batch.mask.device)
-            if self.router and (len(parts) > 1 or self.processes.size > 1):
-                with self.clock("loss"):
-                    totals = router_totals(self.router, self.model, batch, parts, self.layout)
-                    self.processes.sum_(*totals)
-            for k, rows in enumerate(parts):
-                part, teacher = batch.select(rows), {}
-                if lam > 0 or distilling:
-                    with self.clock("teacher"), self.teacher.scoring() as model:
-                        teacher = teacher_inputs(
-                            model, self.head, part, self.layout, self.loss_config,
-                            full_vocabulary=distilling, sharded=self.processes.sharded,
-                        )
-                with self.clock("loss"):
-                    out, aux, errors = student_terms(
-                        self.model, self.head, part, self.layout, lam, loss_config, teacher,
-                        impl=config.impl, options=config, router=self.router, totals=totals,
-                        check_at=step if k == 0 and check else None,
-                        sampling_clip_max=config.sampling_clip_max(),
-                    )
-                    aux = aux * bool(rows)
-                    ((out.loss + aux) * self.processes.loss_scale()).backward()
-                    losses += torch.stack([out.loss.detach(), aux.detach()])
-                metrics |= {f"validate/{name}": error for name, error in errors.items()}
-                stats += [out.stats] if rows else []
-                if iteration == 0 and rows:
-                    width = out.log_probs.shape[1]
-                    outputs[0][rows, :width] = out.log_probs
-                    if out.teacher_log_probs is not None:
-                        outputs[1][rows, :width] = out.teacher_log_probs
-            self.processes.sum_(losses)
-            loss, aux_loss = losses.tolist()
-            grad_norm = 0.0
-            if batch.prompts:
-                with self.clock("optim"):
-                    self.processes.sum_gradients(self.weights.masters)
-                    grad_norm = whole(torch.nn.utils.clip_grad_norm_(
-                        self.weights.masters, config.max_grad_norm
-                    )).item()
-                    self._require_finite(loss, grad_norm, step)
-                    self.optimizer.step()
-                    self.weights.publish()
+            passed = self.accumulate(batch, step, lam, loss_config)
+            grad_norm = self.optimizer_step(step, passed.loss) if batch.prompts else 0.0
             self.scheduler.step()
-            metrics["loss"] += loss / config.num_iterations
-            metrics["grad_norm"] += grad_norm / config.num_iterations
-            metrics["aux_loss"] += aux_loss / config.num_iterations
+            for name, value in (
+                ("loss", passed.loss), ("aux_loss", passed.aux_loss), ("grad_norm", grad_norm)
+            ):
+                metrics[name] += value / config.num_iterations
+            metrics |= passed.errors
+            stats += passed.stats
             if iteration == 0:
+                outputs = passed.log_probs, passed.teacher_log_probs
                 self.processes.sum_(*outputs)
-            if iteration == 0 and config.num_iterations > 1:
                 loss_config = self.loss_config
                 keep = lam > 0 and self.teacher.kind != "live"  # a live teacher moves on
                 batch = batch._replace(
@@ -375,6 +317,54 @@ class Trainer:
             metrics = {k: v for k, v in merged.items() if not k.startswith("tokens/")} | metrics
             metrics |= sampling_metrics(batch, outputs[0], config.sampling_clip_max())
         return metrics, outputs
+
+    def accumulate(self, batch, step, lam, loss_config):
+        """Passed: what this process's micro-batches gave, their gradients added to the weights."""
+        config, parts = self.config, self._micro_batches(batch)
+        log_probs, teacher_log_probs = (torch.zeros_like(batch.loss_weights) for _ in range(2))
+        losses = torch.zeros(2, dtype=torch.float64, device=batch.mask.device)
+        totals, stats, errors = None, [], {}
+        if self.policy.router and (len(parts) > 1 or self.processes.size > 1):
+            with self.clock("loss"):
+                totals = router_totals(self.policy, batch, parts)
+                self.processes.sum_(*totals)
+        check = config.validate_every and step % config.validate_every == 0
+        for k, rows in enumerate(parts):
+            part, teacher = batch.select(rows), {}
+            if lam > 0 or config.method.distils:
+                with self.clock("teacher"), self.teacher.scoring() as model:
+                    teacher = teacher_inputs(
+                        self.policy._replace(model=model), part, loss_config,
+                        full_vocabulary=config.method.distils, sharded=self.processes.sharded,
+                    )
+            with self.clock("loss"):
+                out, aux, found = student_terms(
+                    self.policy, part, teacher, lam, loss_config, config, totals=totals,
+                    check_at=step if check and k == 0 else None,
+                )
+                aux = aux * bool(rows)
+                ((out.loss + aux) * self.processes.loss_scale()).backward()
+                losses += torch.stack([out.loss.detach(), aux.detach()])
+            errors |= {f"validate/{name}": error for name, error in found.items()}
+            if rows:
+                stats.append(out.stats)
+                log_probs[rows, : out.log_probs.shape[1]] = out.log_probs
+                if out.teacher_log_probs is not None:
+                    teacher_log_probs[rows, : out.log_probs.shape[1]] = out.teacher_log_probs
+        self.processes.sum_(losses)
+        return Passed(*losses.tolist(), log_probs, teacher_log_probs, stats, errors)
+
+    def optimizer_step(self, step, loss):
+        """One step on the gradients of all processes; returns their norm."""
+        with self.clock("optim"):
+            self.processes.sum_gradients(self.weights.masters)
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(
+                self.weights.masters, self.config.max_grad_norm
+            )).item()
+            self._require_finite(loss, grad_norm, step)
+            self.optimizer.step()
+            self.weights.publish()
+        return grad_norm
 
     def _require_finite(self, loss, grad_norm, step):
         if math.isfinite(loss) and math.isfinite(grad_norm):

@@ -6,7 +6,7 @@ from runs import naive_log_probs
 
 from rlsd.demo import tiny_model
 from rlsd.policy.models import open_forward
-from rlsd.policy.objectives import Batch
+from rlsd.policy.update import Batch
 from rlsd_kernels import aggregation_weights
 
 PAD, EOS = 0, 1

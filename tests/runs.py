@@ -225,11 +225,10 @@ def write_config(folder, **changed):
 
 
 def child(*arguments, environment=()):
-    """A Python process that can import the repository and these helpers, with one thread."""
+    """A Python process that imports the repository and all that its test can, with one thread."""
     here = Path(__file__).parent
-    variables = os.environ | {
-        "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1",
-    }
+    paths = [str(here.parent), *(path for path in sys.path if path.startswith(str(here)))]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *arguments], env=variables | dict(environment), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -21,11 +21,12 @@ KERNEL_ORDER = [
 FLOORS = [
     ["cli"], ["compare"], ["demo"], ["trainer"], ["reports"],
     ["sampling", "checks", "integrations"], ["policy"], ["rewards"], ["tasks"], ["config"],
+    ["objectives"],
 ]
 ROOMS = {
     "tasks": [["rewards"], ["data"], ["grader"], ["math_judge"], ["sandbox"], ["prompts"],
               ["images"]],
-    "policy": [["objectives"], ["teacher"], ["models"], ["packing"], ["checkpoint"],
+    "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"],
                ["distributed"], ["advantages"]],
     "sampling": [["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
     "checks": [["validate"], ["bench"], ["measure"]],

@@ -8,6 +8,7 @@ import pytest
 from runs import make_trainer, quick  # noqa: F401
 
 from rlsd import TrainConfig
+from rlsd.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 DOCS = (ROOT / "docs/training.md").read_text(encoding="utf-8")
@@ -20,7 +21,7 @@ def section(title):
 
 def rows(text):
     """Cells of every table row, headers left out."""
-    lines = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    lines = [line[1:-1].split(" |") for line in text.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line] for line in lines]
     return [line for line in cells if not line[0].isalpha()]
 
@@ -47,6 +48,15 @@ def logged(tmp_path_factory):
     trainer.peak_flops = 1e12  # as on a GPU with a data sheet
     keys = {key for record in trainer.train() for key in record}
     return {general(key) for key in keys}
+
+
+def test_objectives_stand_as_in_their_table():
+    listed = {spans(cells[0])[0]: cells[1:] for cells in rows(section("Objectives"))}
+    said = {True: "yes", False: "no"}
+    assert listed == {
+        name: [row.summary, row.teacher_reads or "", said[row.distils], said[row.policy_gradient]]
+        for name, row in OBJECTIVES.items()
+    }
 
 
 def test_every_metric_is_explained_and_nothing_else(logged):

@@ -52,7 +52,7 @@ def rlsd_lambda_at(step, rlsd_lambda, warmup_steps, decay_steps):
 
 
 def lambda_of(config, step):
-    """Lambda of a run (TrainConfig) at 1-based rollout step `step`; 0 but for objective rlsd."""
+    """Lambda of a run (TrainConfig) at 1-based rollout step `step`; 0 where nothing is weighed."""
     return rlsd_lambda_at(
         step, config.loss_config().rlsd_lambda, config.rlsd_lambda_warmup_steps,
         config.rlsd_lambda_decay_steps,

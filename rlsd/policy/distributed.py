@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..config import DISTILLING, UserError
+from ..config import UserError
 
 
 def _told(variable):
@@ -75,7 +75,7 @@ class Processes:
             (_told("ACCELERATE_USE_DEEPSPEED"), "DeepSpeed's engine owns the optimizer that the "
              "trainer steps; shard with FSDP2 instead: accelerate launch --config_file "
              "configs/accelerate/fsdp2.yaml."),
-            (self.sharded and config.objective in DISTILLING, f"Objective {config.objective} "
+            (self.sharded and config.method.distils, f"Objective {config.objective} "
              "compares whole distributions, for which FSDP2 does not gather the teacher's head; "
              "use configs/accelerate/ddp.yaml."),
             (self.sharded and _told("FSDP_OFFLOAD_PARAMS"),

@@ -18,7 +18,7 @@ from torch.utils import checkpoint as recompute
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
-from ..config import DISTILLING, UserError
+from ..config import UserError
 from . import checkpoint
 from .distributed import placed
 from .packing import Layout, completion_hidden, hidden_states
@@ -40,20 +40,42 @@ class Head(NamedTuple):
     final_logit_softcapping: float | None
 
 
+class Policy(NamedTuple):
+    """A causal LM with an open forward, and what was verified of it."""
+
+    model: torch.nn.Module
+    head: Head
+    layout: Layout
+    router: "Router | None" = None
+
+
+def open_policy(model, pad_id, config):
+    """The Policy of a model; raises UserError where it computes something else than it promises."""
+    policy = Policy(
+        model, head_of(model), layout_of(model, pad_id, config.padding_free),
+        router_of(model, config.router_aux_loss_coef),
+    )
+    open_forward(model)
+    return policy
+
+
 def open_forward(model):
-    """Let `model(compute=f)` return f(model), and its LM head(hidden, compute=g) g(hidden, weight,
-    bias): inside forward, where data-parallel engines gather the weights and hook the gradients.
+    """Let `model(trunk=f, head=g)` return g(f(model), weight, bias) of its LM head.
+
+    f runs inside the model's forward and g inside the head's, where data-parallel engines gather
+    the weights and hook the gradients. Without head it returns f(model).
     """
     @functools.wraps(type(model).forward)  # generate checks its arguments against the signature
-    def forward(self, *args, compute=None, **kwargs):
-        if compute is not None:
-            return compute(self)
-        return type(self).forward(self, *args, **kwargs)
+    def forward(self, *args, trunk=None, head=None, **kwargs):
+        if trunk is None:
+            return type(self).forward(self, *args, **kwargs)
+        hidden = trunk(self)
+        return hidden if head is None else self.get_output_embeddings()(hidden, head=head)
 
-    def head_forward(self, hidden, compute=None):
-        if compute is not None:
-            return compute(hidden, self.weight, self.bias)
-        return type(self).forward(self, hidden)
+    def head_forward(self, hidden, head=None):
+        if head is None:
+            return type(self).forward(self, hidden)
+        return head(hidden, self.weight, self.bias)
 
     layer = model.get_output_embeddings()
     model.forward = types.MethodType(forward, model)
@@ -431,7 +453,7 @@ class Flops:
         return trunk + self.head * completion_tokens
 
     def update(self, batch, config):
-        """Of all passes of an update; a teacher of opd is counted as if it were the student."""
+        """Of all passes of an update; an external teacher counts as if it were the student."""
         tokens = batch.mask.sum(1).tolist()
         lengths = [len(p) + n for p, n in zip(batch.prompts, tokens, strict=True)]
         hinted = [(len(p), n) for p, n in zip(batch.teacher_prompts, tokens, strict=True) if p]
@@ -440,7 +462,7 @@ class Flops:
             + self.head * sum(tokens) * (1 + self.head_backward)
         )
         teacher = self.scoring([p + n for p, n in hinted], sum(n for _, n in hinted))
-        again = config.teacher_model_kind == "live" or config.objective in DISTILLING
+        again = config.teacher_model_kind == "live" or config.method.distils
         passes = config.num_iterations if again else 1
         return config.num_iterations * student + passes * teacher
 

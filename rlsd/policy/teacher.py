@@ -124,8 +124,21 @@ class Teacher:
                 mean.copy_(placed(saved, mean))
 
 
-def external_teacher(config, tokenizer, student, head, layout):
-    """A Teacher of other weights than the student's, for objective opd; it never changes.
+def teacher_of(config, policy, tokenizer, shard=lambda model: model):
+    """The Teacher of a run, None where its objective reads none."""
+    method = config.method
+    if method.teacher_reads == "question":
+        return external_teacher(config, policy, tokenizer)
+    if not method.distils and config.loss_config().rlsd_lambda == 0:
+        return None
+    return Teacher(
+        policy.model, config.teacher_model_kind, sync_steps=config.teacher_sync_steps,
+        ema_rate=config.teacher_ema_rate, shard=shard,
+    )
+
+
+def external_teacher(config, policy, tokenizer):
+    """A Teacher of other weights than the student's; it never changes.
 
     Raises UserError in a sentence where it does not load or does not speak the student's tokens.
     """
@@ -135,18 +148,19 @@ def external_teacher(config, tokenizer, student, head, layout):
     model = checkpoint.load_model(
         path, config.device, dtype=dtype, attn_implementation=config.attn_implementation
     ).requires_grad_(False)
-    own, rows = head_of(model), [len(m.get_output_embeddings().weight) for m in (model, student)]
+    student, own = policy.model, head_of(model)
+    rows = [len(m.get_output_embeddings().weight) for m in (model, student)]
     if rows[0] != rows[1]:
         raise UserError(
             f"The teacher {path} has {rows[0]} rows in its head, the student {rows[1]}, so their "
             "distributions cannot be compared; choose a teacher of the same family."
         )
-    if own != head:
+    if own != policy.head:
         raise UserError(
-            f"The teacher {path} has a head with {own}, the student one with {head}; the fused "
-            "divergence takes one scale and softcap for both."
+            f"The teacher {path} has a head with {own}, the student one with {policy.head}; the "
+            "fused divergence takes one scale and softcap for both."
         )
-    require_layout(model, layout)
+    require_layout(model, policy.layout)
     open_forward(model)
     return Teacher(model, "live")  # as it is, no copy: its own weights stay where they are
 

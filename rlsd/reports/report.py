@@ -345,10 +345,8 @@ def model_card(config, step, records):
         })
     rows = "\n".join(f"| {name} | {text} |" for name, text in sorted(summary(measured)))
     table = f"| held-out metric | value |\n|---|--:|\n{rows}" if rows else "No evaluation was run."
-    method = f"{config.objective.upper()}, a baseline of the package's comparison"
-    if config.objective == "grpo":
-        method = "GRPO, no teacher"
-    if config.objective == "rlsd":
+    method = config.method.summary
+    if config.method.reweights:
         method = (
             f"RLSD (Self-Distilled RLVR, arXiv 2604.03128), lambda {config.rlsd_lambda:g} decaying "
             f"over {config.rlsd_lambda_decay_steps} steps,\neps_w "

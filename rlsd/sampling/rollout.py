@@ -60,7 +60,7 @@ def require_room(model, rows, config):
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for row in rows:
         longest = max(len(row["prompt_ids"]), len(row["teacher_prompt_ids"] or []))
-        if config.objective == "sdpo":  # a sibling may come before the question
+        if config.method.teacher_reads == "sibling":  # which comes before the question
             longest = len(row["prompt_ids"]) + config.max_completion_length
         if limit is not None and longest + config.max_completion_length > limit:
             raise UserError(

@@ -440,7 +440,7 @@ def split_rows(rows, config):
 
 def load_data(config, tokenizer, log=print, processor=None):
     """(training rows, held-out rows), tokenised; no held-out question occurs in training."""
-    need_reference = config.objective == "sft"
+    need_reference = config.method.supervised
     if need_reference and tokenizer.eos_token_id is None:
         raise UserError("The tokenizer names no EOS token, so no reference solution can end.")
     rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())

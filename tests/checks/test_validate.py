@@ -5,7 +5,7 @@ import torch
 
 import rlsd.checks.validate
 from rlsd.checks.validate import FEATURES, make_inputs, validate
-from rlsd.policy.objectives import CONTRACT
+from rlsd.policy.update import CONTRACT
 from rlsd_kernels import available_impls, fused_linear_rlsd_loss
 
 FINE = {"loss": 0.0, "log_probs": 0.0, "dh": 0.0, "dw": 0.0}

@@ -21,14 +21,14 @@ from runs import (
 )
 
 import rlsd.config
-import rlsd.policy.objectives
+import rlsd.policy.update
 import rlsd.trainer
 from rlsd import TrainConfig, UserError
-from rlsd.config import OBJECTIVES
 from rlsd.demo import save_model, tiny_model, word_tokenizer
-from rlsd.policy.models import head_of, open_forward
-from rlsd.policy.objectives import Batch, has_signal, sibling_prompts, student_terms, teacher_inputs
+from rlsd.objectives import OBJECTIVES
+from rlsd.policy.models import Policy, head_of, open_forward
 from rlsd.policy.packing import Layout
+from rlsd.policy.update import Batch, has_signal, sibling_prompts, student_terms, teacher_inputs
 from rlsd.sampling.rollout import Rollout
 from rlsd_kernels import RLSDLossConfig, aggregation_weights
 
@@ -125,19 +125,17 @@ def naive_loss(student, teacher, batch, config):
 def ours(student, teacher, batch, config, parts):
     """(loss, gradients, last terms) as the trainer forms them, summed over micro-batches."""
     student.zero_grad(set_to_none=True)
-    head, loss, lam = head_of(student), 0.0, 0.5 if config.objective == "rlsd" else 0.0
+    policy = Policy(student, head_of(student), Layout(PAD))
+    loss, lam = 0.0, 0.5 if config.objective == "rlsd" else 0.0
     loss_config = RLSDLossConfig(temperature=config.temperature)
     distilling = config.objective in ("opsd", "opd", "grpo+opsd", "sdpo")
     for rows in parts:
         part, given = batch.select(rows), {}
         if lam or distilling:
             given = teacher_inputs(
-                teacher, head, part, Layout(PAD), loss_config, full_vocabulary=distilling
+                policy._replace(model=teacher), part, loss_config, full_vocabulary=distilling
             )
-        terms = student_terms(
-            student, head, part, Layout(PAD), lam, loss_config, given, impl="torch",
-            options=config, check_at=1,
-        )
+        terms = student_terms(policy, part, given, lam, loss_config, config, check_at=1)
         terms.out.loss.backward()
         loss += terms.out.loss.item()
     return loss, {n: p.grad.clone() for n, p in student.named_parameters()}, terms
@@ -221,12 +219,12 @@ def test_log_probs_and_entropy_are_the_students(name):
 
 
 def test_validation_covers_the_distillation_losses(monkeypatch):
-    real = rlsd.policy.objectives.linear_distillation_loss
+    real = rlsd.objectives.linear_distillation_loss
 
     def wrong(*args, impl, **kwargs):
         return real(*args, impl=impl, **kwargs) * (1.0 if impl == "ref" else 1.001)
 
-    monkeypatch.setattr(rlsd.policy.objectives, "linear_distillation_loss", wrong)
+    monkeypatch.setattr(rlsd.objectives, "linear_distillation_loss", wrong)
     with pytest.raises(UserError, match="deviates from the reference"):
         ours(model(0), model(1), make_batch(), config_of("opsd"), ALL_AT_ONCE)
 
@@ -420,9 +418,9 @@ def test_an_external_teacher_sees_the_question_alone_and_never_moves(tmp_path, m
     trainer = make_trainer(tmp_path, **of_objective("opd", tmp_path))
     seen, real = [], rlsd.trainer.teacher_inputs
 
-    def recorded(model, head, part, *args, **kwargs):
-        seen.append((model, part))
-        return real(model, head, part, *args, **kwargs)
+    def recorded(policy, part, *args, **kwargs):
+        seen.append((policy.model, part))
+        return real(policy, part, *args, **kwargs)
 
     monkeypatch.setattr(rlsd.trainer, "teacher_inputs", recorded)
     before = parameters(trainer.teacher.model)
@@ -436,16 +434,16 @@ def test_an_external_teacher_sees_the_question_alone_and_never_moves(tmp_path, m
 def test_the_documented_way_to_add_an_objective(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
     (source,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    scope = vars(rlsd.policy.objectives).copy()
+    monkeypatch.setitem(OBJECTIVES, "praised", None)  # the text adds this row; removed afterwards
+    scope = vars(rlsd.objectives).copy()
     exec(source, scope)
-    monkeypatch.setitem(rlsd.policy.objectives.LOSSES, "praised", scope["praised_only"])
-    monkeypatch.setitem(rlsd.config._CHOICES, "objective", (*OBJECTIVES, "praised"))
+    monkeypatch.setitem(rlsd.config._CHOICES, "objective", tuple(OBJECTIVES))
     trainer = make_trainer(tmp_path, objective="praised")
     made = []
     real = rlsd.trainer.student_terms
 
-    def recorded(model, head, batch, *args, **kwargs):
-        made.append((batch, real(model, head, batch, *args, **kwargs)))
+    def recorded(policy, batch, *args, **kwargs):
+        made.append((batch, real(policy, batch, *args, **kwargs)))
         return made[-1][1]
 
     monkeypatch.setattr(rlsd.trainer, "student_terms", recorded)

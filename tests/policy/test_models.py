@@ -31,6 +31,7 @@ from rlsd.policy.models import (
     TEACHER,
     Flops,
     MasterWeights,
+    Policy,
     adapter_weights,
     add_lora,
     checkpoint_layers,
@@ -41,13 +42,13 @@ from rlsd.policy.models import (
     router_of,
     using_adapter,
 )
-from rlsd.policy.objectives import router_totals, student_terms, teacher_inputs
 from rlsd.policy.packing import Layout, completion_hidden
 from rlsd.policy.teacher import Teacher
+from rlsd.policy.update import router_totals, student_terms, teacher_inputs
 from rlsd_kernels import RLSDLossConfig
 
 LAYOUTS = {"padded": Layout(PAD), "packed": Layout(PAD, padding_free=True)}
-CONFIG = RLSDLossConfig()
+CONFIG, OPTIONS = RLSDLossConfig(), TrainConfig(impl="torch")
 
 
 def with_lora(model, **options):
@@ -63,17 +64,14 @@ def with_lora(model, **options):
 def ours(model, teacher, batch, parts, layout, lam=0.5, router=None):
     """(loss, gradients) as the trainer forms them, summed over micro-batches."""
     model.zero_grad(set_to_none=True)
-    head, total, totals = head_of(model), 0.0, None
+    policy, total, totals = Policy(model, head_of(model), layout, router), 0.0, None
     if router and len(parts) > 1:
-        totals = router_totals(router, model, batch, parts, layout)
+        totals = router_totals(policy, batch, parts)
     for rows in parts:
         part = batch.select(rows)
         with teacher.scoring() as scorer:
-            inputs = teacher_inputs(scorer, head, part, layout, CONFIG)
-        terms = student_terms(
-            model, head, part, layout, lam, CONFIG, inputs, impl="torch", router=router,
-            totals=totals,
-        )
+            inputs = teacher_inputs(policy._replace(model=scorer), part, CONFIG)
+        terms = student_terms(policy, part, inputs, lam, CONFIG, OPTIONS, totals=totals)
         loss = terms.out.loss + terms.aux_loss
         loss.backward()
         total += loss.item()
@@ -211,9 +209,8 @@ def test_frozen_head_forms_no_dw(monkeypatch):
         return real(*args, need=need, **kwargs)
 
     monkeypatch.setattr(pipeline, "linear_rlsd_loss", recorded)
-    student_terms(
-        model, head_of(model), make_batch(), LAYOUTS["padded"], 0.0, CONFIG, {}, impl="torch"
-    )
+    policy = Policy(model, head_of(model), LAYOUTS["padded"])
+    student_terms(policy, make_batch(), {}, 0.0, CONFIG, OPTIONS)
     assert seen == [(True, False, False)]
 
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 import transformers
 
-import rlsd.policy.objectives
+import rlsd.objectives
 from rlsd import UserError
 from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE
 from rlsd.demo import tiny_model, word_tokenizer
-from rlsd.policy.models import head_of, open_forward
-from rlsd.policy.objectives import (
+from rlsd.policy.models import Policy, head_of, open_forward
+from rlsd.policy.packing import Layout, completion_hidden
+from rlsd.policy.update import (
     CONTRACT,
     Batch,
     batch_inputs,
@@ -21,7 +22,6 @@ from rlsd.policy.objectives import (
     teacher_hidden,
     teacher_inputs,
 )
-from rlsd.policy.packing import Layout, completion_hidden
 from rlsd.tasks.prompts import encode_pair
 from rlsd_kernels import (
     RLSDLossConfig,
@@ -42,7 +42,7 @@ CONFIG = RLSDLossConfig()
 def loss_inputs(student, head, teacher, batch, pad_id, lam, config):
     """All arguments of the fused loss, as the trainer joins them."""
     layout = Layout(pad_id)
-    inputs = teacher_inputs(teacher, head, batch, layout, config) if lam > 0 else {}
+    inputs = teacher_inputs(Policy(teacher, head, layout), batch, config) if lam > 0 else {}
     layer = student.get_output_embeddings()
     hidden = completion_hidden(student, batch.prompts, batch.completion_ids, batch.mask, layout)
     return inputs | batch_inputs(head, batch, lam, config) | {
@@ -337,7 +337,7 @@ def test_a_wrong_implementation_is_caught(monkeypatch, what, change):
 
     student = model()
     inputs = loss_inputs(student, head_of(student), model(1), make_batch(), PAD, 0.5, CONFIG)
-    monkeypatch.setattr(rlsd.policy.objectives, "fused_linear_rlsd_loss", wrong)
+    monkeypatch.setattr(rlsd.objectives, "fused_linear_rlsd_loss", wrong)
     errors = deviation_from_ref(inputs, "torch")
     with pytest.raises(UserError) as error:
         require_contract(errors, torch.float32, 7)

@@ -1,17 +1,11 @@
-"""The objectives, what one micro-batch adds to each, and their check against the specification.
+"""What one micro-batch adds to the update, and its check against the specification.
 
-An objective is one function of the loss's arguments, named in LOSSES. They share rollouts, data,
-teacher and evaluation; aggregation weights a_t come from the whole rollout, so every loss is a
-sum over tokens that micro-batches may split. D is a divergence over the full vocabulary:
-
-    rlsd, grpo        section 1 of the method; GRPO is RLSD with lambda 0, and runs no teacher
-    opsd, sdpo, opd   sum_t a_t D(P_T, P_S), gradient through P_S alone; P_T is the model itself
-                      after the hint, after a successful sibling, or another model after x
-    grpo+opsd         grpo + c opsd, in one pass of the student
-    sft               - sum_t a_t log P_S(y_t) on reference solutions
+The way through it: teacher_inputs (a pass of the teacher in the privileged context), then
+student_terms (a pass of the student, and the objective's loss over its head). A pass is
+model(trunk=..., head=...): two functions that run in this order inside the forward of the model and
+of its head (models.open_forward says why).
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -19,14 +13,13 @@ import torch
 
 from rlsd_kernels import (
     RLSDLossOutput,
-    fused_linear_rlsd_loss,
-    linear_distillation_loss,
+    aggregation_weights,
     linear_log_probs,
     rlsd_advantages,
-    rlsd_loss,
 )
 
-from ..config import DISTILLING, UserError
+from ..config import UserError
+from ..objectives import policy_gradient
 from ..tasks.prompts import encode, insert_hint
 from .packing import completion_hidden
 
@@ -103,33 +96,33 @@ def teacher_hidden(teacher, batch, layout, *, always=False):
     return hidden
 
 
-def teacher_inputs(
-    teacher, head, batch, layout, config, *, full_vocabulary=False, sharded=False
-):
+@torch.no_grad()
+def teacher_inputs(policy, batch, config, *, full_vocabulary=False, sharded=False):
     """The loss's arguments on the teacher for one micro-batch, its forward included.
 
-    Its head runs inside the fused op: with one guess of the log-sum-exp for both contexts, equal
-    hidden states give equal log-probs to the bit, and dead rows cost nothing. A sharded head is
-    whole only inside the teacher's own forward, and every process must run it.
-    full_vocabulary: hidden states and head even where log-probs of the tokens would do.
+    policy: the student's with the teacher's model. Its head runs inside the fused op: with one
+    guess of the log-sum-exp for both contexts, equal hidden states give equal log-probs to the bit,
+    and dead rows cost nothing. A sharded head is whole only inside the teacher's own forward, and
+    every process must run it. full_vocabulary: hidden states and head even where log-probs of the
+    tokens would do.
     """
     if batch.teacher_log_probs is not None:
         return {"teacher_log_probs": batch.teacher_log_probs}
 
-    def of_head(hidden, weight, bias):
+    def trunk(model):
+        return teacher_hidden(model, batch, policy.layout, always=sharded)
+
+    def head(hidden, weight, bias):
         if full_vocabulary:
             return {"teacher_hidden": hidden, "teacher_weight": weight, "teacher_bias": bias}
         if bias is None and not sharded:
             return {"teacher_hidden": hidden, "teacher_weight": weight}
         return {"teacher_log_probs": linear_log_probs(  # the fused op has one bias, the student's
             hidden, weight, batch.completion_ids, bias=bias, temperature=config.temperature,
-            **head._asdict(),
+            **policy.head._asdict(),
         )}
 
-    with torch.no_grad():
-        return teacher(compute=lambda model: model.get_output_embeddings()(
-            teacher_hidden(model, batch, layout, always=sharded), compute=of_head
-        ))
+    return policy.model(trunk=trunk, head=head)
 
 
 def batch_inputs(head, batch, rlsd_lambda, config):
@@ -177,83 +170,15 @@ def sampling_metrics(batch, log_probs, clip_max):
     return metrics
 
 
-def policy_gradient(inputs, impl, options=None):
-    """rlsd and grpo: the clipped surrogate with re-weighted advantages, method section 1."""
-    given = {k: v for k, v in inputs.items() if k != "teacher_bias"}
-    return fused_linear_rlsd_loss(impl=impl, return_entropy=True, **given)
-
-
-def distillation(inputs, impl, options=None):
-    """opsd, opd, sdpo: sum_t a_t D(P_T, P_S) over the tokens of sequences that have a teacher."""
-    with torch.no_grad():
-        out = measured(inputs, impl)
-    return out._replace(loss=divergence(inputs, impl, options))
-
-
-def policy_gradient_and_distillation(inputs, impl, options=None):
-    """grpo+opsd: grpo + c * opsd on the same hidden states."""
-    own = {k: v for k, v in inputs.items() if not k.startswith("teacher_")}
-    out = policy_gradient(own, impl, options)
-    extra = options.distillation_coef * divergence(inputs, impl, options)
-    return out._replace(loss=out.loss + extra)
-
-
-def cross_entropy(inputs, impl, options=None):
-    """sft: - sum_t a_t log P_S(y_t)."""
-    out = measured(inputs, impl)
-    live = inputs["loss_weights"] != 0  # a masked log-prob may be -inf
-    log_probs = torch.where(live, out.log_probs, 0.0)
-    loss = -(inputs["loss_weights"].to(log_probs.dtype) * log_probs).sum()
-    return out._replace(loss=loss, log_probs=out.log_probs.detach())
-
-
-LOSSES = {
-    "rlsd": policy_gradient, "grpo": policy_gradient, "opsd": distillation, "opd": distillation,
-    "sdpo": distillation, "grpo+opsd": policy_gradient_and_distillation, "sft": cross_entropy,
-}
-
-
-def divergence(inputs, impl, options):
-    """sum_t a_t D(P_T, P_S), with its gradient to hidden, weight and bias of the student."""
-    names = (
-        "hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias",
-        "logit_scale", "final_logit_softcapping",
-    )
-    taught = torch.where(inputs["reweight_mask"], inputs["loss_weights"], 0.0)
-    return linear_distillation_loss(
-        **{name: inputs[name] for name in names}, loss_weights=taught,
-        divergence=options.distillation_divergence, alpha=options.distillation_alpha,
-        temperature=inputs["config"].temperature, impl="ref" if impl == "ref" else "auto",
-    )
-
-
-def measured(inputs, impl):
-    """RLSDLossOutput of the student alone: log-probs, entropy, and metrics over all its tokens."""
-    names = (
-        "hidden", "weight", "completion_ids", "bias", "logit_scale", "final_logit_softcapping",
-    )
-    config = inputs["config"]
-    log_probs, entropy = linear_log_probs(
-        **{name: inputs[name] for name in names}, temperature=config.temperature,
-        return_entropy=True, impl=impl,
-    )
-    ones = torch.ones_like(inputs["loss_weights"])
-    out = rlsd_loss(
-        log_probs.detach(), ones, teacher_log_probs=None, loss_weights=inputs["loss_weights"],
-        old_log_probs=inputs["old_log_probs"], entropy=entropy.detach(), rlsd_lambda=0.0,
-        config=config,
-    )
-    return out._replace(log_probs=log_probs)
-
-
 def teacher_prompts(rollout, advantages, rlsd_lambda, step, tokenizer, config):
     """What the teacher reads before each of the B completions: token ids, None where nothing."""
     rows = rollout.rows
-    if config.objective == "opd":
+    method = config.method
+    if method.teacher_reads == "question":
         return [row["prompt_ids"] for row in rows]
-    if config.objective == "sdpo":
+    if method.teacher_reads == "sibling":
         return sibling_prompts(rollout, step, tokenizer, config)
-    if config.objective in DISTILLING:
+    if method.distils:
         return [row["teacher_prompt_ids"] for row in rows]
     weighted = advantages < 0 if config.rlsd_negative_only else advantages != 0
     return [
@@ -263,7 +188,7 @@ def teacher_prompts(rollout, advantages, rlsd_lambda, step, tokenizer, config):
 
 
 def sibling_prompts(rollout, step, tokenizer, config):
-    """sdpo: each question with another completion of its group that succeeded as the hint.
+    """Each question with another completion of its group that succeeded as the hint.
 
     Which one is drawn by seed and step; None without one, or where the prompt gets over-long.
     """
@@ -289,13 +214,35 @@ def sibling_prompts(rollout, step, tokenizer, config):
 def has_signal(prompts, advantages, config):
     """(B,) bool: sequences with a gradient; prompts: teacher_prompts of them."""
     taught = torch.tensor([p is not None for p in prompts], device=advantages.device)
-    if config.objective == "sft" or config.beta or config.entropy_coef:
+    method = config.method
+    if method.supervised or config.beta or config.entropy_coef:
         return torch.ones_like(taught)
-    if config.objective in DISTILLING and config.objective != "grpo+opsd":
+    if not method.policy_gradient:
         return taught
-    if config.objective in DISTILLING and config.distillation_coef:
+    if method.distils and config.distillation_coef:
         return taught | (advantages != 0)
     return advantages != 0
+
+
+def live_batch(rollout, mask, advantages, privileged, config):
+    """(Batch of the sequences with a gradient, their indices).
+
+    mask: (B, T) loss_mask of the rollout; privileged: teacher_prompts of it. Aggregation weights
+    come from the whole rollout, so dropping and micro-batching are exact.
+    """
+    weights = aggregation_weights(
+        mask, config.loss_type, max_completion_length=config.max_completion_length
+    )
+    alive = mask.any(1) & has_signal(privileged, advantages, config)
+    live, drawn = alive.nonzero().squeeze(1).tolist(), rollout.sampling_log_probs
+    return Batch(
+        prompts=[rollout.rows[i]["prompt_ids"] for i in live],
+        teacher_prompts=[privileged[i] for i in live],
+        images=[rollout.rows[i].get("_images") for i in live],
+        completion_ids=rollout.completion_ids[live], mask=mask[live],
+        advantages=advantages[live], loss_weights=weights[live],
+        sampling_log_probs=None if drawn is None else drawn[live],
+    ), live
 
 
 class Terms(NamedTuple):
@@ -307,84 +254,101 @@ class Terms(NamedTuple):
 
 
 def student_terms(
-    model, head, batch, layout, rlsd_lambda, config, teacher, *, impl, options=None, router=None,
-    totals=None, check_at=None, sampling_clip_max=None,
+    policy, batch, teacher, rlsd_lambda, loss_config, options, *, totals=None, check_at=None
 ):
-    """Terms of one micro-batch, student forward included; teacher: its arguments of the loss.
+    """Terms of one micro-batch, student forward included.
 
-    options: TrainConfig, whose objective is taken (None: rlsd). router, totals: models.Router and
-    router_totals. check_at: the step, where the loss is also to be held against impl="ref".
-    sampling_clip_max: importance_ratio's, where loss weights are to be multiplied by it; on the
-    first pass the head then runs twice, for the ratio comes before the loss.
+    teacher: teacher_inputs of it, {} without one. options: TrainConfig, whose objective is taken.
+    totals: router_totals of the batch. check_at: the step, where the loss is also to be held
+    against impl="ref".
     """
-    objective = functools.partial(LOSSES[options.objective if options else "rlsd"], options=options)
-    recorded = [] if router else None
-    inputs = teacher | batch_inputs(head, batch, rlsd_lambda, config)
+    recorded = [] if policy.router else None
+    inputs = teacher | batch_inputs(policy.head, batch, rlsd_lambda, loss_config)
 
-    def of_head(hidden, weight, bias):
-        given = inputs | {"hidden": hidden, "weight": weight, "bias": bias}
-        if sampling_clip_max is not None and batch.sampling_log_probs is not None:
-            old = batch.old_log_probs
-            if old is None:
-                with torch.no_grad():
-                    old = linear_log_probs(
-                        hidden, weight, batch.completion_ids, bias=bias, impl=impl,
-                        temperature=config.temperature, **head._asdict(),
-                    )
-            ratio = importance_ratio(old, batch.sampling_log_probs, sampling_clip_max)
-            given["loss_weights"] = torch.where(batch.mask, batch.loss_weights * ratio, 0.0)
-        errors = {}
-        if check_at is not None:
-            errors = deviation_from_ref(given, impl, objective)
-            require_contract(errors, hidden.dtype, check_at)
-        return objective(given, impl), errors
-
-    def terms(model):
-        hidden = completion_hidden(
-            model, batch.prompts, batch.completion_ids, batch.mask, layout, images=batch.images,
-            router_logits=recorded,
+    def trunk(model):
+        return completion_hidden(
+            model, batch.prompts, batch.completion_ids, batch.mask, policy.layout,
+            images=batch.images, router_logits=recorded,
         )
-        out, errors = model.get_output_embeddings()(hidden, compute=of_head)
-        aux = router.loss(recorded, totals) if router else torch.zeros_like(out.loss)
+
+    def head(hidden, weight, bias):
+        given = inputs | {"hidden": hidden, "weight": weight, "bias": bias}
+        given["loss_weights"] = corrected_weights(given, batch, options)
+        objective, errors = options.method.loss, {}
+        if check_at is not None:
+            errors = deviation_from_ref(given, options.impl, objective, options)
+            require_contract(errors, hidden.dtype, check_at)
+        out = objective(given, options.impl, options)
+        aux = policy.router.loss(recorded, totals) if policy.router else out.loss.new_zeros(())
         return Terms(out, aux, errors)
 
-    return model(compute=terms)
+    return policy.model(trunk=trunk, head=head)
+
+
+def corrected_weights(inputs, batch, options):
+    """(B, T) loss weights, times importance_ratio where the run corrects for its sampler.
+
+    On the first pass over a batch the head then runs twice, for the ratio comes before the loss.
+    """
+    clip_max = options.sampling_clip_max()
+    if clip_max is None or batch.sampling_log_probs is None:
+        return inputs["loss_weights"]
+    old = inputs["old_log_probs"]
+    if old is None:
+        names = (
+            "hidden", "weight", "completion_ids", "bias", "logit_scale", "final_logit_softcapping",
+        )
+        with torch.no_grad():
+            old = linear_log_probs(
+                **{name: inputs[name] for name in names}, impl=options.impl,
+                temperature=inputs["config"].temperature,
+            )
+    ratio = importance_ratio(old, batch.sampling_log_probs, clip_max)
+    return torch.where(batch.mask, inputs["loss_weights"] * ratio, 0.0)
 
 
 @torch.no_grad()
-def log_probs_under(model, head, batch, parts, layout, temperature, impl):
+def log_probs_under(policy, batch, parts, temperature, impl):
     """(B, T) log-probs of the completions after the student's prompts, under any weights."""
     log_probs = torch.zeros_like(batch.loss_weights)
     for rows in parts:
-        part = batch.select(rows)
-
-        def of_head(hidden, weight, bias, ids=part.completion_ids):
-            return linear_log_probs(
-                hidden, weight, ids, bias=bias, temperature=temperature, impl=impl, **head._asdict()
-            )
-
-        scored = model(
-            compute=lambda model, part=part, of_head=of_head: model.get_output_embeddings()(
-                completion_hidden(
-                    model, part.prompts, part.completion_ids, part.mask, layout, images=part.images
-                ), compute=of_head,
-            )
-        )
+        scored = _log_probs(policy, batch.select(rows), temperature, impl)
         if rows:
-            log_probs[rows, : part.mask.shape[1]] = scored
+            log_probs[rows, : scored.shape[1]] = scored
     return log_probs
 
 
+def _log_probs(policy, part, temperature, impl):
+    """(B, T) of one micro-batch."""
+    def trunk(model):
+        return completion_hidden(
+            model, part.prompts, part.completion_ids, part.mask, policy.layout, images=part.images
+        )
+
+    def head(hidden, weight, bias):
+        return linear_log_probs(
+            hidden, weight, part.completion_ids, bias=bias, temperature=temperature, impl=impl,
+            **policy.head._asdict(),
+        )
+
+    return policy.model(trunk=trunk, head=head)
+
+
 @torch.no_grad()
-def router_totals(router, model, batch, parts, layout):
+def router_totals(policy, batch, parts):
     """(tokens sent to each expert, tokens) of all parts: a pass that several of them need."""
-    sent, tokens = (torch.zeros(n, device=batch.mask.device) for n in (router.num_experts, ()))
+    router, device = policy.router, batch.mask.device
+    sent, tokens = (torch.zeros(n, device=device) for n in (router.num_experts, ()))
     for rows in parts:
         part, recorded = batch.select(rows), []
-        model(compute=lambda model, part=part, recorded=recorded: completion_hidden(
-            model, part.prompts, part.completion_ids, part.mask, layout, images=part.images,
-            router_logits=recorded,
-        ))
+
+        def trunk(model, part=part, recorded=recorded):
+            return completion_hidden(
+                model, part.prompts, part.completion_ids, part.mask, policy.layout,
+                images=part.images, router_logits=recorded,
+            )
+
+        policy.model(trunk=trunk)
         more_sent, _, more_tokens = router.sums(recorded)
         if rows:
             sent, tokens = sent + more_sent, tokens + more_tokens
@@ -401,11 +365,11 @@ def token_weights(batch, log_probs, teacher_log_probs, rlsd_lambda, config):
     return torch.where(scored[:, None] & batch.mask, a_hat / batch.advantages[:, None], 1.0)
 
 
-def deviation_from_ref(inputs, impl, objective=policy_gradient):
+def deviation_from_ref(inputs, impl, objective=policy_gradient, options=None):
     """Errors of an implementation against impl="ref" in fp64: loss, log_probs, dh, dw, in a dict.
 
-    objective: one of LOSSES, its options bound. loss and log_probs are absolute, dh and dw relative
-    in the Frobenius norm.
+    objective, options: Objective.loss and what it takes. loss and log_probs are absolute, dh and dw
+    relative in the Frobenius norm.
     """
     results = []
     for name, dtype in ((impl, None), ("ref", torch.float64)):
@@ -417,7 +381,7 @@ def deviation_from_ref(inputs, impl, objective=policy_gradient):
         cast["hidden"] = cast["hidden"].clone().requires_grad_()
         cast["weight"] = cast["weight"].clone().requires_grad_()
         with torch.enable_grad():
-            out = objective(cast, name)
+            out = objective(cast, name, options)
             dh, dw = torch.autograd.grad(out.loss, (cast["hidden"], cast["weight"]))
         results.append((out.loss, out.log_probs, dh, dw))
     (loss, log_probs, *grads), (ref_loss, ref_log_probs, *ref_grads) = results
