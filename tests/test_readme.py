@@ -41,10 +41,16 @@ def test_links_lead_to_files():
 
 def test_file_tree_names_files_that_exist():
     tree = next(block for block in snippets("") if "rlsd_kernels/ " in block)
-    named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    files = {p.name for folder in ("rlsd_kernels", "rlsd", "bench") for p in
-             (ROOT / folder).glob("*.py")} - {"__init__.py"}
-    assert named == files
+    named, folders = [], []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        if folder := re.match(r" *(\w+/)", line):
+            folders[depth:] = [folder[1]]
+        named += ["".join(folders[:depth]) + name for name in re.findall(r"\b\w+\.py\b", line)]
+    assert len(named) == len(set(named))
+    files = {str(p.relative_to(ROOT)) for folder in ("rlsd_kernels", "rlsd", "bench") for p in
+             (ROOT / folder).rglob("*.py") if p.name != "__init__.py"}
+    assert set(named) == files
 
 
 def test_snippets_agree():
