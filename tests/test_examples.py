@@ -107,6 +107,7 @@ def test_one_step_is_plain_pytorch(example, one_thread, monkeypatch):
     torch.testing.assert_close(loss, plain, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
     assert accuracy == [8 / 12] and lam == rlsd_lambda_at(1, 1.0, 0, example.DECAY_STEPS)
+    assert all(hinted == [example.HINT, *s, *prompt] for prompt, hinted, s in problems)
     assert len({len(solution) for *_, solution in problems[-3:]}) > 1  # teacher rows of two lengths
 
 

@@ -48,8 +48,8 @@ def test_file_tree_names_files_that_exist():
             folders[depth:] = [folder[1]]
         named += ["".join(folders[:depth]) + name for name in re.findall(r"\b\w+\.py\b", line)]
     assert len(named) == len(set(named))
-    files = {str(p.relative_to(ROOT)) for folder in ("rlsd_kernels", "rlsd", "bench") for p in
-             (ROOT / folder).rglob("*.py") if p.name != "__init__.py"}
+    files = {str(p.relative_to(ROOT)) for folder in ("rlsd_kernels", "rlsd", "bench", "examples")
+             for p in (ROOT / folder).rglob("*.py") if p.name != "__init__.py"}
     assert set(named) == files
 
 
