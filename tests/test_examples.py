@@ -62,45 +62,60 @@ def naive_loss(model, teacher, rows, advantages, lam, eps_w=0.2):
     return total / count
 
 
-def test_one_step_is_plain_pytorch(example, one_thread, monkeypatch):
-    """Scripted samples: right, cut off, wrong, short and right; the first group is all right."""
-    generations, eos, pad = 4, example.EOS, example.PAD
-    monkeypatch.setattr(example, "NUM_QUESTIONS", 3)
-    monkeypatch.setattr(example, "NUM_GENERATIONS", generations)
-    monkeypatch.setattr(example, "RLSD_LAMBDA", 1.0)
-    problems, students, steps = [], [], []
-    make_problem, fused = example.make_problem, example.fused_linear_rlsd_loss
+@pytest.fixture
+def scripted(example, one_thread, monkeypatch):
+    """The loop with 3 groups of 4 known completions: (problems, students), filled as it runs.
+
+    Right, cut off, wrong, short and right; the first group is all right.
+    """
+    problems, students, make_problem = [], [], example.make_problem
 
     def seen_problem(**keywords):
         problems.append(make_problem(**keywords))
         return problems[-1]
 
-    def answer(k, solution):
-        wrong = [*solution[:-1], (solution[-1] + 1) % 7, eos]
-        cut_off = [*solution, *[0] * example.MAX_COMPLETION_LENGTH][: example.MAX_COMPLETION_LENGTH]
-        right = [*solution, eos]
-        return right if k < generations else [right, cut_off, wrong, [solution[-1], eos]][k % 4]
-
     def generate(model, ids, **keywords):
         students.append(model)
-        rows = [answer(k, problems[k // generations - 3][2]) for k in range(len(ids))]
-        padded = [row + [pad] * (example.MAX_COMPLETION_LENGTH - len(row)) for row in rows]
+        rows = [answer(example, k, problems[k // 4 - 3][2]) for k in range(len(ids))]
+        length = example.MAX_COMPLETION_LENGTH
+        padded = [row + [example.PAD] * (length - len(row)) for row in rows]
         return torch.cat([ids, torch.tensor(padded)], 1)
+
+    monkeypatch.setattr(example, "NUM_QUESTIONS", 3)
+    monkeypatch.setattr(example, "NUM_GENERATIONS", 4)
+    monkeypatch.setattr(example, "make_problem", seen_problem)
+    monkeypatch.setattr(example.Qwen3ForCausalLM, "generate", generate)
+    return problems, students
+
+
+REWARDS = [1.0] * 4 + [1.0, 0, 0, 1] * 2
+
+
+def answer(example, k, solution):
+    """Completion k of the scripted twelve."""
+    length = example.MAX_COMPLETION_LENGTH
+    right, cut_off = [*solution, example.EOS], [*solution, *[0] * length][:length]
+    wrong = [*solution[:-1], (solution[-1] + 1) % 7, example.EOS]
+    return right if k < 4 else [right, cut_off, wrong, right[-2:]][k % 4]
+
+
+def test_one_step_is_plain_pytorch(example, scripted, monkeypatch):
+    problems, students = scripted
+    fused, steps = example.fused_linear_rlsd_loss, []
 
     def seen_loss(hidden, weight, completion_ids, advantages, **keywords):
         out = fused(hidden, weight, completion_ids, advantages, **keywords)
-        student, rewards = students[-1], torch.tensor([1.0] * 4 + [1.0, 0, 0, 1] * 2)
-        torch.testing.assert_close(advantages, group_advantages(rewards, 4).double())
-        rows = [(*problems[k // 4 - 3][:2], answer(k, problems[k // 4 - 3][2])) for k in range(12)]
-        lam = keywords["rlsd_lambda"]
+        torch.testing.assert_close(advantages, group_advantages(REWARDS, 4).double())
+        rows = [(*problems[k // 4 - 3][:2], answer(example, k, problems[k // 4 - 3][2]))
+                for k in range(12)]
+        student, lam = students[-1], keywords["rlsd_lambda"]
         plain = naive_loss(student, student, rows, advantages, lam)  # the snapshot is fresh
         parameters = list(student.parameters())
         got = torch.autograd.grad(out.loss, parameters, retain_graph=True)
         steps.append((out.loss, plain, got, torch.autograd.grad(plain, parameters), lam))
         return out
 
-    monkeypatch.setattr(example, "make_problem", seen_problem)
-    monkeypatch.setattr(example.Qwen3ForCausalLM, "generate", generate)
+    monkeypatch.setattr(example, "RLSD_LAMBDA", 1.0)
     monkeypatch.setattr(example, "fused_linear_rlsd_loss", seen_loss)
     accuracy = example.main(warm_up_steps=2, max_steps=1)
     ((loss, plain, got, wanted, lam),) = steps
@@ -109,6 +124,27 @@ def test_one_step_is_plain_pytorch(example, one_thread, monkeypatch):
     assert accuracy == [8 / 12] and lam == rlsd_lambda_at(1, 1.0, 0, example.DECAY_STEPS)
     assert all(hinted == [example.HINT, *s, *prompt] for prompt, hinted, s in problems)
     assert len({len(solution) for *_, solution in problems[-3:]}) > 1  # teacher rows of two lengths
+
+
+def test_the_teacher_is_a_snapshot_and_goes_with_lambda(example, scripted, monkeypatch):
+    fused, heads = example.fused_linear_rlsd_loss, []
+
+    def seen_loss(hidden, weight, *inputs, teacher_weight=None, teacher_hidden=None, **keywords):
+        heads.append((weight.detach().clone(), teacher_weight))
+        if teacher_weight is not None:
+            heads[-1] = (heads[-1][0], teacher_weight.clone())
+            keywords |= {"teacher_weight": teacher_weight, "teacher_hidden": teacher_hidden}
+            assert not teacher_hidden.requires_grad and not teacher_weight.requires_grad
+        return fused(hidden, weight, *inputs, **keywords)
+
+    monkeypatch.setattr(example, "TEACHER_SYNC_STEPS", 2)
+    monkeypatch.setattr(example, "DECAY_STEPS", 4)
+    monkeypatch.setattr(example, "fused_linear_rlsd_loss", seen_loss)
+    example.main(warm_up_steps=2, max_steps=4)
+    students, teachers = zip(*heads, strict=True)
+    assert teachers[3] is None  # lambda is 0
+    assert torch.equal(teachers[0], students[0]) and torch.equal(teachers[1], students[0])
+    assert torch.equal(teachers[2], students[2]) and not torch.equal(students[2], students[0])
 
 
 @pytest.mark.slow
