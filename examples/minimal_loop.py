@@ -4,7 +4,7 @@
 
 Task: the running sums mod 7 of 4 to 7 digits, "3 4 5 6 _ _ _ =" -> "3 0 5 4"; the reward sees the
 last sum alone. Privileged context: all sums. The tiny model first learns from sums that err on
-purpose, and is right less than half of the time; RLSD then takes it past four fifths.
+purpose, and is right less than half of the time; RLSD then takes it past three quarters.
 """
 
 import copy
@@ -70,9 +70,9 @@ def warm_start(steps):
     return model
 
 
-def main(warm_up_steps=250, max_steps=60, seed=0):
+def main(warm_up_steps=250, max_steps=80, seed=0):
     set_seed(seed)
-    print("Warm start; then expect an accuracy that climbs from below a half past four fifths.")
+    print("Warm start; then expect an accuracy that climbs from below a half past three quarters.")
     model, accuracy = warm_start(warm_up_steps).eval(), []  # dropout would be another policy
     teacher = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0)

@@ -151,4 +151,4 @@ def test_the_teacher_is_a_snapshot_and_goes_with_lambda(example, scripted, monke
 @pytest.mark.parametrize("seed", [0, 1])
 def test_it_learns_what_it_prints(example, one_thread, seed):
     accuracy = example.main(seed=seed)
-    assert sum(accuracy[:2]) / 2 < 0.5 and sum(accuracy[-10:]) / 10 > 0.8
+    assert sum(accuracy[:2]) / 2 < 0.5 and sum(accuracy[-10:]) / 10 > 0.75
