@@ -5,10 +5,12 @@ A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exi
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
 import sys
+import textwrap
 import typing
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch
 from rlsd_kernels import __version__, available_impls
 from rlsd_kernels.logprob import choose_impl
 
-from .config import TrainConfig, UserError, load_yaml, make_config
+from .config import TrainConfig, UserError, load_yaml, make_config, values_of
 
 USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
 
@@ -69,6 +71,29 @@ def parse_options(arguments):
     return options
 
 
+def option_lines(width):
+    """The help of every option under the heading of its group, lines of at most so many columns."""
+    import yaml
+
+    lines = []
+    for f in dataclasses.fields(TrainConfig):
+        if f.metadata["group"]:
+            lines += ["", f.metadata["group"]]
+        value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        shown, values = "none" if value is None else repr(value), values_of(f)
+        if value is not None and "\\" not in shown:  # as one would type it
+            shown = yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
+        lines += textwrap.wrap(
+            f"--{f.name} {shown}" + f"  [{values}]" * bool(values), width,
+            initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False,
+        )
+        lines += textwrap.wrap(
+            f.metadata["help"], width, initial_indent="      ", subsequent_indent="      ",
+            break_on_hyphens=False,
+        )
+    return lines
+
+
 def find_checkpoint(path):
     """(run folder, checkpoint) from either of them; takes the newest of a run."""
     from .policy import checkpoint
@@ -92,11 +117,8 @@ def run_options(run_dir, options):
 def train(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(USAGE.format(version=__version__))
-        print("Options of train with their defaults:")
-        for f in dataclasses.fields(TrainConfig):
-            value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            shown = "none" if value is None else repr(value) if isinstance(value, str) else value
-            print(f"  --{f.name} {shown}\n      {f.metadata['help']}")
+        print("Options of train with their defaults, and what else they take in brackets:")
+        print("\n".join(option_lines(min(shutil.get_terminal_size().columns, 100))))
         return 0
     options = parse_options(arguments)
     _quiet()

@@ -28,10 +28,13 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 DEFAULT_PRIVILEGED_TEMPLATE = "Reference solution:\n{privileged_context}\n\n{prompt}"
 
 
-def option(default, text):
-    """A dataclass field with its help; a callable default makes a fresh value each time."""
+def option(default, text, *, choices=(), group=None):
+    """A dataclass field with its help; a callable default makes a fresh value each time.
+
+    choices: the only values of it, or of its items. group: what it and those after it are about.
+    """
     kind = "default_factory" if callable(default) else "default"
-    return field(**{kind: default}, metadata={"help": text})
+    return field(**{kind: default}, metadata={"help": text, "choices": choices, "group": group})
 
 
 @dataclass
@@ -41,9 +44,8 @@ class TrainConfig:
     Raises UserError in one sentence on a value that is not allowed.
     """
 
-    # Model and run
     model_name_or_path: str = option(
-        "", "folder or hub id; scratch builds and warms up a tiny model"
+        "", "folder or hub id; scratch builds and warms up a tiny model", group="Model and run"
     )
     scratch_steps: int = option(300, "supervised warm-up steps of model_name_or_path: scratch")
     output_dir: str = option("runs/rlsd", "the run folder; must not exist")
@@ -51,14 +53,18 @@ class TrainConfig:
         0, "fixes questions, samples and scratch model; the same seed gives the same run"
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    impl: str = option("auto", "implementation of the fused loss")
+    impl: str = option(
+        "auto", "implementation of the fused loss",
+        choices=("auto", "cuda", "triton", "torch", "ref"),
+    )
     attn_implementation: str | None = option(
         None, "sdpa, flash_attention_2, eager; default: flash attention in bf16 where installed"
     )
     bf16: bool = option(False, "bf16 weights with fp32 masters; under LoRA a bf16 frozen model")
 
-    # LoRA
-    use_peft: bool = option(False, "train LoRA adapters and freeze the model; needs peft")
+    use_peft: bool = option(
+        False, "train LoRA adapters and freeze the model; needs peft", group="LoRA"
+    )
     lora_r: int = option(16, "rank of the adapters")
     lora_alpha: int = option(32, "the adapters are scaled by lora_alpha / lora_r")
     lora_dropout: float = option(0.0, "must be 0: dropout would score another policy than sampled")
@@ -66,9 +72,9 @@ class TrainConfig:
         lambda: ["all-linear"], "names of the layers that get one; never the LM head"
     )
 
-    # Data
     train_dataset: str = option(
-        "", ".jsonl, .parquet, hub id[:config][@split], or reasoning-gym:task[,task...]"
+        "", ".jsonl, .parquet, hub id[:config][@split], or reasoning-gym:task[,task...]",
+        group="Data",
     )
     eval_dataset: str | None = option(None, "default: rows held out of train_dataset")
     dataset_size: int = option(1000, "rows generated per reasoning-gym dataset")
@@ -92,8 +98,7 @@ class TrainConfig:
         False, "control: the hint is the solution column, without the privileged context's steps"
     )
 
-    # Rollouts and rewards
-    num_generations: int = option(8, "group size: completions per question")
+    num_generations: int = option(8, "group size: completions per question", group="Rollouts")
     generation_batch_size: int = option(64, "completions per rollout step, all questions together")
     rollout_batch_size: int = option(
         256, "sequences generated at once (memory), also in evaluation"
@@ -106,8 +111,13 @@ class TrainConfig:
     transformers_continuous_batching_config: dict = option(
         dict, "options of its ContinuousBatchingConfig, as max_memory_percent of the free memory"
     )
-    use_vllm: bool = option(False, "sample by vLLM; needs trl and vllm, see docs/training.md")
-    vllm_mode: str = option("colocate", "colocate: in this process; server: a running vllm serve")
+    use_vllm: bool = option(
+        False, "sample by vLLM; needs trl and vllm, see docs/training.md", group="Rollouts by vLLM"
+    )
+    vllm_mode: str = option(
+        "colocate", "colocate: in this process; server: a running vllm serve",
+        choices=("colocate", "server"),
+    )
     vllm_server_base_url: str | None = option(
         None, "of the server, as http://host:8000; replaces host and port"
     )
@@ -131,7 +141,7 @@ class TrainConfig:
     reward_funcs: list[str] = option(
         lambda: ["exact_match"],
         "exact_match, reasoning_gym, math_verify, format_reward, soft_overlong_punishment, "
-        "code_tests, dotted paths; pass@1 is the first's",
+        "code_tests, dotted paths; pass@1 is the first's", group="Rewards",
     )
     reward_weights: list[float] | None = option(None, "one per reward function; default: all 1")
     reward_timeout: float = option(
@@ -153,7 +163,9 @@ class TrainConfig:
         False, "code_tests without namespaces, where the machine refuses them: programs then reach "
         "the network and your files"
     )
-    scale_rewards: str = option("group", "divide centred rewards by the std of: group, batch, none")
+    scale_rewards: str = option(
+        "group", "whose standard deviation centred rewards are divided by", choices=SCALE_REWARDS
+    )
     mask_truncated_completions: bool = option(
         False, "leave completions without EOS out of the loss"
     )
@@ -165,15 +177,15 @@ class TrainConfig:
         "'the reference solution' (rlsd/sampling/leak.py has the rule)"
     )
 
-    # Objective
     objective: str = option(
-        "rlsd", "; ".join(f"{name}: {row.summary}" for name, row in OBJECTIVES.items())
+        "rlsd", "; ".join(f"{name}: {row.summary}" for name, row in OBJECTIVES.items()),
+        choices=tuple(OBJECTIVES), group="Objective and teacher",
     )
     teacher_model_name_or_path: str | None = option(
         None, "the external teacher of objective opd; it must have the student's vocabulary"
     )
     distillation_divergence: str = option(
-        "jsd", "of opsd, opd, grpo+opsd, sdpo: forward_kl KL(P_T||P_S), reverse_kl, jsd"
+        "jsd", "of opsd, opd, grpo+opsd, sdpo; forward_kl is KL(P_T||P_S)", choices=DIVERGENCES
     )
     distillation_alpha: float = option(0.5, "weight of the teacher in jsd's mixture, in (0, 1)")
     distillation_coef: float = option(1.0, "c of grpo+opsd, the loss grpo + c * opsd")
@@ -186,14 +198,20 @@ class TrainConfig:
     rlsd_lambda_warmup_steps: int = option(0, "steps over which lambda rises from 0")
     rlsd_lambda_decay_steps: int = option(50, "steps over which lambda then falls to 0; 0 keeps it")
     rlsd_reweight_clip_range: float = option(0.2, "eps_w: token weights stay in 1 -+ eps_w, 0 to 1")
-    rlsd_delta_source: str = option("current", "student log-prob in delta: current, old_log_probs")
+    rlsd_delta_source: str = option(
+        "current", "which log-prob of the student is in delta",
+        choices=("current", "old_log_probs"),
+    )
     rlsd_negative_only: bool = option(False, "re-weight only where the advantage is negative")
     teacher_model_kind: str = option(
-        "snapshot", "live (no memory), base, snapshot (a copy each), ema (a copy and a mean)"
+        "snapshot", "live (no memory), base, snapshot (a copy each), ema (a copy and a mean)",
+        choices=TEACHER_MODEL_KINDS,
     )
     teacher_sync_steps: int = option(10, "a snapshot teacher follows after every so many steps")
     teacher_ema_rate: float = option(0.05, "an ema teacher moves this share per step")
-    loss_type: str = option("dapo", "grpo, bnpo, dapo, dr_grpo: TRL's aggregations over tokens")
+    loss_type: str = option(
+        "dapo", "TRL's aggregations over tokens", choices=("grpo", "bnpo", "dapo", "dr_grpo")
+    )
     epsilon: float = option(0.2, "PPO clip below 1")
     epsilon_high: float = option(0.28, "PPO clip above 1")
     delta: float | None = option(
@@ -205,8 +223,7 @@ class TrainConfig:
     entropy_coef: float = option(0.0, "coefficient of an entropy bonus")
     num_iterations: int = option(1, "optimizer steps per rollout")
 
-    # Optimizer
-    max_steps: int = option(200, "rollout steps")
+    max_steps: int = option(200, "rollout steps", group="Optimizer")
     per_device_train_batch_size: int = option(
         8, "sequences per micro-batch; never changes the result"
     )
@@ -221,16 +238,18 @@ class TrainConfig:
         None, "weight of the experts' load-balancing loss; default: the model's, if it puts it out"
     )
     learning_rate: float = option(1e-6, "of AdamW")
-    lr_scheduler_type: str = option("constant", "constant, constant_with_warmup, linear, cosine")
+    lr_scheduler_type: str = option(
+        "constant", "how the learning rate goes on", choices=LR_SCHEDULERS
+    )
     warmup_steps: int = option(0, "of the learning rate, in optimizer steps")
     adam_beta1: float = option(0.9, "of AdamW")
     adam_beta2: float = option(0.999, "of AdamW")
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
 
-    # Evaluation, logging, checkpoints
     num_generations_eval: int = option(
-        1, "sampled completions per held-out question; n > 1 adds pass@k for k = 2, 4, 8, .., n"
+        1, "sampled completions per held-out question; n > 1 adds pass@k for k = 2, 4, 8, .., n",
+        group="Evaluation, logging, checkpoints",
     )
     eval_steps: int = option(50, "held-out evaluation every so many steps; 0: never")
     logging_steps: int = option(1, "a progress line every so many steps; metrics.jsonl has all")
@@ -247,16 +266,20 @@ class TrainConfig:
         0, "hold the fused loss of a micro-batch against the reference; 0: never"
     )
     plot_curves: bool = option(True, "draw curves.png at the end")
-    report_to: str = option("tensorboard", "tensorboard, none")
+    report_to: str = option(
+        "tensorboard", "where metrics go beside metrics.jsonl", choices=("tensorboard", "none")
+    )
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             setattr(self, f.name, _coerce(f.name, getattr(self, f.name), _HINTS[f.name]))
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name} must be one of {', '.join(allowed)}, but got {getattr(self, name)!r}."
-                )
+            value = getattr(self, name)
+            for item in value if isinstance(value, list) else [value]:
+                if item not in allowed:
+                    raise UserError(
+                        f"{name} must be one of {', '.join(allowed)}, but got {item!r}."
+                    )
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -400,15 +423,8 @@ class TrainConfig:
 
 _HINTS = typing.get_type_hints(TrainConfig)
 _CHOICES = {
-    "objective": tuple(OBJECTIVES),
-    "distillation_divergence": DIVERGENCES,
-    "teacher_model_kind": TEACHER_MODEL_KINDS,
-    "scale_rewards": SCALE_REWARDS,
-    "loss_type": ("grpo", "bnpo", "dapo", "dr_grpo"),
-    "lr_scheduler_type": LR_SCHEDULERS,
-    "impl": ("auto", "cuda", "triton", "torch", "ref"),
-    "report_to": ("tensorboard", "none"),
-    "vllm_mode": ("colocate", "server"),
+    f.name: f.metadata["choices"]
+    for f in dataclasses.fields(TrainConfig) if f.metadata["choices"]
 }
 _AT_LEAST = {
     "scratch_steps": 1, "seed": 0, "dataset_seed": 0, "dataset_size": 1, "eval_size": 0,
@@ -453,6 +469,21 @@ _NAMES = {
     int: "a whole number", float: "a number", bool: "true or false", str: "a text",
     dict: "a mapping of options",
 }
+
+
+def values_of(f):
+    """What an option (a dataclass field) takes where its default does not say it, else ""."""
+    hint, choices = _HINTS[f.name], " | ".join(f.metadata["choices"])
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) is list:
+        return f"any of {choices}" if choices else ""
+    if not kinds:
+        return choices
+    (item,) = typing.get_args(kinds[0]) or kinds
+    words = choices or _NAMES[item].replace(" or ", " | ")
+    if kinds[0] is not item:
+        words = f"each {words}"
+    return words if f.default is None else f"{words}, or none"
 
 
 def make_config(options):

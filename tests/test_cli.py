@@ -1,5 +1,6 @@
 """The command line: what each command prints, and one sentence for every mistake."""
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -547,8 +548,33 @@ def test_train_help_lists_every_option_with_its_default(capsys):
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     for name in TrainConfig.__dataclass_fields__:
-        assert re.search(rf"^  --{name} ", out, re.M), name
-    assert "--rlsd_lambda 0.5" in out and "--reward_funcs ['exact_match']" in out
+        assert len(re.findall(rf"^  --{name} ", out, re.M)) == 1, name
+    assert "--rlsd_lambda 0.5\n" in out and "--reward_funcs [exact_match]\n" in out
+    assert "--bf16 false\n" in out and "--delta 3.0  [a number, or none]\n" in out
+
+
+def test_train_help_shows_groups_and_choices(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out.partition("in brackets:\n")[2].strip("\n")
+    assert all(len(line) <= 70 or " " not in line.strip() for line in out.splitlines())
+    sections = {part.partition("\n")[0]: part for part in out.split("\n\n")}
+    of_option = {
+        name: title for title, part in sections.items()
+        for name in re.findall(r"^  --(\w+) ", part, re.M)
+    }
+    assert of_option.keys() == TrainConfig.__dataclass_fields__.keys()
+    for name, title in {
+        "seed": "Model and run", "lora_r": "LoRA", "eval_size": "Data", "temperature": "Rollouts",
+        "vllm_mode": "Rollouts by vLLM", "leak_markers": "Rewards", "warmup_steps": "Optimizer",
+        "rlsd_lambda": "Objective and teacher", "save_steps": "Evaluation, logging, checkpoints",
+    }.items():
+        assert of_option[name] == title
+    joined = " ".join(out.split())
+    for field in dataclasses.fields(TrainConfig):
+        if field.metadata["choices"]:
+            assert f"[{' | '.join(field.metadata['choices'])}]" in joined, field.name
+    assert "--scale_rewards group [group | batch | none]" in joined
 
 
 @pytest.mark.parametrize(
