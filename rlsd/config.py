@@ -105,6 +105,16 @@ class TrainConfig:
     )
     max_completion_length: int = option(256, "longer completions end without EOS")
     temperature: float = option(1.0, "of sampling, and of the log-probs of both contexts")
+    top_p: float = option(
+        1.0, "sample from the most probable tokens, as many as hold this probability; 1 keeps all"
+    )
+    top_k: int = option(0, "sample from so many of the most probable tokens; 0 keeps all")
+    min_p: float | None = option(
+        None, "sample from tokens with at least this share of the most probable one's probability"
+    )
+    repetition_penalty: float = option(
+        1.0, "above 1, tokens that prompt or completion already have get less probable; below, more"
+    )
     use_transformers_continuous_batching: bool | None = option(
         None, "transformers' continuous batching; default: on a GPU, where it can run the model"
     )
@@ -133,7 +143,8 @@ class TrainConfig:
         False, "free the memory of colocated vLLM while the model is updated"
     )
     vllm_importance_sampling_correction: bool | None = option(
-        None, "weigh every token's loss by pi_train / pi_sampler; default: with vLLM only"
+        None, "weigh every token's loss by pi_train / pi_sampler; default: where they differ by "
+        "design, with vLLM, top_p, top_k, min_p or repetition_penalty"
     )
     vllm_importance_sampling_clip_max: float = option(
         3.0, "upper bound of that weight (token_truncate in TRL)"
@@ -360,11 +371,22 @@ class TrainConfig:
                 "vllm_gpu_memory_utilization must be in (0, 1], but got "
                 f"{self.vllm_gpu_memory_utilization}."
             )
+        for name, inside, words in (
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number"),
+        ):
+            if not inside:
+                raise UserError(f"{name} must be {words}, but got {getattr(self, name)}.")
+
+    def reshapes_sampling(self):
+        """Whether tokens are drawn from another distribution than the softmax that is trained."""
+        return self.top_p < 1 or bool(self.top_k or self.min_p) or self.repetition_penalty != 1
 
     def sampling_clip_max(self):
         """Upper bound of pi_train / pi_sampler in the loss, or None where it is not corrected."""
         wanted = self.vllm_importance_sampling_correction
-        wanted = self.use_vllm if wanted is None else wanted
+        wanted = self.use_vllm or self.reshapes_sampling() if wanted is None else wanted
         return self.vllm_importance_sampling_clip_max if wanted else None
 
     def _check_objective(self):
@@ -438,7 +460,7 @@ _AT_LEAST = {
     "log_completions_steps": 0, "validate_every": 0, "num_generations_eval": 1,
     "soft_punish_cache": 1, "code_memory_mb": 16, "vllm_server_port": 1, "vllm_group_port": 1,
     "vllm_server_timeout": 0, "vllm_max_model_length": 1, "vllm_importance_sampling_clip_max": 1,
-    "distillation_coef": 0,
+    "distillation_coef": 0, "top_k": 0,
 }
 
 

@@ -70,6 +70,10 @@ BAD = {
     "delta": [1.0],
     "beta": [-1],
     "temperature": [0, math.nan],
+    "top_p": [0, 1.01, -0.1, math.nan],
+    "top_k": [-1, 2.5],
+    "min_p": [-0.1, 1.01, math.nan],
+    "repetition_penalty": [0, -1, math.inf, math.nan],
     "use_vllm": ["yes"],
     "vllm_mode": ["colocated"],
     "vllm_server_port": [0, "http"],
@@ -158,8 +162,12 @@ def test_coercion(given, kept):
     ({"vllm_importance_sampling_correction": True}, 3.0),
     ({"use_vllm": True, "vllm_importance_sampling_correction": False}, None),
     ({"use_vllm": True, "vllm_importance_sampling_clip_max": 2}, 2.0),
+    ({"top_p": 0.9}, 3.0), ({"top_k": 50}, 3.0), ({"min_p": 0.1}, 3.0),
+    ({"repetition_penalty": 1.1}, 3.0), ({"repetition_penalty": 0.9}, 3.0),
+    ({"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "temperature": 0.5}, None),
+    ({"top_p": 0.9, "vllm_importance_sampling_correction": False}, None),
 ])
-def test_the_sampler_is_corrected_by_default_under_vllm(given, want):
+def test_a_sampler_that_is_another_policy_is_corrected_by_default(given, want):
     assert TrainConfig(**given).sampling_clip_max() == want
 
 

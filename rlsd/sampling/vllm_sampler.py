@@ -69,7 +69,9 @@ class VLLMSampler:
                 max_model_length=config.vllm_max_model_length,
                 max_num_seqs=config.rollout_batch_size,
                 enable_sleep_mode=config.vllm_enable_sleep_mode,
-                max_completion_length=config.max_completion_length,
+                max_completion_length=config.max_completion_length, top_p=config.top_p,
+                top_k=config.top_k, min_p=config.min_p or 0.0,
+                repetition_penalty=config.repetition_penalty,
                 generation_kwargs={"stop_token_ids": ends},
             )
         except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -180,6 +180,76 @@ def test_samples_follow_the_policy_that_is_scored(sample, n, temperature):
     assert (log_probs[:, 0] - want.log()[ids[:, 0]]).abs().max() < 1e-5
 
 
+def naive_sampling_log_prob(logits, before, y, config):
+    """log q(y): penalty, temperature, top_k, top_p, min_p, each by its definition, in this order.
+    """
+    z = logits.double().tolist()
+    z = [(v / config.repetition_penalty if v > 0 else v * config.repetition_penalty)
+         if i in before else v for i, v in enumerate(z)]
+    p = [math.exp(v / config.temperature) for v in z]
+    order, kept = sorted(range(len(p)), key=lambda i: -p[i]), []
+    order = order[: config.top_k or None]
+    total, mass = sum(p[i] for i in order), 0.0
+    for i in order:  # the fewest tokens that hold top_p
+        if mass >= config.top_p * total:
+            break
+        kept.append(i)
+        mass += p[i]
+    kept = [i for i in kept if p[i] >= (config.min_p or 0.0) * p[order[0]]]
+    return math.log(p[y] / sum(p[i] for i in kept)) if y in kept else -math.inf, len(kept)
+
+
+FILTERS = {
+    "top_p": {"top_p": 0.6}, "top_k": {"top_k": 5}, "min_p": {"min_p": 0.2},
+    "repetition_penalty": {"repetition_penalty": 1.8},
+    "all-but-the-penalty": {"top_p": 0.8, "top_k": 9, "min_p": 0.1, "temperature": 1.5},
+}
+FILTERS["all"] = FILTERS["all-but-the-penalty"] | {"repetition_penalty": 0.5}
+
+
+@pytest.mark.parametrize("sample, name", [
+    *((generate, name) for name in FILTERS),
+    *((generate_batch, name) for name in FILTERS if "repetition_penalty" not in FILTERS[name]),
+])
+def test_filtered_samples_carry_the_log_probs_they_were_drawn_with(qwen, sample, name):
+    """Prompts of different lengths: their padding counts as no token that was said."""
+    prompts, given = sequences([3, 9, 1, 6] * 8), batched(rollout_batch_size=4, **FILTERS[name])
+    torch.manual_seed(0)
+    got, widths = sample(qwen, TOKENIZER, prompts, given), []
+    for prompt, ids, keep, log_probs in zip(prompts, *got[:2], got.log_probs, strict=True):
+        said = list(prompt)
+        for y, log_prob in zip(ids[keep].tolist(), log_probs[keep].tolist(), strict=True):
+            with torch.no_grad():
+                logits = qwen(input_ids=torch.tensor([said])).logits[0, -1]
+            want, width = naive_sampling_log_prob(logits, set(said), y, given)
+            assert log_prob == pytest.approx(want, abs=2e-5)
+            widths.append(width)
+            said.append(y)
+    assert len(widths) > 100 and max(widths) > 1
+    assert min(widths) < 64 or name == "repetition_penalty"
+    plain = batched(temperature=given.temperature, rollout_batch_size=4)
+    torch.manual_seed(0)
+    unfiltered = sample(qwen, TOKENIZER, prompts, plain)
+    assert unfiltered.completion_ids.tolist() != got.completion_ids.tolist()
+
+
+def test_greedy_takes_the_most_probable_token_after_the_penalty(qwen):
+    prompts = sequences([3, 9, 1, 6])
+    given = config(repetition_penalty=3.0, top_k=2, top_p=0.5)
+    got = generate(qwen, TOKENIZER, prompts, given, greedy=True)
+    for prompt, ids, keep in zip(prompts, *got[:2], strict=True):
+        said = list(prompt)
+        for y in ids[keep].tolist():
+            with torch.no_grad():
+                logits = qwen(input_ids=torch.tensor([said])).logits[0, -1]
+            z = [naive_sampling_log_prob(logits, set(said), i, config(repetition_penalty=3.0))[0]
+                 for i in range(64)]
+            assert z[y] == max(z)
+            said.append(y)
+    plain = generate(qwen, TOKENIZER, prompts, config(), greedy=True)
+    assert plain.completion_ids.tolist() != got.completion_ids.tolist()
+
+
 def test_greedy_ignores_the_models_own_generation_config():
     model = build("llama3")
     prompts = sequences([4, 2])
@@ -308,6 +378,19 @@ def test_on_a_cpu_the_models_own_generate_samples_unless_told(qwen):
     told = batched(use_transformers_continuous_batching=True)
     assert choose_sampler(qwen, TOKENIZER, told, ONE, lines.append) is generate_batch
     assert lines == ["Sampling by transformers' continuous batching."]
+
+
+def test_the_trial_of_continuous_batching_does_not_mind_filters(qwen):
+    told = batched(
+        use_transformers_continuous_batching=True, top_p=0.1, top_k=2, min_p=0.9, temperature=3.0
+    )
+    assert choose_sampler(qwen, TOKENIZER, told, ONE) is generate_batch
+
+
+def test_continuous_batching_is_refused_where_it_would_drop_the_penalty(qwen):
+    told = batched(use_transformers_continuous_batching=True, repetition_penalty=1.1)
+    with pytest.raises(UserError, match="Qwen3ForCausalLM .it has no repetition_penalty.; set"):
+        choose_sampler(qwen, TOKENIZER, told, ONE)
 
 
 def test_continuous_batching_that_draws_from_another_policy_is_refused():
