@@ -89,6 +89,10 @@ class TrainConfig:
         None, "longer prompts are dropped and counted, never cut"
     )
     max_teacher_prompt_length: int | None = option(None, "the same for the privileged prompt")
+    chat_template_kwargs: dict = option(
+        dict, "further arguments of the chat template, as {enable_thinking: false}; a column of "
+        "this name adds to them and wins"
+    )
     privileged_template: str = option(
         DEFAULT_PRIVILEGED_TEMPLATE, "the one insertion that makes the teacher's prompt"
     )
@@ -331,6 +335,7 @@ class TrainConfig:
         self._check_split_and_format()
         self._check_sampler()
         self._check_objective()
+        require_free_arguments(self.chat_template_kwargs)
         for part in ("{prompt}", "{privileged_context}"):
             if self.privileged_template.count(part) != 1:
                 raise UserError(f"privileged_template must contain {part} exactly once.")
@@ -441,6 +446,15 @@ class TrainConfig:
         except ValueError as error:
             raise UserError(str(error)) from None
         return config if self.method.reweights else dataclasses.replace(config, rlsd_lambda=0.0)
+
+
+def require_free_arguments(options):
+    """UserError where options of a chat template set what this package sets."""
+    own = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message",
+           "return_dict", "return_tensors")
+    taken = [name for name in own if name in options]
+    if taken:
+        raise UserError(f"chat_template_kwargs must not set {taken[0]}, which is fixed.")
 
 
 _HINTS = typing.get_type_hints(TrainConfig)

@@ -206,7 +206,7 @@ def sibling_prompts(rollout, step, tokenizer, config):
             continue
         chosen = siblings[int(torch.randint(len(siblings), (1,), generator=generator))]
         hinted = insert_hint(row["prompt"], rollout.texts[chosen], config.privileged_template)
-        ids = encode(hinted, tokenizer, row.get("_images"))
+        ids = encode(hinted, tokenizer, row)
         prompts.append(ids if limit is None or len(ids) <= limit else None)
     return prompts
 

@@ -15,7 +15,7 @@ import torch
 
 from ..config import UserError
 from .images import PromptImages
-from .prompts import encode_pair, is_chat
+from .prompts import encode_pair, is_chat, require_read, template_options
 
 SOURCE = "_source"
 # Tasks of reasoning-gym 0.1.25 whose scorers do not give their own stored answers full marks.
@@ -361,9 +361,11 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
                 "trains on; fill privileged_context or solution."
             )
         try:
+            row = {**row, "_template_options": template_options(row, config)}
             if with_images:
-                row = {**row, "_images": PromptImages(row, processor)}
-            read = row if need_hint else {k: row[k] for k in ("prompt", "_images") if k in row}
+                row["_images"] = PromptImages(row, processor)
+            asked = ("prompt", "_images", "_template_options")
+            read = row if need_hint else {k: row[k] for k in asked if k in row}
             student, teacher = encode_pair(read, tokenizer, config.privileged_template)
         except UserError as error:
             raise UserError(f"Row {source} cannot be used: {error}.") from None
@@ -443,6 +445,7 @@ def load_data(config, tokenizer, log=print, processor=None):
     need_reference = config.method.supervised
     if need_reference and tokenizer.eos_token_id is None:
         raise UserError("The tokenizer names no EOS token, so no reference solution can end.")
+    require_read(config.chat_template_kwargs, tokenizer, processor)
     rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())
     repeated = len(rows) - len({question(row) for row in rows})
     if config.eval_split_size is not None and repeated:

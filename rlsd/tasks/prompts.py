@@ -7,7 +7,8 @@ boundary. With an empty hint both are identical, and delta is 0 under equal weig
 
 import re
 
-from ..config import UserError
+from ..config import UserError, require_free_arguments
+from .images import apply_template
 
 
 def insert_hint(prompt, hint, template):
@@ -42,24 +43,49 @@ def render(prompt, tokenizer, template_options=None):
         return prompt, ""
     if tokenizer.chat_template is None:
         raise UserError("it is a chat, but the tokenizer has no chat template; use a plain text")
-    try:
-        full, without = (
-            tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=turn, **template_options or {}
-            )
-            for turn in (True, False)
-        )
-    except Exception as error:  # a template raises what it likes, as for roles that it refuses
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"its chat template fails with {type(error).__name__}: {reason}") from None
+    full, without = (
+        apply_template(tokenizer, prompt, template_options, add_generation_prompt=turn)
+        for turn in (True, False)
+    )
     return full, full[len(without) :] if full.startswith(without) else ""
 
 
-def encode(prompt, tokenizer, images=None):
-    """Token ids of a prompt; chat templates bring their own special tokens."""
-    if images is not None:
-        return images.encode(prompt)
-    text, _ = render(prompt, tokenizer)
+def template_options(row, config):
+    """Arguments of the chat template for a row: the config's, then those of its own column.
+
+    Raises UserError, a clause that the caller completes with the row's name.
+    """
+    own = row.get("chat_template_kwargs") or {}
+    if not isinstance(own, dict):
+        raise UserError(f"its chat_template_kwargs must be a mapping, but is {own!r:.80}")
+    try:
+        require_free_arguments(own)
+    except UserError as error:
+        raise UserError(f"its {str(error).rstrip('.')}") from None
+    # Parquet fills in what other rows have.
+    return config.chat_template_kwargs | {k: v for k, v in own.items() if v is not None}
+
+
+def require_read(options, *owners):
+    """An option that no chat template mentions would do nothing, as one that is spelt wrong."""
+    texts = " ".join(str(owner.chat_template) for owner in owners if owner is not None)
+    known = ("chat_template", "documents", "sanitize_control_tokens", "tools")  # not the template's
+    for name in options:
+        if name not in known and not re.search(rf"\b{re.escape(str(name))}\b", texts):
+            raise UserError(
+                f"chat_template_kwargs sets {name}, which the model's chat template does not read; "
+                "look at the spelling, or leave it out."
+            )
+
+
+def encode(prompt, tokenizer, row=None):
+    """Token ids of a prompt, with the row's images and template_options; chat templates bring their
+    own special tokens."""
+    row = row or {}
+    options = row.get("_template_options")
+    if row.get("_images") is not None:
+        return row["_images"].encode(prompt, options)
+    text, _ = render(prompt, tokenizer, options)
     return tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
 
 
@@ -120,14 +146,13 @@ def encode_pair(row, tokenizer, template):
     Raises UserError, a clause that the caller completes with the row's name.
     """
     prompt, privileged = row["prompt"], privileged_prompt(row, template)
-    images = row.get("_images")
-    student_ids = encode(prompt, tokenizer, images)
+    student_ids = encode(prompt, tokenizer, row)
     if not student_ids:
         raise UserError("its prompt has no token")
     if privileged is None:
         return student_ids, None
-    require_same_start(prompt, privileged, tokenizer)
-    teacher_ids = encode(privileged, tokenizer, images)
+    require_same_start(prompt, privileged, tokenizer, row.get("_template_options"))
+    teacher_ids = encode(privileged, tokenizer, row)
     if not teacher_ids:
         raise UserError("its privileged prompt has no token")
     return student_ids, teacher_ids
