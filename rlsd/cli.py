@@ -39,6 +39,7 @@ TESTED_HOSTS = {"trl": "1.16.", "ms-swift": "4.6.", "verl": "0.9."}
 TEXTS = {"config", "resume_from_checkpoint", "output", "device", "dtype", "arm"} | {
     name for name, hint in typing.get_type_hints(TrainConfig).items() if hint is str
 }
+NAMING_NONE = {f.name for f in dataclasses.fields(TrainConfig) if "none" in f.metadata["choices"]}
 
 
 def parse_options(arguments):
@@ -63,7 +64,7 @@ def parse_options(arguments):
             raise UserError(f"--{key} is given twice.")
         try:
             options[key] = yaml.safe_load(value) if value and key not in TEXTS else value
-            if options[key] in ("None", "none") and key not in TEXTS:
+            if options[key] in ("None", "none") and key not in TEXTS | NAMING_NONE:
                 options[key] = None
         except yaml.YAMLError:
             options[key] = value
@@ -280,6 +281,7 @@ def doctor(arguments):
         ("matplotlib", "curves"), ("rich", "sample tables"), ("pyarrow", "parquet, completions"),
         ("reasoning-gym", "reasoning-gym: tasks"), ("datasets", "hub datasets"),
         ("math-verify", "reward math_verify"), ("tensorboard", "report_to: tensorboard"),
+        ("wandb", "report_to: wandb"), ("trackio", "report_to: trackio"),
         ("triton", "impl triton, on a GPU"),
     ):
         try:

@@ -281,8 +281,10 @@ class TrainConfig:
         0, "hold the fused loss of a micro-batch against the reference; 0: never"
     )
     plot_curves: bool = option(True, "draw curves.png at the end")
-    report_to: str = option(
-        "tensorboard", "where metrics go beside metrics.jsonl", choices=("tensorboard", "none")
+    report_to: list[str] = option(
+        lambda: ["tensorboard"], "where metrics go beside metrics.jsonl; wandb and trackio are "
+        "packages of their own, with project rlsd (or WANDB_PROJECT)",
+        choices=("tensorboard", "wandb", "trackio", "none"),
     )
 
     def __post_init__(self):
@@ -320,6 +322,10 @@ class TrainConfig:
                 f"adam_beta1 and adam_beta2 must be in [0, 1), but got {self.adam_beta1} and "
                 f"{self.adam_beta2}."
             )
+        if "none" in self.report_to:
+            if len(self.report_to) > 1:
+                raise UserError("report_to is none or names trackers, but not both.")
+            self.report_to = []
         if not self.reward_funcs:
             raise UserError("reward_funcs must name at least one reward function.")
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):

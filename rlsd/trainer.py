@@ -150,6 +150,7 @@ class Trainer:
             self.run_dir, dataclasses.asdict(config), config.report_to, config.max_steps, self.step,
             silent=not self.processes.main,
         ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)):
+            self.processes.once(report.start_trackers)
             if self.step == 0 and config.eval_steps:
                 report.log(0, self.evaluate())
             while self.step < config.max_steps:

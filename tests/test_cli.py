@@ -28,7 +28,7 @@ import rlsd.demo
 import rlsd.reports.report
 import rlsd.trainer
 from rlsd import __version__
-from rlsd.cli import COMMANDS, TESTED_HOSTS, main
+from rlsd.cli import COMMANDS, TESTED_HOSTS, main, parse_options
 from rlsd.config import TrainConfig
 from rlsd.policy import checkpoint
 from rlsd_kernels import torch_impl
@@ -544,6 +544,16 @@ def test_help_of_every_command(command, capsys):
     assert f"rlsd {command}" in out and not err
 
 
+@pytest.mark.parametrize("given, want", [
+    ("none", "none"), ("wandb", "wandb"), ("[wandb, trackio]", ["wandb", "trackio"]),
+])
+def test_none_is_a_value_where_it_is_a_choice(given, want):
+    parsed = parse_options(["--report_to", given, "--scale_rewards", "none", "--delta", "none"])
+    assert parsed == {"report_to": want, "scale_rewards": "none", "delta": None}
+    kept = TrainConfig(**parsed).report_to
+    assert kept == ([] if want == "none" else want if isinstance(want, list) else [want])
+
+
 def test_train_help_lists_every_option_with_its_default(capsys):
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
@@ -573,8 +583,9 @@ def test_train_help_shows_groups_and_choices(capsys, monkeypatch):
     joined = " ".join(out.split())
     for field in dataclasses.fields(TrainConfig):
         if field.metadata["choices"]:
-            assert f"[{' | '.join(field.metadata['choices'])}]" in joined, field.name
+            assert f"{' | '.join(field.metadata['choices'])}]" in joined, field.name
     assert "--scale_rewards group [group | batch | none]" in joined
+    assert "--report_to [tensorboard] [any of tensorboard | wandb | trackio | none]" in joined
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ BAD = {
     "loss_type": ["sum", "dr-grpo"],
     "lr_scheduler_type": ["step"],
     "impl": ["gpu"],
-    "report_to": ["wandb"],
+    "report_to": ["mlflow", ["wandb", "none"], ["none", "none"], True],
     "num_generations": [1, 0, 2.0, "8", True, None],
     "generation_batch_size": [12, 1, -8],
     "max_steps": [0, 1.5, "ten", [1]],
