@@ -164,10 +164,12 @@ def train(arguments):
         config = dataclasses.replace(config, model_name_or_path=scratch_model(config, warm))
     trainer = Trainer(config, resume_from=resume_from)
     main = trainer.processes.main
+    if main and config.max_steps and config.num_train_epochs:
+        print(f"max_steps {config.max_steps} wins over num_train_epochs; set it to none for those.")
     if main:
         print(
             f"{config.objective}: {len(trainer.rows)} training questions, {len(trainer.held_out)} "
-            f"held out, steps {trainer.step + 1} to {config.max_steps}, in {config.output_dir}"
+            f"held out, steps {trainer.step + 1} to {trainer.max_steps}, in {config.output_dir}"
             f"{trainer.processes}"
         )
     try:

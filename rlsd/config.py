@@ -6,6 +6,7 @@ Names follow TRL's GRPOConfig where it has one and ms-swift's for RLSD.
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -103,7 +104,10 @@ class TrainConfig:
     )
 
     num_generations: int = option(8, "group size: completions per question", group="Rollouts")
-    generation_batch_size: int = option(64, "completions per rollout step, all questions together")
+    generation_batch_size: int | None = option(
+        None, "completions per rollout step, all questions together; default: what "
+        "gradient_accumulation_steps says, or 64"
+    )
     rollout_batch_size: int = option(
         256, "sequences generated at once (memory), also in evaluation"
     )
@@ -238,9 +242,18 @@ class TrainConfig:
     entropy_coef: float = option(0.0, "coefficient of an entropy bonus")
     num_iterations: int = option(1, "optimizer steps per rollout")
 
-    max_steps: int = option(200, "rollout steps", group="Optimizer")
+    max_steps: int | None = option(
+        None, "rollout steps; default: those of num_train_epochs, or 200", group="Optimizer"
+    )
+    num_train_epochs: float | None = option(
+        None, "how often every training question is asked; max_steps wins where both are given"
+    )
     per_device_train_batch_size: int = option(
         8, "sequences per micro-batch; never changes the result"
+    )
+    gradient_accumulation_steps: int | None = option(
+        None, "micro-batches of an optimizer step, which takes the whole rollout: this times "
+        "per_device_train_batch_size and processes is generation_batch_size"
     )
     max_tokens_per_micro_batch: int | None = option(
         None, "cut micro-batches by their tokens, padding included, instead of by sequences"
@@ -281,6 +294,12 @@ class TrainConfig:
         0, "hold the fused loss of a micro-batch against the reference; 0: never"
     )
     plot_curves: bool = option(True, "draw curves.png at the end")
+    push_to_hub: bool = option(
+        False, "upload the last checkpoint, without optimizer and teacher, when the run is done"
+    )
+    hub_model_id: str | None = option(
+        None, "the repository of push_to_hub, as me/my-model; default: the run folder's name"
+    )
     report_to: list[str] = option(
         lambda: ["tensorboard"], "where metrics go beside metrics.jsonl; wandb and trackio are "
         "packages of their own, with project rlsd (or WANDB_PROJECT)",
@@ -301,6 +320,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"{name} must be at least {low}, but got {value}.")
+        self._fill_in_sizes()
         if self.generation_batch_size % self.num_generations:
             raise UserError(
                 f"generation_batch_size ({self.generation_batch_size}) must be a multiple of "
@@ -346,6 +366,36 @@ class TrainConfig:
             if self.privileged_template.count(part) != 1:
                 raise UserError(f"privileged_template must contain {part} exactly once.")
         self.loss_config()
+
+    def _fill_in_sizes(self):
+        if self.num_train_epochs is not None and not 0 < self.num_train_epochs < math.inf:
+            raise UserError(
+                f"num_train_epochs must be a positive number, but got {self.num_train_epochs}."
+            )
+        if self.max_steps is None and self.num_train_epochs is None:
+            self.max_steps = 200
+        if self.gradient_accumulation_steps is None:
+            self.generation_batch_size = self.generation_batch_size or 64
+            return
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        size = self.per_device_train_batch_size * processes * self.gradient_accumulation_steps
+        if self.generation_batch_size not in (None, size):
+            raise UserError(
+                "An optimizer step takes the whole rollout, so generation_batch_size "
+                f"({self.generation_batch_size}) must be per_device_train_batch_size "
+                f"({self.per_device_train_batch_size}) x {processes} process"
+                f"{'es' * (processes > 1)} x gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}); set one of them to none."
+            )
+        self.generation_batch_size = size
+
+    def steps_over(self, count):
+        """Rollout steps of a run over so many training questions; the last may begin a new epoch.
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        questions = self.generation_batch_size // self.num_generations
+        return max(1, math.ceil(self.num_train_epochs * count / questions))
 
     def _check_split_and_format(self):
         share = self.eval_split_size
@@ -480,7 +530,7 @@ _AT_LEAST = {
     "log_completions_steps": 0, "validate_every": 0, "num_generations_eval": 1,
     "soft_punish_cache": 1, "code_memory_mb": 16, "vllm_server_port": 1, "vllm_group_port": 1,
     "vllm_server_timeout": 0, "vllm_max_model_length": 1, "vllm_importance_sampling_clip_max": 1,
-    "distillation_coef": 0, "top_k": 0,
+    "distillation_coef": 0, "top_k": 0, "gradient_accumulation_steps": 1,
 }
 
 

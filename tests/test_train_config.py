@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -17,6 +18,9 @@ BAD = {
     "num_generations": [1, 0, 2.0, "8", True, None],
     "generation_batch_size": [12, 1, -8],
     "max_steps": [0, 1.5, "ten", [1]],
+    "num_train_epochs": [0, -1, math.inf, math.nan, "some"],
+    "gradient_accumulation_steps": [0, 1.5],
+    "push_to_hub": ["yes"],
     "seed": [-1],
     "eval_size": [-1],
     "max_prompt_length": [0, "long"],
@@ -170,6 +174,38 @@ def test_coercion(given, kept):
 ])
 def test_a_sampler_that_is_another_policy_is_corrected_by_default(given, want):
     assert TrainConfig(**given).sampling_clip_max() == want
+
+
+@pytest.mark.parametrize("given, count, want", [
+    ({}, 10, 200), ({"max_steps": 7}, 10, 7), ({"num_train_epochs": 2}, 100, 25),
+    ({"num_train_epochs": 1}, 101, 13),  # 8 questions a step: the last asks three anew
+    ({"num_train_epochs": 0.5}, 8, 1), ({"num_train_epochs": 0.01}, 8, 1),
+    ({"num_train_epochs": 3, "max_steps": 7}, 100, 7),  # as in TRL
+    ({"num_train_epochs": 1, "generation_batch_size": 16}, 10, 5),
+])
+def test_steps_of_a_run(given, count, want):
+    config = TrainConfig(**given)
+    assert config.steps_over(count) == want
+    assert dataclasses.replace(config, seed=1).steps_over(count) == want
+
+
+@pytest.mark.parametrize("given, processes, want", [
+    ({}, 1, 64), ({"gradient_accumulation_steps": 4}, 1, 32),
+    ({"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}, 3, 24),
+    ({"gradient_accumulation_steps": 8, "generation_batch_size": 64}, 1, 64),
+    ({"generation_batch_size": 16}, 2, 16),
+])
+def test_accumulation_steps_make_the_rollout(given, processes, want, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = TrainConfig(**given)
+    assert config.generation_batch_size == want
+    assert dataclasses.replace(config, seed=1).generation_batch_size == want
+
+
+def test_accumulation_steps_that_split_a_rollout_are_refused():
+    with pytest.raises(UserError) as error:
+        TrainConfig(gradient_accumulation_steps=4, generation_batch_size=64)
+    one_sentence(error, "generation_batch_size (64)", "(8) x 1 process x", "steps (4)", "to none")
 
 
 def test_two_samplers_are_one_too_many():

@@ -397,18 +397,64 @@ def model_card(config, step, records):
             f"over {config.rlsd_lambda_decay_steps} steps,\neps_w "
             f"{config.rlsd_reweight_clip_range:g}, teacher `{config.teacher_model_kind}`"
         )
+    base, planned = config.model_name_or_path, f"{config.max_steps} rollout steps"
+    if config.max_steps is None:
+        planned = f"{config.num_train_epochs:g} epochs"
+    front = {"library_name": "peft" if config.use_peft else "transformers"}
+    if not Path(base).exists():  # the Hub takes ids alone
+        front["base_model"] = base
+    front["tags"] = ["rlsd", "rlvr", "reinforcement-learning"] + ["lora"] * config.use_peft
+    what, loading = "Started from", ""
+    if config.use_peft:
+        what = f"LoRA adapters of rank {config.lora_r}, not a whole model, for the base model"
+        loading = ",\nwhich loads the base model too and needs peft"
     return f"""---
-library_name: transformers
-tags: [rlsd, rlvr, reinforcement-learning]
----
+{yaml.safe_dump(front, sort_keys=False, default_flow_style=None)}---
 # {config.objective.upper()} checkpoint, step {step}
 
-Trained from `{config.model_name_or_path}` on `{config.train_dataset}` with the rlsd package:
+{what} `{base}`, trained on `{config.train_dataset}` with the rlsd package:
 {method},
-{config.max_steps} rollout steps planned, {config.generation_batch_size} completions a step in
+{planned} planned, {config.generation_batch_size} completions a step in
 groups of {config.num_generations}, learning rate {config.learning_rate:g}, seed {config.seed}.
 
 {table}
 
-Load it with `AutoModelForCausalLM.from_pretrained(this_folder)`.
+Load it with `AutoModelForCausalLM.from_pretrained(this_folder)`{loading}.
 """
+
+
+def hub_repository(config):
+    """The id of the repository that push_to_hub uploads to at the end, made now; None without.
+
+    Raises UserError, one sentence, where it cannot be made: better now than after the last step.
+    """
+    if not config.push_to_hub:
+        return None
+    import huggingface_hub
+
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
+    try:
+        return huggingface_hub.HfApi().create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # of the network, the login, the name
+        raise UserError(
+            f"push_to_hub cannot make the repository {name} ({reason(error)}); log in with hf auth "
+            "login, set hub_model_id, or leave push_to_hub out."
+        ) from error
+
+
+def push(repository, checkpoint):
+    """Upload a checkpoint, without what only a resumed run needs; UserError says what is safe."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().upload_folder(
+            repo_id=repository, folder_path=checkpoint, commit_message=checkpoint.name,
+            ignore_patterns=["trainer_state.pt", "shards/*", "SHA256SUMS"],
+        )
+    except Exception as error:
+        raise UserError(
+            f"The run is done and whole in {checkpoint}, but could not be pushed to {repository} "
+            f"({reason(error)}); push it with hf upload {repository} {checkpoint} --exclude "
+            "trainer_state.pt."
+        ) from error
+    print(f"Pushed {checkpoint} to {repository}.")

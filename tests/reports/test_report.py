@@ -1,8 +1,11 @@
+import dataclasses
 import importlib.util
 import json
 import math
 import sys
 import types
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -14,10 +17,12 @@ from rlsd.reports.report import (
     METRICS,
     PANELS,
     Reporter,
+    hub_repository,
     model_card,
     number,
     plot_runs,
     print_samples,
+    push,
     read_metrics,
     require_packages,
     series,
@@ -414,6 +419,97 @@ def test_model_card_has_the_latest_of_each_metric_and_the_setting():
                  "teacher `snapshot`", "learning rate 1e-06", "seed 5", "groups of 8"):
         assert part in card, part
     assert "0.1000" not in card and "reward |" not in card
+
+
+def front_of(card):
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_model_card_of_adapters_names_their_base_and_peft():
+    config = TrainConfig(model_name_or_path="org/base", train_dataset="x", use_peft=True, lora_r=8)
+    front, body = front_of(model_card(config, 1, []))
+    assert front == {
+        "library_name": "peft", "base_model": "org/base",
+        "tags": ["rlsd", "rlvr", "reinforcement-learning", "lora"],
+    }
+    assert "LoRA adapters of rank 8, not a whole model, for the base model `org/base`" in body
+    assert "needs peft" in body
+
+
+def test_model_card_of_a_whole_model(tmp_path):
+    config = TrainConfig(model_name_or_path="org/base", train_dataset="x", num_train_epochs=1.5)
+    front, body = front_of(model_card(config, 1, []))
+    assert (front["library_name"], front["base_model"]) == ("transformers", "org/base")
+    assert "lora" not in front["tags"] and "peft" not in body and "\n1.5 epochs planned" in body
+    # The Hub refuses what is no id of its own.
+    local = TrainConfig(model_name_or_path=str(tmp_path), train_dataset="x", use_peft=True)
+    front, body = front_of(model_card(local, 1, []))
+    assert "base_model" not in front and f"the base model `{tmp_path}`" in body
+
+
+class Hub:
+    """huggingface_hub.HfApi without a network."""
+
+    made, uploads, broken = [], [], None
+
+    def create_repo(self, name, *, exist_ok):
+        assert exist_ok
+        if self.broken == "create":
+            raise OSError("401 Client Error.\n\nInvalid username or password.")
+        self.made.append(name)
+        return types.SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, ignore_patterns):
+        if self.broken == "upload":
+            raise ConnectionError("the network is down. Retry later")
+        files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")
+                 if p.is_file()]
+        kept = [f for f in files if not any(fnmatch(f, p) for p in ignore_patterns)]
+        self.uploads.append((repo_id, commit_message, sorted(kept)))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    for name in ("made", "uploads"):
+        monkeypatch.setattr(Hub, name, [])
+    monkeypatch.setattr(Hub, "broken", None)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    return Hub
+
+
+@pytest.mark.parametrize("given, want", [(None, "me/run"), ("org/mine", "org/mine")])
+def test_the_repository_is_made_before_the_run(hub, tmp_path, given, want):
+    config = TrainConfig(push_to_hub=True, hub_model_id=given, output_dir=str(tmp_path / "run"))
+    assert hub_repository(config) == want
+    assert hub.made == [given or "run"] and not hub.uploads
+    assert hub_repository(dataclasses.replace(config, push_to_hub=False)) is None
+    assert len(hub.made) == 1
+    hub.broken = "create"
+    with pytest.raises(UserError) as error:
+        hub_repository(config)
+    assert str(error.value) == (
+        f"push_to_hub cannot make the repository {given or 'run'} (401 Client Error); log in with "
+        "hf auth login, set hub_model_id, or leave push_to_hub out."
+    )
+
+
+def test_a_push_leaves_out_what_only_a_resume_needs(hub, tmp_path, capsys):
+    folder = tmp_path / "checkpoint-7"
+    (folder / "shards").mkdir(parents=True)
+    names = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    for name in [*names, "trainer_state.pt", "SHA256SUMS", "shards/__0_0.distcp"]:
+        (folder / name).write_text("x")
+    push("me/run", folder)
+    assert hub.uploads == [("me/run", "checkpoint-7", names)]
+    assert capsys.readouterr().out == f"Pushed {folder} to me/run.\n"
+    hub.broken = "upload"
+    with pytest.raises(UserError) as error:
+        push("me/run", folder)
+    assert str(error.value) == (
+        f"The run is done and whole in {folder}, but could not be pushed to me/run (the network is "
+        f"down); push it with hf upload me/run {folder} --exclude trainer_state.pt."
+    )
 
 
 def test_model_card_of_grpo_claims_no_teacher():
