@@ -27,6 +27,7 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
   rlsd train --config x.yaml [--key value ...]   train; see `rlsd train --help` for every option
   rlsd train --resume_from_checkpoint RUN        continue a run folder or a checkpoint in it
   rlsd eval RUN [--key value ...]                held-out pass@1, pass@k of its newest checkpoint
+  rlsd eval MODEL --train_dataset x.jsonl        the same of a model: the baseline
   rlsd compare --config x.yaml                   objectives x seeds: a table, curves; resumable
                [--arm NAME] [--seed N] [--processes N]
   rlsd plot RUN [RUN ...] [--output x.png]       draw the curves of runs
@@ -197,11 +198,32 @@ def check_demo_options(options):
     options["output_dir"] = str(options.get("output_dir", "runs/demo"))
 
 
+def to_evaluate(name, options):
+    """(path of the weights, TrainConfig): a run's newest checkpoint with the run's options, or a
+    plain model, a folder or hub id, with the given ones."""
+    folder, given = Path(name), options.pop("config", None)
+    options = {**(load_yaml(given) if given else {}), **options}
+    is_checkpoint = folder.name.startswith("checkpoint-")
+    if ((folder.parent if is_checkpoint else folder) / "config.yaml").exists():
+        run_dir, path = find_checkpoint(name)
+        return path, make_config(run_options(run_dir, options))
+    made_of = ("config.json", "adapter_config.json")
+    if folder.exists() and not any((folder / file).exists() for file in made_of):
+        raise UserError(f"{name} holds no checkpoint of a run, and no model.")
+    if not options.get("train_dataset") and not options.get("eval_dataset"):
+        is_model = f"{name} is a model, not a run"
+        if not folder.exists():
+            is_model = f"There is no run folder or checkpoint {name}, and if it is a model's hub id"
+        raise UserError(
+            f"{is_model}, eval needs --train_dataset, --eval_dataset or the --config of a run."
+        )
+    return name, make_config({"objective": "grpo", **options, "model_name_or_path": name})
+
+
 def evaluate(arguments):
     if not arguments or arguments[0].startswith("-"):
-        raise UserError("rlsd eval needs a run folder or checkpoint: rlsd eval RUN.")
-    run_dir, path = find_checkpoint(arguments[0])
-    config = make_config(run_options(run_dir, parse_options(arguments[1:])))
+        raise UserError("rlsd eval needs a run folder, a checkpoint or a model: rlsd eval RUN.")
+    path, config = to_evaluate(arguments[0].rstrip("/"), parse_options(arguments[1:]))
     _quiet()
     from .policy.checkpoint import load_model, load_processor, load_tokenizer
     from .policy.distributed import Processes
@@ -221,7 +243,9 @@ def evaluate(arguments):
         )
     processes = Processes(config)  # it chooses the GPU
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_model(str(path), config.device, dtype=dtype)
+    model = load_model(
+        str(path), config.device, dtype=dtype, attn_implementation=config.attn_implementation
+    )
     config = dataclasses.replace(config, use_vllm=False)
     sample = choose_sampler(model, tokenizer, config, processes)
     metrics = run(model, tokenizer, held_out, config, functions, config.seed, processes, sample)

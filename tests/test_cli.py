@@ -21,6 +21,7 @@ from runs import (
     problems,
     quick,  # noqa: F401
     write_config,
+    write_rows,
 )
 
 import rlsd
@@ -429,6 +430,44 @@ def test_eval_of_run_and_checkpoint(finished, capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"{run}/checkpoint-2 on 2 held-out questions, [95 % interval]\n")
     assert shown(out).keys() == want.keys()
+
+
+def test_eval_of_a_plain_model_is_the_baseline_of_a_run(finished, tmp_path, capsys):
+    """Step 0 of the run, of the same held-out questions, from the data or from its config."""
+    run, records = finished
+    given = options(run.parent)
+    model, want = given["model_name_or_path"], {
+        k[5:]: round(v, 4) for k, v in records[0].items() if k.startswith("eval/")
+    }
+    assert len(want) > 5 and records[0]["step"] == 0
+    said = f"{model} on 4 held-out questions, [95 % interval]\n"
+    asked = ["--eval_size", "4", "--max_completion_length", "6", "--reward_funcs",
+             "runs.sum_reward", "--device", "cpu"]
+    for arguments in (
+        [model, "--config", run / "config.yaml"],
+        [f"{model}/", "--train_dataset", given["train_dataset"], *asked],
+    ):
+        assert main(["eval", *map(str, arguments)]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(said) and not err.strip()
+        assert shown(out) == pytest.approx(want, abs=1e-4)
+    # Without training rows all of eval_dataset is asked.
+    held_out = write_rows(tmp_path / "eval.jsonl", problems(3, seed=7))
+    assert main(["eval", model, "--eval_dataset", held_out, *asked]) == 0
+    assert " on 3 held-out questions" in capsys.readouterr().out
+
+
+def test_eval_of_what_is_neither_a_run_nor_a_model(tmp_path, capsys):
+    given = options(tmp_path)
+    model, data = given["model_name_or_path"], given["train_dataset"]
+    for arguments, words in (
+        ([model], f"{model} is a model, not a run, eval needs --train_dataset, --eval_dataset or"),
+        (["me/model"], "There is no run folder or checkpoint me/model, and if it is a model's hub"),
+        ([tmp_path, "--train_dataset", data], "holds no checkpoint of a run, and no model"),
+        (["me/model", "--train_dataset", data], "Cannot load the model 'me/model'"),
+        ([model, "--train_dataset", "nowhere.jsonl"], "Cannot read the dataset nowhere.jsonl"),
+    ):
+        assert words in fails(capsys, "eval", *arguments)
 
 
 def test_eval_with_several_samples_shows_pass_at_k(finished, capsys):

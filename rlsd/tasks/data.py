@@ -441,12 +441,17 @@ def split_rows(rows, config):
 
 
 def load_data(config, tokenizer, log=print, processor=None):
-    """(training rows, held-out rows), tokenised; no held-out question occurs in training."""
+    """(training rows, held-out rows), tokenised; no held-out question occurs in training.
+
+    An evaluation may name an eval_dataset alone; there are no training rows then.
+    """
     need_reference = config.method.supervised
     if need_reference and tokenizer.eos_token_id is None:
         raise UserError("The tokenizer names no EOS token, so no reference solution can end.")
     require_read(config.chat_template_kwargs, tokenizer, processor)
-    rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())
+    rows = []
+    if config.train_dataset:
+        rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())
     repeated = len(rows) - len({question(row) for row in rows})
     if config.eval_split_size is not None and repeated:
         log(
@@ -465,16 +470,17 @@ def load_data(config, tokenizer, log=print, processor=None):
         log(f"Left out {len(held_out) - len(fresh)} held-out questions that occur in training.")
     if held_out and not fresh:
         raise UserError("Every held-out question also occurs in training; name an eval_dataset.")
-    if config.shuffle_privileged_context:
-        rows = shuffle_hints(rows)
-    if config.answer_only_privileged_context:
-        rows = answers_as_hints(rows)
-    rows, note = tokenize_rows(
-        rows, tokenizer, config, need_hint=config.reads_hints(), need_reference=need_reference,
-        processor=processor,
-    )
-    if note:
-        log(note)
+    if rows:
+        if config.shuffle_privileged_context:
+            rows = shuffle_hints(rows)
+        if config.answer_only_privileged_context:
+            rows = answers_as_hints(rows)
+        rows, note = tokenize_rows(
+            rows, tokenizer, config, need_hint=config.reads_hints(), need_reference=need_reference,
+            processor=processor,
+        )
+        if note:
+            log(note)
     if fresh:
         fresh, note = tokenize_rows(
             fresh, tokenizer, config, need_hint=False, processor=processor
