@@ -9,13 +9,17 @@ says with what log-prob it drew every token, which the trainer compares with its
 import contextlib
 import dataclasses
 import logging
+import os
+import sys
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     MinPLogitsWarper,
+    StoppingCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -111,6 +115,38 @@ class DrawnLogProbs(LogitsProcessor):
             self.columns.append(drawn - scores.logsumexp(1))
 
 
+def progress_bar(total):
+    """A bar of so many completions on the line below the last step's, while one looks at it.
+
+    Elsewhere than on the main process's terminal it is None inside `with`.
+    """
+    main = os.environ.get("RANK", "0") == "0"
+    if not main or sys.stdout is None or not sys.stdout.isatty():
+        return contextlib.nullcontext()
+    return tqdm(
+        total=total, desc="sampling", unit=" completions", leave=False, position=1, delay=1,
+        miniters=0, dynamic_ncols=True, file=sys.stdout,
+    )
+
+
+class Watch(StoppingCriteria):
+    """Tells the bar how far a batch is, after every token; it stops nothing."""
+
+    def __init__(self, bar, ends, start, limit):
+        self.bar, self.ends, self.start, self.limit, self.done = bar, ends, start, limit, None
+
+    def __call__(self, input_ids, scores, **_):
+        ended = torch.isin(input_ids[:, -1], torch.tensor(self.ends, device=input_ids.device))
+        nothing = torch.zeros_like(ended)
+        before = nothing if self.done is None else self.done
+        self.done = before | ended
+        self.bar.set_postfix_str(
+            f"token {input_ids.shape[1] - self.start}/{self.limit}", refresh=False
+        )
+        self.bar.update((self.done.sum() - before.sum()).item())
+        return nothing
+
+
 def placeholders_of(model):
     """Ids that stand for images or videos: no pass over a completion with one could be made."""
     names = ("image_token_id", "video_token_id")
@@ -154,21 +190,26 @@ def generate(model, tokenizer, prompts, config, *, images=None, greedy=False):
     model.generation_config = type(own)()
     pieces, log_probs = [], []
     try:
-        with _sampling(model):
+        with _sampling(model), progress_bar(len(prompts)) as bar:
             for i in range(0, len(prompts), config.rollout_batch_size):
                 ids, mask = left_pad(prompts[i : i + config.rollout_batch_size], pad_id, device)
                 seen = (images or [None])[i : i + config.rollout_batch_size]
                 extra = {"suppress_tokens": placeholders} if placeholders else {}
                 if any(seen):
                     extra |= image_inputs(seen, ids, placeholders[0])
-                drawn = DrawnLogProbs()
+                drawn, watch = DrawnLogProbs(), []
+                if bar is not None:
+                    watch = [Watch(bar, ends, ids.shape[1], config.max_completion_length)]
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, **extra,
                     max_new_tokens=config.max_completion_length, pad_token_id=pad_id,
                     eos_token_id=ends, do_sample=not greedy, top_k=0,
                     repetition_penalty=config.repetition_penalty,
                     logits_processor=[] if greedy else [*filters(config), drawn],
+                    stopping_criteria=watch,
                 )
+                for one in watch:  # the rest met the limit
+                    bar.update(len(ids) - one.done.sum().item())
                 pieces.append(out[:, ids.shape[1] :])
                 if not greedy:
                     drawn.note(out)
@@ -237,12 +278,15 @@ def _results(manager, prompts, max_new_tokens):
         manager.warmup()
         names = manager.add_requests(prompts, max_new_tokens=max_new_tokens)
         manager.start()
-        while len(done) < len(names):
-            result = manager.get_result(timeout=1)
-            if result is not None and result.is_finished():
-                done[result.request_id] = result
-            elif result is None and not manager.is_running():
-                break
+        with progress_bar(len(names)) as bar:
+            while len(done) < len(names):
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    done[result.request_id] = result
+                    if bar is not None:
+                        bar.update()
+                elif result is None and not manager.is_running():
+                    break
         fatal = manager.background_thread_status.fatal_error
     finally:
         manager.stop(block=True, hard_stop=len(done) < len(names))

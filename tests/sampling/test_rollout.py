@@ -1,6 +1,8 @@
+import contextlib
 import copy
 import gc
 import math
+import sys
 import types
 
 import pytest
@@ -259,6 +261,59 @@ def test_greedy_ignores_the_models_own_generation_config():
 
 
 SAMPLERS = [generate, generate_batch]
+
+
+class Bar(contextlib.nullcontext):
+    """tqdm's surface, and what it was told."""
+
+    made = []
+
+    def __init__(self, total, **given):
+        super().__init__(self)
+        self.total, self.given, self.n, self.said = total, given, 0, []
+        Bar.made.append(self)
+
+    def update(self, n=1):
+        self.n += n
+        assert n >= 0 and self.n <= self.total
+
+    def set_postfix_str(self, text, refresh):
+        self.said.append((text, self.n))
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_a_bar_counts_completions_on_a_terminal_and_changes_nothing(
+    qwen, monkeypatch, sample, greedy
+):
+    model = copy.deepcopy(qwen)
+    model.generation_config.eos_token_id = [EOS, *range(30, 50)]
+    prompts, given = sequences([3, 9, 1, 6, 2]), batched(rollout_batch_size=2)
+
+    def draw():
+        torch.manual_seed(3)
+        return sample(model, TOKENIZER, prompts, given, greedy=greedy)
+
+    monkeypatch.setattr(rlsd.sampling.rollout, "tqdm", Bar)
+    monkeypatch.setattr(Bar, "made", [])
+    plain = draw()
+    assert Bar.made == []  # what pytest captures is no terminal
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = draw()
+    for a, b in zip(plain, shown, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    (bar,) = Bar.made
+    assert bar.n == bar.total == 5 and not bar.given["leave"]
+    if sample is generate:
+        lengths = plain.mask.sum(1).tolist()
+        batches = [lengths[i : i + 2] for i in (0, 2, 4)]
+        want = [f"token {t}/6" for batch in batches for t in range(1, max(batch) + 1)]
+        assert [text for text, _ in bar.said] == want
+        counts = [n for _, n in bar.said]
+        assert counts == sorted(counts) and plain.truncated.sum() < 5
+    monkeypatch.setenv("RANK", "1")
+    draw()
+    assert len(Bar.made) == 1  # other processes stay silent
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3-softcap", "granite", "mixtral"])
