@@ -19,7 +19,7 @@ import torch
 from rlsd_kernels import __version__, available_impls
 from rlsd_kernels.logprob import choose_impl
 
-from .config import TrainConfig, UserError, load_yaml, make_config, values_of
+from .config import KINDS, TrainConfig, UserError, load_yaml, make_config
 
 USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
 
@@ -37,8 +37,9 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
 """
 
 TESTED_HOSTS = {"trl": "1.16.", "ms-swift": "4.6.", "verl": "0.9."}
+HINTS = typing.get_type_hints(TrainConfig)
 TEXTS = {"config", "resume_from_checkpoint", "output", "device", "dtype", "arm"} | {
-    name for name, hint in typing.get_type_hints(TrainConfig).items() if hint is str
+    name for name, hint in HINTS.items() if hint is str
 }
 NAMING_NONE = {f.name for f in dataclasses.fields(TrainConfig) if "none" in f.metadata["choices"]}
 
@@ -71,6 +72,21 @@ def parse_options(arguments):
             options[key] = value
         i += 1
     return options
+
+
+def values_of(f):
+    """What an option (a dataclass field) takes where its default does not say it, else ""."""
+    hint, choices = HINTS[f.name], " | ".join(f.metadata["choices"])
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) is list:
+        return f"any of {choices}" if choices else ""
+    if not kinds:
+        return choices
+    (item,) = typing.get_args(kinds[0]) or kinds
+    words = choices or KINDS[item].replace(" or ", " | ")
+    if kinds[0] is not item:
+        words = f"each {words}"
+    return words if f.default is None else f"{words}, or none"
 
 
 def option_lines(width):

@@ -361,7 +361,6 @@ class TrainConfig:
         self._check_split_and_format()
         self._check_sampler()
         self._check_objective()
-        require_free_arguments(self.chat_template_kwargs)
         for part in ("{prompt}", "{privileged_context}"):
             if self.privileged_template.count(part) != 1:
                 raise UserError(f"privileged_template must contain {part} exactly once.")
@@ -504,15 +503,6 @@ class TrainConfig:
         return config if self.method.reweights else dataclasses.replace(config, rlsd_lambda=0.0)
 
 
-def require_free_arguments(options):
-    """UserError where options of a chat template set what this package sets."""
-    own = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message",
-           "return_dict", "return_tensors")
-    taken = [name for name in own if name in options]
-    if taken:
-        raise UserError(f"chat_template_kwargs must not set {taken[0]}, which is fixed.")
-
-
 _HINTS = typing.get_type_hints(TrainConfig)
 _CHOICES = {
     f.name: f.metadata["choices"]
@@ -554,28 +544,13 @@ def _coerce(name, value, hint):
     nan = isinstance(value, float) and math.isnan(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not nan:
         return value
-    raise UserError(f"{name} must be {_NAMES.get(hint, hint)}, but got {value!r}.")
+    raise UserError(f"{name} must be {KINDS.get(hint, hint)}, but got {value!r}.")
 
 
-_NAMES = {
+KINDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "a text",
     dict: "a mapping of options",
 }
-
-
-def values_of(f):
-    """What an option (a dataclass field) takes where its default does not say it, else ""."""
-    hint, choices = _HINTS[f.name], " | ".join(f.metadata["choices"])
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-    if typing.get_origin(hint) is list:
-        return f"any of {choices}" if choices else ""
-    if not kinds:
-        return choices
-    (item,) = typing.get_args(kinds[0]) or kinds
-    words = choices or _NAMES[item].replace(" or ", " | ")
-    if kinds[0] is not item:
-        words = f"each {words}"
-    return words if f.default is None else f"{words}, or none"
 
 
 def make_config(options):

@@ -85,7 +85,7 @@ BAD = {
     "vllm_importance_sampling_clip_max": [0.9, None, math.nan],
     "use_transformers_continuous_batching": ["maybe"],
     "transformers_continuous_batching_config": [["num_blocks"], None],
-    "chat_template_kwargs": [["enable_thinking"], {"add_generation_prompt": False}],
+    "chat_template_kwargs": [["enable_thinking"], None],
     "privileged_template": ["{prompt}", "{privileged_context}", "{prompt} {prompt} "
                             "{privileged_context}", ""],
 }

@@ -15,7 +15,7 @@ import torch
 
 from ..config import UserError
 from .images import PromptImages
-from .prompts import encode_pair, is_chat, require_read, template_options
+from .prompts import encode_pair, is_chat, require_template_options, template_options
 
 SOURCE = "_source"
 # Tasks of reasoning-gym 0.1.25 whose scorers do not give their own stored answers full marks.
@@ -448,7 +448,7 @@ def load_data(config, tokenizer, log=print, processor=None):
     need_reference = config.method.supervised
     if need_reference and tokenizer.eos_token_id is None:
         raise UserError("The tokenizer names no EOS token, so no reference solution can end.")
-    require_read(config.chat_template_kwargs, tokenizer, processor)
+    require_template_options(config.chat_template_kwargs, tokenizer, processor)
     rows = []
     if config.train_dataset:
         rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())

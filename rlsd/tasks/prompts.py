@@ -7,7 +7,7 @@ boundary. With an empty hint both are identical, and delta is 0 under equal weig
 
 import re
 
-from ..config import UserError, require_free_arguments
+from ..config import UserError
 from .images import apply_template
 
 
@@ -50,6 +50,10 @@ def render(prompt, tokenizer, template_options=None):
     return full, full[len(without) :] if full.startswith(without) else ""
 
 
+OURS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message",
+        "return_dict", "return_tensors")  # arguments of apply_chat_template
+
+
 def template_options(row, config):
     """Arguments of the chat template for a row: the config's, then those of its own column.
 
@@ -58,16 +62,17 @@ def template_options(row, config):
     own = row.get("chat_template_kwargs") or {}
     if not isinstance(own, dict):
         raise UserError(f"its chat_template_kwargs must be a mapping, but is {own!r:.80}")
-    try:
-        require_free_arguments(own)
-    except UserError as error:
-        raise UserError(f"its {str(error).rstrip('.')}") from None
+    for name in own.keys() & OURS:
+        raise UserError(f"its chat_template_kwargs must not set {name}, which is fixed")
     # Parquet fills in what other rows have.
     return config.chat_template_kwargs | {k: v for k, v in own.items() if v is not None}
 
 
-def require_read(options, *owners):
-    """An option that no chat template mentions would do nothing, as one that is spelt wrong."""
+def require_template_options(options, *owners):
+    """UserError for an option that is not free, or that no chat template mentions: it would do
+    nothing, as one that is spelt wrong. owners: tokenizer and processor, or None."""
+    for name in options.keys() & OURS:
+        raise UserError(f"chat_template_kwargs must not set {name}, which is fixed.")
     texts = " ".join(str(owner.chat_template) for owner in owners if owner is not None)
     known = ("chat_template", "documents", "sanitize_control_tokens", "tools")  # not the template's
     for name in options:

@@ -652,6 +652,10 @@ def test_an_option_that_the_template_does_not_read_is_refused(tmp_path):
         with pytest.raises(UserError) as error:
             load_data(config, tokenizer(template), log=pytest.fail)
         sentence(error, "sets enable_thinkng, which the model's chat template does not read")
+    fixed = options(path, chat_template_kwargs={"add_generation_prompt": False})
+    with pytest.raises(UserError) as error:
+        load_data(fixed, tokenizer(SWITCHED), log=pytest.fail)
+    sentence(error, "chat_template_kwargs must not set add_generation_prompt, which is fixed")
     other = options(path, chat_template_kwargs={"chat_template": "<{{ messages[0].content }}>"})
     (row,), _ = load_data(other, tokenizer(SWITCHED), log=pytest.fail)
     assert tokenizer().decode(row["prompt_ids"]) == "<2+2?>"
