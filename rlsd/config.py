@@ -443,6 +443,10 @@ class TrainConfig:
         """Whether tokens are drawn from another distribution than the softmax that is trained."""
         return self.top_p < 1 or bool(self.top_k or self.min_p) or self.repetition_penalty != 1
 
+    def unfiltered(self):
+        """The same, drawing from that softmax."""
+        return dataclasses.replace(self, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
+
     def sampling_clip_max(self):
         """Upper bound of pi_train / pi_sampler in the loss, or None where it is not corrected."""
         wanted = self.vllm_importance_sampling_correction

@@ -330,7 +330,7 @@ def continuous_batching_refusal(model, tokenizer, config):
         return "it has no repetition_penalty"
     # What the filters keep hangs on rounding where probabilities are close; the passes must agree.
     trial = dataclasses.replace(
-        config, max_completion_length=3, rollout_batch_size=2, top_p=1.0, top_k=0, min_p=None,
+        config.unfiltered(), max_completion_length=3, rollout_batch_size=2,
         transformers_continuous_batching_config={
             **config.transformers_continuous_batching_config, "num_blocks": 8,
             "max_batch_tokens": 64,
@@ -375,7 +375,7 @@ def choose_sampler(model, tokenizer, config, processes, log=print):
 
         def by_vllm(model, tokenizer, prompts, config, *, images=None, greedy=False):
             return samples_of_lists(
-                *engine.sample(prompts, greedy), ends, tokenizer.pad_token_id,
+                *engine.sample(prompts, config, greedy), ends, tokenizer.pad_token_id,
                 model.get_input_embeddings().weight.device,
             )
 

@@ -58,7 +58,6 @@ class VLLMSampler:
                 "use_vllm samples for one training process; start training without a launcher, or "
                 "set use_vllm to false."
             )
-        self.temperature = config.temperature
         try:
             self.engine = Generation(
                 model, accelerator, tokenizer, mode=config.vllm_mode,
@@ -69,18 +68,20 @@ class VLLMSampler:
                 max_model_length=config.vllm_max_model_length,
                 max_num_seqs=config.rollout_batch_size,
                 enable_sleep_mode=config.vllm_enable_sleep_mode,
-                max_completion_length=config.max_completion_length, top_p=config.top_p,
-                top_k=config.top_k, min_p=config.min_p or 0.0,
-                repetition_penalty=config.repetition_penalty,
+                max_completion_length=config.max_completion_length,
                 generation_kwargs={"stop_token_ids": ends},
             )
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"vLLM cannot be used: {reason}.") from error
 
-    def sample(self, prompts, greedy):
+    def sample(self, prompts, config, greedy):
         """(token lists, lists of their log-probs or None) of one completion per prompt."""
         self.engine.sync_weights()
-        self.engine.temperature = 0.0 if greedy else self.temperature
+        for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+            setattr(self.engine, name, getattr(config, name))
+        self.engine.min_p = config.min_p or 0.0
+        if greedy:
+            self.engine.temperature = 0.0
         _, completions, log_probs, _ = self.engine.generate(prompts, None, num_generations=1)
         return completions, None if greedy else [[step[0] for step in line] for line in log_probs]
