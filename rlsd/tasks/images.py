@@ -13,8 +13,10 @@ from ..config import UserError
 
 
 def apply_template(owner, messages, options=None, *, add_generation_prompt=True):
-    """The text of a chat by the template of its owner, a tokenizer or processor, as a UserError's
-    clause where that fails. options: further arguments of the template."""
+    """The text of a chat by the template of its owner, a tokenizer or processor.
+
+    options: further arguments of the template. Raises UserError, a clause for the row's name.
+    """
     try:
         return owner.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options or {}
