@@ -7,6 +7,7 @@ gradients in the forward pass, so backward is one scaling. `rlsd_loss` takes log
 """
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -483,6 +484,24 @@ def rlsd_advantages(
     ).reshape(shape)
 
 
+def _positive(name, value):
+    """A number, or a tensor of one element as 0-dim; any other shape would broadcast."""
+    if not isinstance(value, Real | Tensor):
+        raise TypeError(
+            f"{name} must be a number or a tensor of one element, but got {type(value).__name__}."
+        )
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} must be a number or a tensor of one element, but got shape "
+                f"{tuple(value.shape)}."
+            )
+        value = value.reshape(())
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, but got {value}.")
+    return value
+
+
 def aggregation_weights(
     mask, loss_type="dapo", *, num_items_in_batch=None, max_completion_length=None
 ):
@@ -508,16 +527,12 @@ def aggregation_weights(
     if loss_type == "dapo":
         if num_items_in_batch is None:
             return ones / ones.sum().clamp(min=1)
-        if not num_items_in_batch > 0:
-            raise ValueError(f"num_items_in_batch must be positive, but got {num_items_in_batch}.")
-        return ones / num_items_in_batch
+        return ones / _positive("num_items_in_batch", num_items_in_batch)
     if loss_type == "dr_grpo":
-        if max_completion_length is None or not max_completion_length > 0:
-            raise ValueError(
-                "loss_type='dr_grpo' needs max_completion_length > 0, but got "
-                f"{max_completion_length}."
-            )
-        return ones / (max(1, mask.shape[0]) * max_completion_length)
+        if max_completion_length is None:
+            raise ValueError("loss_type='dr_grpo' needs max_completion_length > 0, but got None.")
+        length = _positive("max_completion_length", max_completion_length)
+        return ones / (max(1, mask.shape[0]) * length)
     raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, but got {loss_type!r}.")
 
 

@@ -48,12 +48,18 @@ def token_weights(advantages, delta, *, rlsd_reweight_clip_range=0.2):
     return torch.exp((torch.sign(advantages) * delta).clamp(low, math.log1p(eps_w)))
 
 
+def evidence(teacher_log_probs, student_log_probs):
+    """delta_t; 0 where the two are equal, also at -inf, where their difference would be NaN."""
+    delta = (teacher_log_probs - student_log_probs).detach()
+    return torch.where(teacher_log_probs == student_log_probs, 0, delta)
+
+
 def rlsd_advantages(
     advantages, log_probs, teacher_log_probs, *, rlsd_lambda=0.5, rlsd_reweight_clip_range=0.2,
     rlsd_negative_only=False, reweight_mask=None,
 ):
     """A_hat_t, detached; `where` selects, so an infinite delta cannot leak into A = 0 tokens."""
-    delta = (teacher_log_probs - log_probs).detach()
+    delta = evidence(teacher_log_probs, log_probs)
     w = token_weights(advantages, delta, rlsd_reweight_clip_range=rlsd_reweight_clip_range)
     chosen = reweighted_tokens(
         advantages, rlsd_negative_only=rlsd_negative_only, reweight_mask=reweight_mask
@@ -100,7 +106,7 @@ def token_sums(
             advantages, rlsd_negative_only=config.rlsd_negative_only, reweight_mask=reweight_mask
         )
         student = old if config.rlsd_delta_source == "old_log_probs" else log_probs
-        delta = teacher_log_probs - student
+        delta = evidence(teacher_log_probs, student)
         a_hat = rlsd_advantages(
             advantages, student, teacher_log_probs, rlsd_lambda=rlsd_lambda,
             rlsd_reweight_clip_range=config.rlsd_reweight_clip_range,

@@ -195,7 +195,8 @@ def token_rows(
         if reweight_mask is not None:
             chosen = chosen & reweight_mask
         student = old if config.rlsd_delta_source == "old_log_probs" else log_probs
-        delta = teacher_log_probs - student
+        # Equal contexts have weight 1, also where both log-probs are -inf.
+        delta = torch.where(teacher_log_probs == student, 0, teacher_log_probs - student)
         signed = torch.sign(advantages) * delta
         weight = signed.clamp(low_w, high_w).exp()
         mixed = advantages * ((1 - rlsd_lambda) + rlsd_lambda * weight)

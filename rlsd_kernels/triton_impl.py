@@ -273,8 +273,9 @@ def _token_kernel(
             chosen = neg if NEGATIVE_ONLY else a != 0.0
             if HAS_MASK:
                 chosen = chosen & (tl.load(mask + offs, mask=inside, other=0) != 0)
-            delta = tl.load(teacher + offs, mask=inside, other=0.0)
-            delta = delta - before if DELTA_FROM_OLD else delta - lp
+            scored = tl.load(teacher + offs, mask=inside, other=0.0)
+            student = before if DELTA_FROM_OLD else lp
+            delta = tl.where(scored == student, 0.0, scored - student)  # both may be -inf
             signed = tl.where(neg, -delta, delta)
             factor = (1.0 - lam) + lam * tl.exp(_clamp(signed, weight_low, weight_high))
             a_hat = tl.where(chosen, a * factor, a)

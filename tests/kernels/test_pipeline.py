@@ -258,6 +258,24 @@ def test_a_live_nan_is_in_loss_and_gradient(impl):
     assert got["d_hidden"][1].isnan().all() and not got["d_hidden"][0].isnan().any()
 
 
+@pytest.mark.parametrize("source", ["current", "old_log_probs"])
+@pytest.mark.parametrize("impl", [*KERNELS, "cuda", "ref"])
+def test_equal_infinite_log_probs_have_weight_one(impl, source):
+    """Where both contexts give -inf, in every implementation's token stage and its metrics."""
+    lp, old = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.0, -math.inf])
+    teacher = torch.tensor([-1.0, -1.5, -math.inf])
+    if source == "current":
+        lp, old = old, lp
+    out = rlsd_loss(
+        lp, torch.tensor([1.0, -1.0, 2.0]), teacher_log_probs=teacher, old_log_probs=old,
+        impl=impl, config=RLSDLossConfig(1.0, 0.2, source),
+    )
+    torch.testing.assert_close(out.stats["rlsd/weight_mean_pos"], torch.tensor(1.0))
+    torch.testing.assert_close(out.stats["rlsd/delta_mean_pos"], torch.tensor(0.0))
+    torch.testing.assert_close(out.stats["rlsd/weight_mean_neg"], torch.tensor(0.8))
+    assert out.loss.isfinite()
+
+
 @pytest.mark.parametrize("impl", [*KERNELS, "ref"])
 def test_a_masked_bad_id_stays_in_its_row(impl, monkeypatch):
     """Ids are not checked on a GPU, and -100 is everybody's padding."""
