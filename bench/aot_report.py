@@ -37,11 +37,11 @@ POINTERS = {
     name: "*fp32" for name in (
         "x", "bias", "c", "s", "t", "total", "z", "lse", "g", "g_entropy", "entropy", "log_probs",
         "advantages", "loss_weights", "teacher", "old", "ref", "rlsd_lambda", "loss", "values",
-        "partial",
+        "partial", "factor",
     )
 } | {"ids": "*i64", "mask": "*i1", "sums": "*fp64"}
 INTEGERS = {"V", "H", "M", "stride_x", "stride_out", "stride_z", "stride_h", "stride_w", "stride_e"}
-ODD = {"V", "stride_out", "stride_e"}  # no multiples of 16 at an odd vocabulary
+ODD = {"V"}  # no multiple of 16 at an odd vocabulary; rows are padded
 
 
 @dataclass
@@ -64,14 +64,14 @@ def builds(arch):
     """name -> (kernel, pointer types, flags and tiles, odd sizes) of all shipped builds."""
     def exp(store=0, out="*fp32", odd=False, **flags):
         flags = {"HAS_BIAS": False, "HAS_CAP": False, "WANT_ENTROPY": False, "STORE": store,
-                 "ONLY_FLAGGED": False} | flags | tuning.exp_tiles(VOCAB, store=store > 0)
+                 "ONLY_FLAGGED": False} | flags | tuning.exp_tiles(VOCAB)
         return triton_impl._exp_kernel, {"out": out}, flags, odd
 
     def row_max(**flags):
         return triton_impl._row_max_kernel, {}, flags | tuning.exp_tiles(VOCAB), False
 
     def gradient(out, **flags):
-        flags |= tuning.exp_tiles(VOCAB, store=True)
+        flags |= tuning.exp_tiles(VOCAB)
         return triton_impl._logit_gradient_kernel, {"out": out}, flags, False
 
     def target(dtype):
@@ -93,6 +93,9 @@ def builds(arch):
         flags |= tuning.gemm_tiles(arch, 2, flags["HAS_CAP"])
         return (triton_impl._gemm_exp_kernel, {"h": dtype, "weight": dtype, "out": "*bf16"},
                 flags, False)
+
+    def scale(dtype):
+        return triton_impl._scale_kernel, {"x": dtype}, {"BLOCK": 4096, "num_warps": 8}, False
 
     both = {"HAS_BIAS": True, "HAS_CAP": True}
     return {
@@ -118,6 +121,8 @@ def builds(arch):
         "target-logits-fp16": target("*fp16"),
         "fix-targets-bf16": fix("*bf16"),
         "fix-targets-fp32": fix("*fp32"),
+        "scale-bf16": scale("*bf16"),
+        "scale-fp32": scale("*fp32"),
         "token-grpo": token(False),
         "token-all": token(True),
         "token-old-negative-only": token(True, DELTA_FROM_OLD=True, NEGATIVE_ONLY=True),

@@ -36,6 +36,12 @@ def compute_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def stored_dtype(dtype):
+    """Dtype of gradients formed before the upstream gradient is known: fp16 would flush those that
+    a loss scale is about to lift."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def capturing(x):
     """Whether a CUDA graph is being captured, when no number may come back to the host."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

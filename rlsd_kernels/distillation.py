@@ -12,12 +12,13 @@ several N x V tensors for backward, and masked rows never reach a GEMM.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import gemm, ref
-from .config import LOG_FLOOR, MAX_LOG_RATIO, check_number, compute_dtype
+from .config import LOG_FLOOR, MAX_LOG_RATIO, check_number, compute_dtype, stored_dtype
 from .logprob import (
     autocast_head,
     check_finite,
@@ -26,11 +27,11 @@ from .logprob import (
     check_weight,
     check_workspace,
     choose_impl,
-    empty_gradients,
     needs_grad,
     register_gradients,
 )
-from .pipeline import stored_dtype
+from .ops import Need, custom_op, empty_gradients, flatten
+from .pipeline import Head
 from .tuning import rows_per_chunk
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -98,19 +99,22 @@ def row_divergence(log_p, log_q, divergence, alpha, need_dz):
 
 
 def distill(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, loss_weights, *,
-    divergence, alpha, temperature, logit_scale, softcap, need_dx, need_dw, need_db,
-    max_workspace_bytes,
+    hidden,  # (N, H)
+    head,
+    teacher_hidden,  # (N, H_t)
+    teacher_head,
+    loss_weights,  # (N,)
+    *, divergence, alpha, need, max_workspace_bytes,
 ):
     """loss (), dh, dW, db in stored_dtype, of upstream gradient 1; empty where not needed."""
+    weight, bias, *scalars = head
+    teacher_weight, teacher_bias, *_ = teacher_head
     dtype, t_dtype = compute_dtype(hidden.dtype), compute_dtype(teacher_weight.dtype)
     (n, width), vocab = hidden.shape, weight.shape[0]
-    dx = hidden.new_zeros((n, width) if need_dx else 0, dtype=stored_dtype(hidden.dtype))
-    dw = weight.new_zeros((vocab, width) if need_dw else 0, dtype=dtype)
-    db = weight.new_zeros(vocab if need_db else 0, dtype=dtype)
+    dx = hidden.new_zeros((n, width) if need.dx else 0, dtype=stored_dtype(hidden.dtype))
+    dw = weight.new_zeros((vocab, width) if need.dw else 0, dtype=dtype)
+    db = weight.new_zeros(vocab if need.db else 0, dtype=dtype)
     values = []
-    head = (temperature, logit_scale, softcap)
-    need_dz = need_dx or need_dw or need_db
 
     live = loss_weights.nonzero().squeeze(-1)
     if len(live):
@@ -135,22 +139,22 @@ def distill(
                 teacher[: len(rows)],
             )
             for z, t, some in zip(zs.split(group), zt.split(group), rows.split(group), strict=True):
-                finish_logits(z, bias, *head)
-                log_q = finish_logits(t, teacher_bias, *head).log_softmax(-1).to(dtype)
-                value, dz = row_divergence(z.log_softmax(-1), log_q, divergence, alpha, need_dz)
+                finish_logits(z, bias, *scalars)
+                log_q = finish_logits(t, teacher_bias, *scalars).log_softmax(-1).to(dtype)
+                value, dz = row_divergence(z.log_softmax(-1), log_q, divergence, alpha, any(need))
                 values.append(loss_weights[some] * value)
-                if need_dz:
-                    through_logits(dz, z, bias, *head)
+                if any(need):
+                    through_logits(dz, z, bias, *scalars)
                     torch.mul(dz, share[some].unsqueeze(-1), out=z)
-            if not need_dz:
+            if not any(need):
                 continue
-            if need_db:
+            if need.db:
                 db += zs.sum(0)
             # The teacher's logits are spent: their memory takes the 16-bit operand of a GPU GEMM.
             e = zs if operand == dtype else zt.view(operand)[:, :vocab].copy_(zs)
-            if need_dx:
+            if need.dx:
                 dx[rows] = (gemm.dx(e, weight) * rest).to(dx.dtype)
-            if need_dw:
+            if need.dw:
                 gemm.add_dw(dw, e, h)
         dw, db = dw.mul_(rest), db.mul_(rest)
     loss = torch.cat(values).sum() if values else hidden.new_zeros((), dtype=dtype)
@@ -158,36 +162,46 @@ def distill(
     return loss, dx, dw.to(stored_dtype(weight.dtype)), db.to(stored_dtype(db_dtype))
 
 
-@torch.library.custom_op("rlsd::linear_distillation_loss", mutates_args=())
-def _distillation_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
-    teacher_weight: Tensor | None, teacher_bias: Tensor | None, loss_weights: Tensor,
-    alpha: Tensor, divergence: str, temperature: float, logit_scale: float,
-    softcap: float | None, need_dx: bool, need_dw: bool, need_db: bool, max_workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    own = teacher_weight is None
-    with torch.autocast(hidden.device.type, enabled=False):  # it would make 16-bit GEMMs
-        return distill(
-            hidden, weight, bias, teacher_hidden, weight if own else teacher_weight,
-            bias if own else teacher_bias, loss_weights, divergence=divergence,
-            alpha=alpha.item(), temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-            need_dx=need_dx, need_dw=need_dw, need_db=need_db,
-            max_workspace_bytes=max_workspace_bytes,
-        )
+class DistillationInputs(NamedTuple):
+    """Of the op below; hidden, weight and bias come first and get gradients."""
+
+    hidden: Tensor  # (N, H)
+    head: Head
+    teacher_hidden: Tensor  # (N, H_t)
+    teacher_weight: Tensor | None  # (V, H_t)
+    teacher_bias: Tensor | None  # (V,)
+    loss_weights: Tensor  # (N,)
+    alpha: Tensor  # ()
+    divergence: str
+    need: Need
+    private: bool  # the caller lets go of the gradients among the outputs
+    impl: str
+    max_workspace_bytes: int
 
 
-@_distillation_op.register_fake
-def _(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, loss_weights, alpha,
-    divergence, temperature, logit_scale, softcap, need_dx, need_dw, need_db, workspace,
-):
+def _distillation_fake(x):
     return (
-        hidden.new_empty((), dtype=compute_dtype(hidden.dtype)),
-        *empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db, stored=True),
+        x.hidden.new_empty((), dtype=compute_dtype(x.hidden.dtype)),
+        *empty_gradients(x.hidden, x.head, x.need, stored=True),
     )
 
 
-register_gradients(_distillation_op, slice(1, 4))
+@custom_op(
+    "rlsd::linear_distillation_loss", DistillationInputs, outputs=4, fake=_distillation_fake
+)
+def _distillation_op(x):
+    teacher = x.head if x.teacher_weight is None else x.head._replace(
+        weight=x.teacher_weight, bias=x.teacher_bias
+    )
+    with gemm.full_precision(x.hidden.device):
+        return distill(
+            x.hidden, x.head, x.teacher_hidden, teacher, x.loss_weights,
+            divergence=x.divergence, alpha=x.alpha.item(), need=x.need,
+            max_workspace_bytes=x.max_workspace_bytes,
+        )
+
+
+register_gradients(_distillation_op, DistillationInputs, slice(1, 4))
 
 
 def _choose(impl, tensor):
@@ -330,12 +344,12 @@ def linear_distillation_loss(
             divergence=divergence, alpha=alpha, temperature=temperature, logit_scale=logit_scale,
             final_logit_softcapping=final_logit_softcapping,
         )
-    need = [needs_grad(x) for x in (rows, weight, bias)]
+    need = Need(*(needs_grad(x) for x in (rows, weight, bias)))
+    head = Head(weight, bias, float(temperature), float(logit_scale), final_logit_softcapping)
     # alpha as a tensor: torch.compile would specialise on each value of a float in a schedule.
     # A product, not torch.full, which it specialises on as well.
     alpha = torch.ones((), dtype=torch.float64, device="cpu") * alpha
-    loss, *_ = _distillation_op(
-        rows, weight, bias, t_rows, t_weight, t_bias, a_t, alpha, divergence, float(temperature),
-        float(logit_scale), final_logit_softcapping, *need, workspace,
-    )
+    loss, *_ = _distillation_op(*flatten(DistillationInputs(
+        rows, head, t_rows, t_weight, t_bias, a_t, alpha, divergence, need, True, impl, workspace
+    )))
     return loss

@@ -14,7 +14,7 @@ IMPLS = {"ref", "torch_impl", "triton_impl", "cuda_impl"}
 # A file imports only files of a later row.
 KERNEL_ORDER = [
     ["distillation", "loss"], ["logprob"], ["metrics"], ["pipeline"], sorted(IMPLS), ["streaming"],
-    ["gemm"], ["config"], ["tuning"], ["extension"],
+    ["gemm"], ["ops", "shards"], ["config"], ["tuning"], ["extension"],
 ]
 # Folders, and files beside them, import only what stands in a later row; folders of one row know
 # nothing of each other. So do the files inside a folder.

@@ -549,3 +549,35 @@ def test_equal_infinite_log_probs_are_no_evidence():
         up, down = (1.1, 0.9) if sign > 0 else (0.9, 1.1)
         torch.testing.assert_close(got[:4], sign * torch.tensor([1, up, down, 1]))
         assert got[4].isnan()  # not an answer where there is none
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_handed_over_without_a_copy(dtype, monkeypatch):
+    """The gradients formed in forward become .grad, unless the graph is kept for another pass."""
+    formed, real = [], loss_module.pipeline.linear_rlsd_loss
+    monkeypatch.setattr(
+        loss_module.pipeline, "linear_rlsd_loss",
+        lambda *a, **k: formed.append(real(*a, **k)) or formed[-1],
+    )
+    grads = {}
+    for upstream, retain in ((1.0, False), (3.0, False), (1.0, True), (3.0, True)):
+        p = make_problem(N, V, H, dtype)
+        hidden, weight = p["hidden"].requires_grad_(), p["weight"].requires_grad_()
+        out = fused_linear_rlsd_loss(
+            hidden, weight, p["completion_ids"], p["advantages"], teacher_hidden=hidden,
+            impl="torch",
+        )
+        (out.loss * upstream).backward(retain_graph=retain)
+        own = [x.data_ptr() for x in formed.pop()[4:6]]
+        shared = [x.grad.data_ptr() == y for x, y in zip((hidden, weight), own, strict=True)]
+        assert shared == [not retain and dtype != torch.float16] * 2
+        grads[upstream, retain] = [hidden.grad.clone(), weight.grad.clone()]
+        if retain:
+            (out.loss * upstream).backward()
+            for x, once in zip((hidden, weight), grads[upstream, retain], strict=True):
+                torch.testing.assert_close(x.grad, 2 * once)
+    for upstream in (1.0, 3.0):
+        for x, y in zip(grads[upstream, False], grads[upstream, True], strict=True):
+            assert torch.equal(x, y)
+        for x, one in zip(grads[upstream, False], grads[1.0, False], strict=True):
+            torch.testing.assert_close(x, upstream * one)
