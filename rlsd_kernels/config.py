@@ -29,6 +29,8 @@ TOKEN_SUMS = (
 )
 # Stands for log 0 where p = 0 multiplies it (a token that a bias of -inf forbids).
 LOG_FLOOR = -1e30
+# The least mass of the tail beside the top-k tokens of a distillation, TRL's.
+TAIL_FLOOR = 1e-7
 
 
 def compute_dtype(dtype):

@@ -79,10 +79,16 @@ def available_impls(tensor=None):
     return status
 
 
-def choose_impl(impl, tensor):
+# Triton before CUDA, which does the same passes, until a measurement says otherwise: it needs no
+# compiler on the machine.
+ON_GPU = ("triton", "cuda", "torch")
+
+
+def choose_impl(impl, tensor, on_gpu=ON_GPU):
     """The name of the implementation that runs on tensor's device and dtype.
 
-    `auto` takes the fastest that can, says once which and why, and never a slower one in silence.
+    on_gpu: those that the op has there, the fastest first. `auto` takes the fastest that can, says
+    once which and why, and never a slower one in silence.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, but got {impl!r}.")
@@ -91,9 +97,8 @@ def choose_impl(impl, tensor):
         if status[impl] != "ok":
             raise ValueError(f"impl={impl!r} cannot run: {status[impl]}")
         return impl
-    # Triton's interpreter is a debugger, never the fastest. Triton before CUDA, which does the same
-    # passes, until a measurement says otherwise: it needs no compiler on the machine.
-    ranked = ("triton", "cuda", "torch") if tensor.is_cuda else ("torch",)
+    # Triton's interpreter is a debugger, never the fastest.
+    ranked = on_gpu if tensor.is_cuda else ("torch",)
     chosen = next(name for name in ranked if status[name] == "ok")
     if (chosen, tensor.is_cuda) not in _announced and not torch.compiler.is_compiling():
         _announced.add((chosen, tensor.is_cuda))
@@ -169,12 +174,16 @@ def check_head(
             "bias", bias, shape=weight.shape[:1], like=("hidden", hidden), why=" (V,)"
         )
     check_logit_scalars(temperature, logit_scale, final_logit_softcapping)
+    check_group(tp_group)
+    return check_workspace(max_workspace_bytes, hidden)
+
+
+def check_group(tp_group):
     if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
         raise TypeError(
             "tp_group must be a torch.distributed.ProcessGroup whose ranks hold the head's rows "
             f"in order, or None, but got {type(tp_group).__name__}."
         )
-    return check_workspace(max_workspace_bytes, hidden)
 
 
 def check_logit_scalars(temperature, logit_scale, final_logit_softcapping):
