@@ -14,10 +14,16 @@ import re
 import torch
 
 from ..config import UserError
+from .answers import last_boxed
 from .images import PromptImages
 from .prompts import encode_pair, is_chat, require_template_options, template_options
 
 SOURCE = "_source"
+# What the trainer keeps in a row, and reward functions never see.
+INTERNAL = {SOURCE, "_as_chat", "_images", "_reference_ids", "_opening", "prompt_ids",
+            "teacher_prompt_ids"}
+# A column of such a name would take the place of what reward functions are given.
+RESERVED = {"prompts", "completions", "completion_ids"} | INTERNAL
 # Tasks of reasoning-gym 0.1.25 whose scorers do not give their own stored answers full marks.
 UNUSABLE_TASKS = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
 
@@ -52,6 +58,11 @@ def _read_jsonl(path):
                 except json.JSONDecodeError as error:
                     raise UserError(
                         f"Row {source} is not valid JSON: {error.msg} at column {error.colno}."
+                    ) from None
+                except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
+                    raise UserError(
+                        f"Row {source} cannot be read: {str(error).partition(';')[0]}; write such "
+                        "a value as a text."
                     ) from None
                 if not isinstance(row, dict):
                     raise UserError(f"Row {source} must be a JSON object with named columns.")
@@ -98,9 +109,29 @@ def _read_hub(spec):
     return [(f"{i} of {spec}", row) for i, row in enumerate(table)]
 
 
+def _require_clean(row, source):
+    """UserError for a column that would hide another value, or a text that is no Unicode."""
+    taken = sorted(RESERVED & row.keys())
+    if taken:
+        raise UserError(
+            f"Row {source} has a column {taken[0]}, a name that the trainer needs for what it "
+            "gives to reward functions; rename the column."
+        )
+    try:
+        json.dumps(row, ensure_ascii=False, default=lambda value: None).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"Row {source} has a text with half of a surrogate pair "
+            f"({ascii(error.object[error.start])}), which no tokenizer reads; repair or drop it."
+        ) from None
+    except (TypeError, ValueError, RecursionError):
+        pass  # a key or value that is no JSON comes from Arrow, whose texts are Unicode
+
+
 def _uniform(row, source):
     """Rename the columns of known datasets; a missing prompt or solution names the row."""
     row = dict(row)
+    _require_clean(row, source)
     try:
         _rename_code(row)
         if row.get("tests") is not None:
@@ -150,18 +181,6 @@ def _rename_math(row):
     row["solution"] = answer
     if worked:
         row.setdefault("privileged_context", worked)
-
-
-def last_boxed(text):
-    """What the last \\boxed{...} or \\fbox{...} of a text holds, its braces balanced; or None."""
-    starts = [m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]
-    for start in reversed(starts):
-        depth = 1
-        for i in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start:i].strip()
-    return None
 
 
 def _one_answer(answer, source):

@@ -2,11 +2,14 @@
 
 Built in: exact_match, reasoning_gym (the task's own scorer), math_verify (symbolic equality),
 format_reward, soft_overlong_punishment (DAPO), code_tests (programs against tests, sandboxed).
-Anything else is a dotted path such as my_package.rewards.my_reward, `async def` or not.
+Anything else is a dotted path such as my_package.rewards.my_reward, `async def` or not. A built-in
+scores a completion 0 that is wrong in any way; what is wrong with a row is an error that names it.
 """
 
 import asyncio
 import concurrent.futures
+import contextlib
+import copy
 import functools
 import importlib
 import importlib.util
@@ -16,58 +19,70 @@ import math
 import numbers
 import os
 import re
-import signal
+import sys
 import threading
 
 import torch
 
 from ..config import UserError
-from .data import read_tests
-
-# With braces up to two deep inside, as in \boxed{\frac{\sqrt{3}}{2}}.
-BOXED = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+from . import judges
+from .answers import (
+    is_wording,
+    last_boxed,
+    quantity,
+    readings,
+    stated,
+    states,
+    tagged,
+    wording,
+)
+from .data import INTERNAL, SOURCE, read_tests
+from .deadline import Late, Watched, limited
 
 
 def text_of(completion):
     """A completion's text: TRL passes chats as [{"role": "assistant", "content": ...}]."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def final_answer(text):
-    """The last <answer>...</answer>, else after the last ####, else the last boxed, else all."""
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    if tagged:
-        return tagged[-1].strip()
-    if "####" in text:
-        return text.rpartition("####")[2].strip()
-    boxed = re.findall(BOXED, text)
-    return boxed[-1].strip() if boxed else text.strip()
+    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    if isinstance(text, list):
+        text = "".join(part.get("text") or "" for part in text)
+    return text or ""
 
 
 def exact_match(prompts, completions, solution, **columns):
-    """1.0 where the final answer equals the solution, character for character."""
+    """1.0 where the answer is the solution or what that ends with, character for character.
+
+    None for a row without solution.
+    """
     return [
-        float(final_answer(text_of(c)) == s.strip())
+        None if s is None or not str(s).strip() else float(states(text_of(c), str(s)))
         for c, s in zip(completions, solution, strict=True)
     ]
 
 
-def reasoning_gym(prompts, completions, entry=None, task=None, **columns):
-    """The score, 0 to 1, of the reasoning-gym task that made the row."""
-    if not entry or any(e is None for e in entry):
+def reasoning_gym(
+    prompts, completions, entry=None, task=None, *, verify_timeout=6.0, sources=None, **columns
+):
+    """The score, 0 to 1, of the reasoning-gym task that made the row.
+
+    Its scorers, of which some run what a completion says as Python, work in isolated processes.
+    What one cannot judge within verify_timeout seconds scores 0 and is told.
+    """
+    if not entry or not task or any(e is None for e in [*entry, *task]):
         raise UserError("it needs rows from a reasoning-gym: dataset")
-    return [
-        float(_scorer(name)(answer=final_answer(text_of(c)), entry=e))
-        for c, e, name in zip(completions, entry, task, strict=True)
-    ]
-
-
-@functools.lru_cache
-def _scorer(task):
-    """The scorer of a reasoning-gym task; looking it up builds a dataset, so it is kept."""
-    from reasoning_gym import get_score_answer_fn
-
-    return get_score_answer_fn(task)
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise UserError(GYM_MISSING)
+    requests = []
+    for c, e, name in zip(completions, entry, task, strict=True):
+        text = text_of(c)
+        wanted = e.get("answer") if isinstance(e, dict) else None
+        whole = isinstance(wanted, str) and text.strip() == wanted.strip()
+        requests.append(("gym", name, e, [text] if whole else readings(text)))
+    scores = _judged("reasoning_gym", requests, verify_timeout, sources)
+    for i, score_ in enumerate(scores):
+        if isinstance(score_, list):
+            where = f"row {sources[i]}" if sources else f"entry {i}"
+            raise UserError(f"it cannot score {where} by its own answer ({score_[0]})")
+    return [score_ if isinstance(score_, float) else 0.0 for score_ in scores]
 
 
 def math_verify(
@@ -75,41 +90,104 @@ def math_verify(
 ):
     """1.0 where math-verify finds the answer equal to the solution; None if it cannot parse that.
 
-    It judges in processes of its own, from any thread. What it cannot judge within verify_timeout
-    seconds scores 0, as in verl, and is told: None would let a completion dodge its score. TRL
-    leaves out samples that score None; here another reward function must cover them.
+    An answer in words is compared as words, in order. math-verify judges in processes of its own,
+    from any thread. What it cannot judge within verify_timeout seconds scores 0, as in verl, and is
+    told: None would let a completion dodge its score. TRL leaves out samples that score None; here
+    another reward function must cover them.
     """
-    from .math_judge import judge
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError(MATH_MISSING)
+    scores, asked, requests = [None] * len(completions), [], []
+    for i, (c, s) in enumerate(zip(completions, solution, strict=True)):
+        text, s = text_of(c), "" if s is None else str(s)
+        if not s.strip():
+            continue
+        plain = readings(s)[-1]
+        if states(text, s):
+            scores[i] = 1.0
+        elif is_wording(plain):
+            scores[i] = float(wording(plain) in map(wording, stated(text)))
+        else:
+            asked.append(i)
+            requests.append(("equal", _solution_readings(plain), _answer_readings(text)))
+    told = sources and [sources[i] for i in asked]
+    verdicts = _judged("math_verify", requests, verify_timeout, told)
+    for i, verdict in zip(asked, verdicts, strict=True):
+        scores[i] = None if verdict == judges.UNREADABLE else float(verdict is True)
+    return scores
 
-    texts = [text_of(c) for c in completions]
+
+def _solution_readings(plain):
+    """A solution in the forms that math-verify may parse, the likeliest first."""
+    number = quantity(plain)
+    if number is not None:
+        return [f"${number}$"]
+    # Outside of delimiters only numbers are read: the solution 3x+1 would become 3.
+    delimited = any(mark in plain for mark in ("$", "\\boxed", "\\(", "\\["))
+    return [plain, f"${plain}$"][:: 1 if delimited else -1]
+
+
+def _answer_readings(text):
+    """A completion for math-verify, which knows boxes and formulas but no tags."""
+    answer = tagged(text)
+    if answer is not None:
+        return _solution_readings(readings(text)[-1])
+    boxed = last_boxed(text)
+    number = None if boxed is None else quantity(boxed)
+    if number is not None:
+        return [f"\\boxed{{{number}}}"]
+    return [re.sub(r"\\\$(?=\s?\d)", "", text)]  # a price
+
+
+def _judged(package, requests, seconds, sources=None):
+    """judges.judge, which names the first row of what took too long; UserError where it cannot."""
     try:
-        verdicts = judge(list(zip(solution, texts, strict=True)), verify_timeout)
-    except ImportError:
-        raise UserError(MATH_MISSING) from None
-    late = [i for i, verdict in enumerate(verdicts) if verdict == "time"]
+        answers = judges.judge(package, requests, seconds)
+    except judges.JudgeError as error:
+        raise UserError(f"it cannot judge on this machine ({error})") from None
+    late = [i for i, got in enumerate(answers) if got == judges.LATE]
     if late:
         where = f"row {sources[late[0]]}" if sources else f"completion {late[0]}"
         LOG.warning(
-            "The reward function math_verify could not judge %d of %d completions within "
-            "verify_timeout = %g seconds, first for %s; they score 0.",
-            len(late), len(texts), verify_timeout, where,
+            "The reward function %s could not judge %d of %d completions within verify_timeout = "
+            "%g seconds, first for %s; they score 0.",
+            "format_reward" if package == "re" else package, len(late), len(requests), seconds,
+            where,
         )
-    return [None if v is None else float(v is True) for v in verdicts]
+    return answers
 
 
-# A tag or marker in its place and nowhere else. TRL's think_format_reward is "think".
+# A tag in its place and nowhere else. TRL's think_format_reward is "think".
 _REST = r"(?:(?!</?think>|</?answer>).)*"
 PATTERNS = {
     "think_answer": rf"\s*<think>{_REST}</think>\s*<answer>{_REST}</answer>\s*",
     "think": r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*",
-    "boxed": rf".*{BOXED}.*",
 }
 
 
-def format_reward(prompts, completions, *, format_pattern="think_answer", **columns):
-    """1.0 where the whole completion has the format: a name in PATTERNS or a regular expression."""
-    pattern = re.compile(PATTERNS.get(format_pattern, format_pattern), flags=re.DOTALL)
-    return [float(pattern.fullmatch(text_of(c)) is not None) for c in completions]
+def format_reward(
+    prompts, completions, *, format_pattern="think_answer", verify_timeout=6.0, openings=None,
+    sources=None, **columns,
+):
+    """1.0 where the whole completion has the format: a name in PATTERNS, boxed, or a regular
+    expression, which scores 0 where it takes more than verify_timeout seconds.
+
+    openings: what a chat template has already written of each turn's thoughts, such as <think>;
+    the named formats count it as part of the completion.
+    """
+    texts = [text_of(c) for c in completions]
+    if format_pattern == "boxed":
+        return [float(last_boxed(text) is not None) for text in texts]
+    if format_pattern in PATTERNS:
+        pattern = re.compile(PATTERNS[format_pattern], flags=re.DOTALL)
+        turns = [a + b for a, b in zip(openings or [""] * len(texts), texts, strict=True)]
+        return [float(pattern.fullmatch(turn) is not None) for turn in turns]
+    # All at once, and one by one where some text among them takes too long.
+    (found,) = judges.judge("re", [("match", format_pattern, texts)], verify_timeout)
+    if not isinstance(found, list):
+        requests = [("match", format_pattern, [text]) for text in texts]
+        found = [got == [True] for got in _judged("re", requests, verify_timeout, sources)]
+    return [float(matched) for matched in found]
 
 
 def soft_overlong_punishment(
@@ -161,6 +239,7 @@ def code_tests(
 
 LOG = logging.getLogger(__name__)
 MATH_MISSING = "it needs the math-verify package: pip install '.[rewards]'"
+GYM_MISSING = "it needs the reasoning-gym package: pip install '.[data]'"
 NOT_ISOLATED = (
     "it cannot isolate programs on this machine ({}), so that they would reach the network and "
     "your files; allow user namespaces here, or set allow_unsandboxed_code to run them with limits "
@@ -170,10 +249,11 @@ BUILT_IN = {f.__name__: f for f in (
     exact_match, reasoning_gym, math_verify, format_reward, soft_overlong_punishment, code_tests
 )}
 # They bound every completion themselves, and may well take longer than reward_timeout for all.
-BOUNDED = (math_verify, code_tests)
+BOUNDED = (math_verify, reasoning_gym, format_reward, code_tests)
 # What a built-in reads of the config.
 OPTIONS = {
-    math_verify: ("verify_timeout",), format_reward: ("format_pattern",),
+    math_verify: ("verify_timeout",), reasoning_gym: ("verify_timeout",),
+    format_reward: ("format_pattern", "verify_timeout"),
     soft_overlong_punishment: ("max_completion_length", "soft_punish_cache"),
     code_tests: ("verify_timeout", "code_memory_mb", "allow_unsandboxed_code"),
 }
@@ -209,6 +289,8 @@ def _why_not(function, config):
     """Why a built-in cannot run here, as a clause, or None."""
     if function is math_verify and importlib.util.find_spec("math_verify") is None:
         return MATH_MISSING
+    if function is reasoning_gym and importlib.util.find_spec("reasoning_gym") is None:
+        return GYM_MISSING
     if function is code_tests:
         from .sandbox import Sandbox, SandboxError, isolation
 
@@ -236,7 +318,7 @@ def _import(path):
         )
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # importing runs the user's module
+    except (Exception, SystemExit) as error:  # importing runs the user's module
         raise UserError(
             f"Cannot import the reward function {path!r}: {_reason(error)}."
         ) from error
@@ -255,108 +337,127 @@ def _reason(error):
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": .")
 
 
+def _shown(value):
+    """Its repr, or its type where it has none, as numbers of more than 4300 digits."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:
+        return f"a {type(value).__name__} that cannot be printed"
+
+
 class RewardError(UserError):
     """A reward function failed: the rollout is lost, the model is as it was before."""
 
 
-class _Late(BaseException):
-    """Raised inside a reward function that took too long; no `except Exception` swallows it."""
+_RESCUES = []
 
 
-def _limited(call, seconds):
-    """call(), or _Late after so many seconds.
-
-    In the main thread a signal interrupts it (loops, sleep, sockets, locks, regular expressions;
-    not one long operation of C code). In another it is left to a thread of its own.
-    """
-    if threading.current_thread() is not threading.main_thread() or os.name == "nt":
-        future = concurrent.futures.Future()
-
-        def run():
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        if not concurrent.futures.wait([future], timeout=seconds).done:
-            raise _Late
-        return future.result()
-    done, main = threading.Event(), threading.get_ident()
-
-    def interrupt(*_):
-        if not done.is_set():
-            raise _Late
-
-    def watch():
-        wait = seconds
-        while not done.wait(wait):
-            signal.pthread_kill(main, signal.SIGVTALRM)
-            wait = 1.0  # again, should the function have swallowed it
-
-    # Reward functions that use alarms of their own keep SIGALRM.
-    before = signal.signal(signal.SIGVTALRM, interrupt)
-    watcher = threading.Thread(target=watch, daemon=True)
+@contextlib.contextmanager
+def rescued_by(save):
+    """Where a reward function cannot be ended, save(error) tells the sentence of the run's end."""
+    _RESCUES.append(save)
     try:
-        watcher.start()
-        try:
-            return call()
-        finally:
-            done.set()
+        yield
     finally:
-        done.set()
-        watcher.join()
-        signal.signal(signal.SIGVTALRM, before)
+        _RESCUES.pop()
+
+
+def _end(error):
+    """Say why the run ends, from inside a reward function that does not."""
+    try:
+        error = _RESCUES[-1](error) if _RESCUES else error
+    except Exception as failure:
+        error = f"{error} Saving failed: {_reason(failure)}."
+    rank = os.environ.get("RANK", "0")
+    print(f"\nrlsd{f' (process {rank})' * (rank != '0')}: {error}", file=sys.stderr, flush=True)
 
 
 @functools.lru_cache
 def _event_loop():
     """The loop, in a thread of its own, of all async rewards: sessions they keep stay usable."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    return loop
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    return loop, thread
 
 
 async def _awaited(awaitable):
-    return await awaitable
+    try:
+        return await awaitable
+    except SystemExit as error:  # it would end the loop, and all other async rewards
+        raise RuntimeError(_reason(error)) from error
 
 
-def _call_all(functions, arguments, rows, seconds):
+def _arguments(function, rows, shown, completion_ids):
+    """What a function is called with: its own copies of everything, unless it is built in."""
+    plain = getattr(function, "__wrapped__", function)
+    names = {name for row in rows for name in row} - INTERNAL
+    if plain in BUILT_IN.values():
+        names -= set(OPTIONS.get(plain, ()))
+    given = {
+        "prompts": [row["prompt"] for row in rows], "completions": shown,
+        "completion_ids": completion_ids,
+        **{name: [row.get(name) for row in rows] for name in sorted(names - {"prompt"})},
+    }
+    if plain in BOUNDED:
+        given["sources"] = [row[SOURCE] for row in rows]
+    if plain is format_reward:
+        given["openings"] = [row.get("_opening") or "" for row in rows]
+    if plain in BUILT_IN.values():
+        return given
+    # One by one: the rows of a group are the same object.
+    return {name: [copy.deepcopy(value) for value in values] for name, values in given.items()}
+
+
+def _call_all(functions, rows, shown, completion_ids, seconds):
     """What each function returns; async ones run at the same time, after the others."""
     results, futures = [None] * len(functions), {}
+
+    def late(function):
+        return _failure(function, Late(), rows, seconds)
+
     for k, function in enumerate(functions):
-        given, limit = arguments, seconds
-        if getattr(function, "__wrapped__", function) in BOUNDED:
-            given = arguments | {"sources": [row["_source"] for row in rows]}
-            limit = None
-        call = functools.partial(function, **given)
+        bounded = getattr(function, "__wrapped__", function) in BOUNDED
         try:
-            results[k] = call() if limit is None else _limited(call, limit)
-        except (Exception, _Late) as error:
+            given = _arguments(function, rows, shown, completion_ids)
+            call = functools.partial(function, **given)
+            results[k] = call() if bounded else limited(
+                call, seconds, functools.partial(lambda f: _end(late(f)), function),
+                str(late(function)),
+            )
+        except (Exception, SystemExit, Late) as error:
             raise _failure(function, error, rows, seconds) from _cause(error)
         if inspect.isawaitable(results[k]):
-            futures[k] = asyncio.run_coroutine_threadsafe(_awaited(results[k]), _event_loop())
-    finished, late = concurrent.futures.wait(
-        futures.values(), timeout=seconds, return_when=concurrent.futures.FIRST_EXCEPTION
-    )
+            loop, thread = _event_loop()
+            futures[k] = asyncio.run_coroutine_threadsafe(_awaited(results[k]), loop)
+    if not futures:
+        return results
+
+    def first_late():
+        return late(functions[next((k for k, f in futures.items() if not f.done()), min(futures))])
+
+    with Watched(seconds, thread.native_id, lambda: _end(first_late()), str(first_late())):
+        finished, unfinished = concurrent.futures.wait(
+            futures.values(), timeout=seconds, return_when=concurrent.futures.FIRST_EXCEPTION
+        )
     errors = {k: f.exception() for k, f in futures.items() if f in finished and f.exception()}
-    for k in [*errors, *(k for k, f in futures.items() if f in late)][:1]:
-        for future in late:
+    for k in [*errors, *(k for k, f in futures.items() if f in unfinished)][:1]:
+        for future in unfinished:
             future.cancel()
-        error = errors.get(k, _Late())
+        error = errors.get(k, Late())
         raise _failure(functions[k], error, rows, seconds) from _cause(error)
     return [futures[k].result() if k in futures else got for k, got in enumerate(results)]
 
 
 def _cause(error):
-    return None if isinstance(error, UserError | _Late) else error
+    return None if isinstance(error, UserError | Late) else error
 
 
 def _failure(function, error, rows, seconds):
     """The sentence for what a reward function raised."""
     name = name_of(function)
-    if isinstance(error, _Late):
-        sources = list(dict.fromkeys(row["_source"] for row in rows))
+    if isinstance(error, Late):
+        sources = list(dict.fromkeys(row[SOURCE] for row in rows))
         others = f" and {len(sources) - 1} others" if len(sources) > 1 else ""
         return RewardError(
             f"The reward function {name} did not return within reward_timeout = {seconds:g} "
@@ -374,19 +475,12 @@ def score(functions, weights, rows, completions, completion_ids, timeout=300.0):
     rows: the B rows, one per completion; completions: B texts; completion_ids: B lists of ids;
     timeout: seconds that one function, or all async ones together, may take.
     """
-    prompts = [row["prompt"] for row in rows]
     shown = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, completions, strict=True)
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for row, text in zip(rows, completions, strict=True)
     ]
-    hidden = ("prompt", "prompt_ids", "teacher_prompt_ids")
-    names = {name for row in rows for name in row if name not in hidden and name[0] != "_"}
-    columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     values = torch.full((len(rows), len(functions)), math.nan, dtype=torch.float64)
-    arguments = {
-        "prompts": prompts, "completions": shown, "completion_ids": completion_ids, **columns
-    }
-    results = _call_all(functions, arguments, rows, timeout)
+    results = _call_all(functions, rows, shown, completion_ids, timeout)
     for k, (function, got) in enumerate(zip(functions, results, strict=True)):
         name = name_of(function)
         if not isinstance(got, list | tuple) or len(got) != len(rows):
@@ -398,16 +492,20 @@ def score(functions, weights, rows, completions, completion_ids, timeout=300.0):
         for i, value in enumerate(got):
             if value is None:
                 continue
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            try:
+                number = float(value) if isinstance(value, numbers.Real) else math.nan
+            except OverflowError:
+                number = math.inf
+            if not math.isfinite(number):
                 raise RewardError(
-                    f"The reward function {name} returned {value!r} for row "
-                    f"{rows[i]['_source']}; it must be a finite number or None."
+                    f"The reward function {name} returned {_shown(value)} for row "
+                    f"{rows[i][SOURCE]}; it must be a finite number or None."
                 )
-            values[i, k] = float(value)
+            values[i, k] = number
     unscored = torch.isnan(values).all(1).nonzero()
     if len(unscored):
         raise RewardError(
-            f"Every reward function returned None for row {rows[int(unscored[0])]['_source']}."
+            f"Every reward function returned None for row {rows[int(unscored[0])][SOURCE]}."
         )
     scale = torch.tensor(weights or [1.0] * len(functions), dtype=torch.float64)
     return values, torch.nansum(values * scale, dim=1)
