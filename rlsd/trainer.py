@@ -66,7 +66,13 @@ from .sampling.rollout import (
     rollout_metrics,
 )
 from .tasks.data import load_data, rows_of_step
-from .tasks.rewards import RewardError, load_reward_funcs, reward_metrics
+from .tasks.rewards import (
+    RewardError,
+    load_reward_funcs,
+    require_scorable,
+    rescued_by,
+    reward_metrics,
+)
 
 
 class Passed(NamedTuple):
@@ -108,6 +114,7 @@ class Trainer:
         self.rows, self.held_out = load_data(
             config, self.tokenizer, log if self.processes.main else lambda *_: None, self.processor
         )
+        require_scorable(self.reward_funcs, [*self.rows, *self.held_out])
         self.questions = config.generation_batch_size // config.num_generations
         self.max_steps = config.steps_over(len(self.rows))
         self.processes.require_room_for(self.questions, [*self.rows, *self.held_out])
@@ -153,7 +160,8 @@ class Trainer:
         with Reporter(
             self.run_dir, dataclasses.asdict(config), config.report_to, self.max_steps, self.step,
             silent=not self.processes.main,
-        ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)):
+        ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)), \
+                rescued_by(lambda error: self._saved(self.processes.told(error))):
             self.processes.once(report.start_trackers)
             if self.step == 0 and config.eval_steps:
                 report.log(0, self.evaluate())
@@ -197,11 +205,14 @@ class Trainer:
         if not self.held_out:
             return {}
         began = time.monotonic()
-        with memory_named("evaluating", "rollout_batch_size", self.run_dir):
-            metrics = evaluate(
-                self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
-                self.config.seed, self.processes, self.sample,
-            )
+        try:
+            with memory_named("evaluating", "rollout_batch_size", self.run_dir):
+                metrics = evaluate(
+                    self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
+                    self.config.seed, self.processes, self.sample,
+                )
+        except RewardError as error:
+            raise self._saved(error) from error.__cause__
         return metrics | {"time/eval": time.monotonic() - began}
 
     def train_step(self, step):

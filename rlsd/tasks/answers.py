@@ -1,4 +1,4 @@
-r"""Where a text states its answer: a tag, the #### of GSM8K, a box, or all that follows the thoughts.
+"""Where a text states its answer: a tag, the #### of GSM8K, a box, or all after the thoughts.
 
 Every reader goes over a text a fixed number of times, whatever it holds: a policy may well repeat a
 mark ten thousand times.
@@ -66,7 +66,7 @@ def readings(text):
         for rest in (place, place[label.end() :] if label else ""):
             found.append(rest.partition("\n")[0].strip())
     if not found:
-        found.append((text.rpartition("</think>")[2].strip() or text.strip()))
+        found.append(text.rpartition("</think>")[2].strip() or text.strip())
     return list(dict.fromkeys(filter(None, found))) or [""]
 
 
@@ -99,8 +99,8 @@ WRAPPERS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operat
 SPACES = re.compile(r"(?:\s|~|\\[,;:! ])+")
 # Names that stand for mathematics and for no word.
 FORMAL = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt pi max min mod gcd "
-    "lcm det lim and or inf infty infinity".split()
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt pi max min mod "
+    "gcd lcm det lim and or inf infty infinity".split()
 )
 LETTERS = re.compile(r"[^\W\d_](?:\s?(?:[,;]|and|or|\s)\s?[^\W\d_])+")
 

@@ -12,6 +12,7 @@ alone). When time is up it sends signals, a second apart:
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import gc
@@ -31,23 +32,14 @@ class Late(BaseException):
     """Raised inside code that took too long; no `except Exception` swallows it."""
 
 
-class _Stuck:
-    """Ends the run from inside of a call; what else finds it late then waits for that end."""
-
-    def __init__(self):
-        self.entered = False
-
-    def __call__(self, end):
-        self.entered = True
-        gc.disable()  # the interpreter may be anywhere
-        try:
-            _watchdog().ask("saving", 5)
-            end()
-        finally:
-            os._exit(2)
-
-
-_stuck = _Stuck()
+def _stuck(end):
+    """End the run from inside of a call."""
+    gc.disable()  # the interpreter may be anywhere
+    try:
+        _watchdog().ask("saving", 5)
+        end()
+    finally:
+        os._exit(2)
 
 
 @functools.lru_cache
@@ -77,17 +69,25 @@ class Watched:
             and tid == threading.get_native_id(),
         }
         self.end, self.done, self.rings = end, False, 0
+        self.claim = threading.Lock()  # of two threads, whose the call is: one waits, one is stuck
 
-    def _interrupt(self, *_):
+    def _interrupt(self, _, frame):
         if not self.done:
             self.rings += 1
-            if self.rings > 2:
+            # Code in C let the first ring wait until _in_c is entered, where raising ends nothing.
+            if self.rings > 2 or frame.f_code is Watched._in_c.__code__:
                 _stuck(self.end)
             raise Late
 
     def _in_c(self, _):
-        if not self.done:
+        if self.order["interrupt"]:
+            if not self.done:
+                _stuck(self.end)
+            return
+        if self.claim.acquire(blocking=False):
             _stuck(self.end)
+        while True:  # nobody waits any more, and going on would keep the interpreter's lock
+            time.sleep(3600)
 
     def __enter__(self):
         self.kept = HANDLER(self._in_c)
@@ -104,12 +104,12 @@ class Watched:
 
     def __exit__(self, *raised):
         self.done = True
+        while not self.order["interrupt"] and not self.claim.acquire(blocking=False):
+            time.sleep(1)  # the run ends
         _watchdog().ask("off", 60)  # after its answer no signal comes
         if self.order["interrupt"]:
             signal.signal(signal.SIGVTALRM, self.before or signal.SIG_DFL)
         self.restore()
-        while _stuck.entered:
-            time.sleep(1)
 
 
 def limited(call, seconds, end, sentence):
@@ -124,9 +124,10 @@ def limited(call, seconds, end, sentence):
                 return call()
             finally:
                 watched.done = True
-    future = concurrent.futures.Future()
+    future, watched = concurrent.futures.Future(), threading.Event()
 
     def run():
+        watched.wait()  # code in C would not let go of the interpreter any more
         try:
             future.set_result(call())
         except BaseException as error:
@@ -135,6 +136,7 @@ def limited(call, seconds, end, sentence):
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     with Watched(seconds, thread.native_id, end, sentence):
+        watched.set()
         if not concurrent.futures.wait([future], timeout=seconds).done:
             raise Late
     return future.result()
@@ -171,7 +173,7 @@ def _watch():
                     (end + k, number)
                     for k, number in enumerate([*rings, signal.SIGPROF, signal.SIGKILL])
                 ]
-            print(json.dumps("yes"), flush=True)
+            os.write(1, b'"yes"\n')
             continue
         _, number = due.pop(0)
         if number == signal.SIGKILL:
@@ -181,4 +183,5 @@ def _watch():
 
 
 if __name__ == "__main__":
-    _watch()
+    with contextlib.suppress(BrokenPipeError):
+        _watch()

@@ -1,4 +1,4 @@
-"""Scorers of third parties on untrusted texts: math-verify and reasoning-gym, never in this process.
+"""Scorers of third parties on untrusted texts, math-verify and reasoning-gym: never in here.
 
 Both compute what a completion says, and tasks of reasoning-gym evaluate it as Python. A worker
 imports the package once; every judgement is a fork of it, isolated and limited as a program under
@@ -93,7 +93,7 @@ class _Worker:
         self.process = None
 
     def _started(self):
-        from .sandbox import IMPORTS, ONE_THREAD, Child, Sandbox, SandboxError
+        from .sandbox import IMPORTS, Child, Sandbox, SandboxError, few_settings
 
         with open(__file__, encoding="utf-8") as file:
             prelude = f"{file.read()}\nload({self.package!r})"
@@ -101,9 +101,10 @@ class _Worker:
             try:
                 return Sandbox(self.limits, isolate=isolate, prelude=prelude)
             except SandboxError as error:
-                _say_once(str(error))
+                if isolate:
+                    _say_once(str(error))
         path = [os.path.abspath(folder) for folder in sys.path if folder]
-        child = Child([sys.executable, "-I", "-X", "utf8", __file__], env=ONE_THREAD)
+        child = Child([sys.executable, "-I", "-X", "utf8", __file__], env=few_settings())
         hello = child.ask([self.package, path], IMPORTS)
         if hello != "ready":
             child.close()
@@ -137,7 +138,7 @@ def load(package):
     if package == "math_verify":
         for text in ("$\\frac{1}{2}$", "$x^2+1$", "$(1,2)$", "\\boxed{0.5}", "1,000", "$x=3$"):
             equal([text], [text])
-    elif package == "reasoning_gym":
+    else:
         importlib.import_module(package)
 
 

@@ -36,7 +36,7 @@ from .answers import (
     tagged,
     wording,
 )
-from .data import INTERNAL, SOURCE, read_tests
+from .data import GENERATED, INTERNAL, SOURCE, read_tests
 from .deadline import Late, Watched, limited
 
 
@@ -78,11 +78,11 @@ def reasoning_gym(
         whole = isinstance(wanted, str) and text.strip() == wanted.strip()
         requests.append(("gym", name, e, [text] if whole else readings(text)))
     scores = _judged("reasoning_gym", requests, verify_timeout, sources)
-    for i, score_ in enumerate(scores):
-        if isinstance(score_, list):
+    for i, got in enumerate(scores):
+        if isinstance(got, list):
             where = f"row {sources[i]}" if sources else f"entry {i}"
-            raise UserError(f"it cannot score {where} by its own answer ({score_[0]})")
-    return [score_ if isinstance(score_, float) else 0.0 for score_ in scores]
+            raise UserError(f"it cannot score {where} by its own answer ({got[0]})")
+    return [got if isinstance(got, float) else 0.0 for got in scores]
 
 
 def math_verify(
@@ -227,8 +227,8 @@ def code_tests(
     def one(completion, given):
         if given is None:
             return None
-        program = program_of(text_of(completion))
-        return float(passes(program, read_tests(given), limits, isolate))
+        wanted = read_tests(given)
+        return float(passes(program_of(text_of(completion), wanted), wanted, limits, isolate))
 
     try:
         with concurrent.futures.ThreadPoolExecutor(min(16, cores)) as pool:
@@ -283,6 +283,63 @@ def load_reward_funcs(names, config):
                 "of its own, as metrics go by it."
             )
     return functions
+
+
+def require_scorable(functions, rows):
+    """UserError that names a row which the built-in functions could not judge, before any step."""
+    functions = [getattr(f, "__wrapped__", f) for f in functions]
+    for row in rows:
+        solved, tested = bool(row["solution"].strip()), row.get("tests") is not None
+        scored = {exact_match: solved, math_verify: solved, code_tests: tested}
+        if not any(scored.get(f, True) for f in functions):
+            raise UserError(
+                f"Row {row[SOURCE]} has {'no solution' if tested else 'no tests'}, so that "
+                f"{' and '.join(map(name_of, functions))} cannot score it."
+            )
+        if reasoning_gym in functions and None in (row.get("entry"), row.get("task")):
+            raise UserError(
+                f"Row {row[SOURCE]} is of no reasoning-gym: dataset, which the reward function "
+                "reasoning_gym needs."
+            )
+    if math_verify in functions:
+        _require_readable([row for row in rows if row.get("tests") is None])
+    if reasoning_gym in functions:
+        _require_entries(rows)
+
+
+def _require_readable(rows):
+    rows = {row["solution"]: row for row in reversed(rows) if row["solution"].strip()}
+    plain = {text: readings(text)[-1] for text in reversed(rows)}
+    asked = [t for t, p in plain.items() if not is_wording(p) and quantity(p) is None]
+    chunks = [asked[i : i + 64] for i in range(0, len(asked), 64)]
+    told = _judged("math_verify", [
+        ("readable", [_solution_readings(plain[text]) for text in chunk]) for chunk in chunks
+    ], 60.0)
+    for chunk, known in zip(chunks, told, strict=True):
+        # Of a chunk that took too long nothing is known before its steps.
+        for text, good in zip(chunk, known, strict=True) if isinstance(known, list) else ():
+            if not good:
+                raise UserError(
+                    f"Row {rows[text][SOURCE]} has the solution {text!r:.80}, which math_verify "
+                    "cannot parse; correct it or leave the row out."
+                )
+
+
+def _require_entries(rows):
+    """Those that a file brought, and one of each task that was generated, by their own answers."""
+    tried, requests = {}, []
+    for row in rows:
+        tried[row["task"] if GENERATED in row[SOURCE] else row[SOURCE]] = row
+    for row in tried.values():
+        entry = row["entry"]
+        answer = entry.get("answer") if isinstance(entry, dict) else None
+        requests.append(("gym", row["task"], entry, [answer]))
+    for row, got in zip(tried.values(), _judged("reasoning_gym", requests, 60.0), strict=True):
+        if isinstance(got, list):
+            raise UserError(
+                f"Row {row[SOURCE]} has an entry that the reasoning-gym task {row['task']} cannot "
+                f"score by its own answer ({got[0]})."
+            )
 
 
 def _why_not(function, config):
@@ -391,7 +448,7 @@ async def _awaited(awaitable):
 def _arguments(function, rows, shown, completion_ids):
     """What a function is called with: its own copies of everything, unless it is built in."""
     plain = getattr(function, "__wrapped__", function)
-    names = {name for row in rows for name in row} - INTERNAL
+    names = {name for row in rows for name in row if name[:1] != "_"} - INTERNAL
     if plain in BUILT_IN.values():
         names -= set(OPTIONS.get(plain, ()))
     given = {
@@ -427,16 +484,18 @@ def _call_all(functions, rows, shown, completion_ids, seconds):
             )
         except (Exception, SystemExit, Late) as error:
             raise _failure(function, error, rows, seconds) from _cause(error)
-        if inspect.isawaitable(results[k]):
-            loop, thread = _event_loop()
-            futures[k] = asyncio.run_coroutine_threadsafe(_awaited(results[k]), loop)
-    if not futures:
+    waiting = [k for k, got in enumerate(results) if inspect.isawaitable(got)]
+    if not waiting:
         return results
+    loop, thread = _event_loop()
 
     def first_late():
-        return late(functions[next((k for k, f in futures.items() if not f.done()), min(futures))])
+        undone = [k for k in waiting if k not in futures or not futures[k].done()]
+        return late(functions[[*undone, *waiting][0]])
 
     with Watched(seconds, thread.native_id, lambda: _end(first_late()), str(first_late())):
+        for k in waiting:
+            futures[k] = asyncio.run_coroutine_threadsafe(_awaited(results[k]), loop)
         finished, unfinished = concurrent.futures.wait(
             futures.values(), timeout=seconds, return_when=concurrent.futures.FIRST_EXCEPTION
         )

@@ -32,7 +32,6 @@ from typing import NamedTuple
 NOBODY = 65534
 GRACE = 10.0  # seconds beyond a run's own limit after which the child itself counts as dead
 IMPORTS = 120.0  # seconds for a prelude
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class Limits(NamedTuple):
@@ -133,11 +132,11 @@ class Sandbox(Child):
         self.limits, self.folder = limits, None
         if not isolate:
             self.folder = tempfile.mkdtemp(prefix="rlsd-sandbox-")
-        # -S would lose the packages of the environment; threads do not outlive a fork.
+        # -S would lose the packages of the environment.
         bare = ["-S"] if prelude is None else []
         super().__init__(
             [sys.executable, "-I", *bare, "-X", "utf8", os.path.abspath(__file__)],
-            env={} if prelude is None else ONE_THREAD, cwd="/",
+            env={} if prelude is None else few_settings(), cwd="/",
         )
         hello = self.ask({
             "isolate": isolate, "limits": limits._asdict(), "prelude": prelude,
@@ -189,6 +188,12 @@ class Sandbox(Child):
         super().close()
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def few_settings():
+    """The environment of packages: threads would not outlive a fork, matplotlib asks for a home."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return threads | {"HOME": os.environ.get("HOME", "/")}
 
 
 @functools.lru_cache
