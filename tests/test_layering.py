@@ -25,7 +25,7 @@ FLOORS = [
     ["objectives"],
 ]
 ROOMS = {
-    "tasks": [["rewards"], ["data"], ["grader"], ["judges"], ["deadline"], ["sandbox"],
+    "tasks": [["rewards"], ["scorers"], ["data"], ["grader"], ["judges"], ["deadline"], ["sandbox"],
               ["prompts"], ["images"], ["answers"]],
     "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"],
                ["distributed"], ["advantages"]],

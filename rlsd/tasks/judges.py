@@ -32,7 +32,7 @@ RUN = "import prelude\nprelude.answer_once({mark!r})"
 
 
 class JudgeError(RuntimeError):
-    """A worker cannot judge at all, whatever the text; a clause that says why."""
+    """No worker can judge on this machine, whatever the text; a clause that says why."""
 
 
 def judge(package, requests, seconds):
@@ -40,7 +40,8 @@ def judge(package, requests, seconds):
 
     package: math_verify, reasoning_gym, or re for regular expressions. requests: tuples of a
     function's name (equal, readable, gym, match) and its arguments. Returns their results; LATE
-    where time was up, None where the process died or the scorer raised. Raises JudgeError.
+    where time was up, None where the process died or the scorer raised; gym gives [why] for a task
+    or an entry that cannot be scored at all. Raises JudgeError.
     """
     pool, idle = _pool(package, seconds)
 
@@ -76,7 +77,7 @@ class _Worker:
             if run.outcome == "died":
                 self.close()
             if run.outcome == "unready":
-                raise JudgeError(run.error)
+                return [run.error]
             told = [x for x in run.output.split("\n") if x.startswith(mark)]
             got = json.loads(told[0].removeprefix(mark)) if len(told) == 1 else None
             return LATE if run.outcome == "time" else got
@@ -84,9 +85,7 @@ class _Worker:
         if got is None:
             self.close()
             return LATE
-        if got[0]:
-            raise JudgeError(got[0])
-        return got[1]
+        return got[0]
 
     def close(self):
         self.process.close()
@@ -227,7 +226,7 @@ def _serve():
         try:
             exec(before or "", globals())
         except Exception as error:
-            say([f"{type(error).__name__}: {error}", None])
+            say([[f"{type(error).__name__}: {error}"]])
             continue
         reader, writer = os.pipe()
         pid = os.fork()
@@ -240,9 +239,9 @@ def _serve():
             said = file.read()
         os.waitpid(pid, 0)
         try:
-            say([None, json.loads(said)])
+            say([json.loads(said)])
         except ValueError:  # it died, or what it evaluated wrote here
-            say([None, None])
+            say([None])
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_final_answer(text, want):
     assert final_answer(text) == want
 
 
-SOLUTIONS = ["42", "-1/2", "\\frac{1}{2}", "1 2\n3 4", "east", "[[1, 2], [3, 4]]", "a b\n\nc", "{x}"]
+SOLUTIONS = ["42", "-1/2", "\\frac{1}{2}", "1 2\n3 4", "east", "[[1, 2], [3, 4]]", "a\n\nb", "{x}"]
 
 
 @pytest.mark.parametrize("solution", SOLUTIONS)
