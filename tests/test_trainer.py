@@ -626,6 +626,23 @@ def test_a_failing_reward_loses_no_step(tmp_path):
     assert_same(parameters(whole.model), parameters(resumed.model))
 
 
+def test_a_reward_that_fails_in_an_evaluation_loses_no_step(tmp_path):
+    calls = []
+
+    def my_reward(completion_ids, **columns):
+        calls.append(1)
+        if len(calls) == 6:  # two of the evaluation before step 1, then two steps, then another
+            raise ConnectionError("the judge is away")
+        return [sum(ids) % 5 / 4 for ids in completion_ids]
+
+    trainer = make_trainer(tmp_path, reward=my_reward, max_steps=4, eval_steps=2)
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    saved = tmp_path / "run" / "checkpoint-2"
+    assert str(error.value).endswith(f"all 2 steps before are safe in {saved}.")
+    transformers.AutoModelForCausalLM.from_pretrained(saved)
+
+
 SECTION_5 = {
     *(f"rlsd/{name}" for name in (
         "delta_mean", "delta_std", "delta_mean_pos", "delta_mean_neg", "weight_mean_pos",

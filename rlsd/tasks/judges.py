@@ -172,7 +172,7 @@ def gym(task, entry, texts):
     """The best score of some readings of an answer, 0 to 1; [why] where the entry is broken."""
     try:
         best = max(float(prepare(task)(answer=text, entry=entry)) for text in texts)
-        return best if math.isfinite(best) else 0.0
+        return min(max(best, 0.0), 1.0) if math.isfinite(best) else 0.0
     except BaseException:  # what an answer evaluates to may raise anything
         try:
             prepare(task)(answer=entry["answer"], entry=entry)

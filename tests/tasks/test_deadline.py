@@ -112,8 +112,7 @@ def test_functions_may_use_alarms_of_their_own():
 
 
 STUCK = """
-import asyncio, itertools, re, sys, threading, time
-from rlsd.tasks import rewards
+import itertools, os, re, sys, threading, time
 from rlsd.tasks.rewards import RewardError, rescued_by, score
 
 def eats(**_):
@@ -134,8 +133,12 @@ def save(error):
 
 row = {"prompt": "q", "solution": "1", "_source": "line 1 of x.jsonl"}
 def run():
-    with rescued_by(save):
-        score([globals()[sys.argv[1]]], None, [row], ["a"], [[1]], timeout=1.0)
+    try:
+        with rescued_by(save):
+            score([globals()[sys.argv[1]]], None, [row], ["a"], [[1]], timeout=1.0)
+    except RewardError as error:
+        print(f"rlsd: {save(error)}", file=sys.stderr, flush=True)
+        os._exit(2)
 
 if sys.argv[2] == "main":
     run()
@@ -153,20 +156,17 @@ def ended(name, where="main", code=STUCK):
     )
 
 
-@pytest.mark.parametrize("name", ["eats", "counts", "matches"])
-def test_what_cannot_be_interrupted_ends_the_run_with_its_sentence(name):
-    run = ended(name)
+@pytest.mark.parametrize("name, where", [
+    ("eats", "main"), ("counts", "main"), ("matches", "main"),
+    pytest.param("counts", "thread", marks=pytest.mark.slow),
+])
+def test_what_cannot_be_interrupted_ends_the_run_with_its_sentence(name, where):
+    run = ended(name, where)
     assert run.returncode == 2 and run.stderr.strip() == (
         f"rlsd: The reward function {name} did not return within reward_timeout = 1 seconds on 1 "
         "completions of row line 1 of x.jsonl; bound what it waits for, or raise reward_timeout. "
         "Saved."
     )
-
-
-@pytest.mark.slow
-def test_off_the_main_thread_code_in_c_lets_go_of_the_interpreter():
-    run = ended("counts", "thread")
-    assert "RewardError: The reward function counts did not return within" in run.stderr
 
 
 @pytest.mark.slow
@@ -184,3 +184,35 @@ def test_where_saving_hangs_too_the_process_is_killed():
     run = ended("counts", code=code + STUCK.replace('return f"{error} Saved."', "counts()"))
     assert run.returncode == -9
     assert run.stderr.startswith("\nrlsd: The reward function counts did not return within")
+
+
+RUN = """
+import itertools, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from runs import make_trainer
+
+calls = []
+
+def stuck(completion_ids, **columns):
+    calls.append(1)
+    if len(calls) == 3:
+        -1 in itertools.count()
+    return [sum(ids) % 5 / 4 for ids in completion_ids]
+
+make_trainer(Path(sys.argv[1]), reward=stuck, max_steps=5, reward_timeout=1.0).train()
+"""
+
+
+def test_a_run_whose_reward_is_stuck_in_c_loses_no_step(tmp_path):
+    import transformers
+
+    run = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        timeout=120,
+    )
+    saved = tmp_path / "run" / "checkpoint-2"
+    assert run.returncode == 2
+    assert f"all 2 steps before are safe in {saved}." in run.stderr.strip().splitlines()[-1]
+    transformers.AutoModelForCausalLM.from_pretrained(saved)
+    assert (saved / "trainer_state.pt").exists()
