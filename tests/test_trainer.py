@@ -601,6 +601,14 @@ def test_bad_reward_names_function_and_row(bad, tmp_path):
         trainer.train()
 
 
+def test_a_solution_that_no_reward_can_judge_stops_before_the_first_step(tmp_path):
+    pytest.importorskip("math_verify")
+    rows = [{"prompt": f"<q> {i} <a>", "solution": s} for i, s in enumerate(("1", "x^2", "$", "3"))]
+    path = write_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(UserError, match=r"^Row line 3 of .*bad.jsonl has the solution '\$'"):
+        make_trainer(tmp_path, train_dataset=path, eval_size=1, reward_funcs=["math_verify"])
+
+
 def test_a_failing_reward_loses_no_step(tmp_path):
     calls = []
 

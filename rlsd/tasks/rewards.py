@@ -77,6 +77,9 @@ def load_reward_funcs(names, config):
 
 def require_scorable(functions, rows):
     """UserError that names a row which the built-in functions could not judge, before any step."""
+    limits = [f.keywords["verify_timeout"] for f in functions if isinstance(f, functools.partial)
+              and f.func in (math_verify, reasoning_gym)]
+    seconds = max(limits, default=6.0)
     functions = [getattr(f, "__wrapped__", f) for f in functions]
     for row in rows:
         solved, tested = bool(row["solution"].strip()), row.get("tests") is not None
@@ -93,35 +96,35 @@ def require_scorable(functions, rows):
             )
     try:
         if math_verify in functions:  # a solution beside tests is a program
-            _require_readable([row for row in rows if row.get("tests") is None])
+            _require_readable([row for row in rows if row.get("tests") is None], seconds)
         if reasoning_gym in functions:
-            _require_entries(rows)
+            _require_entries(rows, seconds)
     except judges.JudgeError as error:
         raise UserError(f"Answers cannot be judged on this machine: {error}.") from None
 
 
-def _require_readable(rows):
+def _require_readable(rows, seconds):
     rows = {row["solution"]: row for row in reversed(rows) if row["solution"].strip()}
     plain = {text: readings(text)[-1] for text in reversed(rows)}
     asked = [t for t, p in plain.items() if not is_wording(p) and quantity(p) is None]
 
     def told(chunks):
         forms = [[solution_readings(plain[text]) for text in chunk] for chunk in chunks]
-        answers = judges.judge("math_verify", [("readable", chunk) for chunk in forms], 60.0)
-        return zip(chunks, answers, strict=True)
+        answers = judges.judge("math_verify", [("readable", chunk) for chunk in forms], seconds)
+        return list(zip(chunks, answers, strict=True))
 
     for chunk, known in told([asked[i : i + 64] for i in range(0, len(asked), 64)]):
-        if not isinstance(known, list):  # one of them hangs
+        if not isinstance(known, list):  # too slow together
             known = [got == [True] for _, got in told([[text] for text in chunk])]
         for text, good in zip(chunk, known, strict=True):
             if not good:
                 raise UserError(
                     f"Row {rows[text][SOURCE]} has the solution {text!r:.80}, which math_verify "
-                    "cannot parse; correct it or leave the row out."
+                    f"cannot parse within {seconds:g} seconds; correct it or leave the row out."
                 )
 
 
-def _require_entries(rows):
+def _require_entries(rows, seconds):
     """Those that a file brought, and one of each task that was generated, by their own answers."""
     tried, requests = {}, []
     for row in rows:
@@ -130,7 +133,8 @@ def _require_entries(rows):
         entry = row["entry"]
         answer = entry.get("answer") if isinstance(entry, dict) else None
         requests.append(("gym", row["task"], entry, [answer]))
-    for row, got in zip(tried.values(), judges.judge("reasoning_gym", requests, 60.0), strict=True):
+    answers = judges.judge("reasoning_gym", requests, seconds)
+    for row, got in zip(tried.values(), answers, strict=True):
         if not isinstance(row["entry"], dict) or "answer" not in row["entry"]:
             got = ["it has none"]
         if isinstance(got, list):
