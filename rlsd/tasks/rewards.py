@@ -60,7 +60,7 @@ def load_reward_funcs(names, config):
         why_not = _why_not(function, config)
         if why_not:
             raise UserError(f"The reward function {name_of(function)} failed: {why_not}.")
-        given = {name: getattr(config, name) for name in OPTIONS.get(function, ())}
+        given = {name: getattr(config, name) for name in _options(function)}
         functions.append(
             functools.update_wrapper(functools.partial(function, **given), function)
             if given else function
@@ -75,6 +75,11 @@ def load_reward_funcs(names, config):
     return functions
 
 
+def _options(function):
+    """Of a built-in; any object that can be called may lack a hash."""
+    return next((names for built_in, names in OPTIONS.items() if built_in is function), ())
+
+
 def require_scorable(functions, rows):
     """UserError that names a row which the built-in functions could not judge, before any step."""
     limits = [f.keywords["verify_timeout"] for f in functions if isinstance(f, functools.partial)
@@ -83,8 +88,10 @@ def require_scorable(functions, rows):
     functions = [getattr(f, "__wrapped__", f) for f in functions]
     for row in rows:
         solved, tested = bool(row["solution"].strip()), row.get("tests") is not None
-        scored = {exact_match: solved, math_verify: solved, code_tests: tested}
-        if not any(scored.get(f, True) for f in functions):
+        if not any(
+            solved if f in (exact_match, math_verify) else tested if f is code_tests else True
+            for f in functions
+        ):
             raise UserError(
                 f"Row {row[SOURCE]} has {'no solution' if tested else 'no tests'}, so that "
                 f"{' and '.join(map(name_of, functions))} cannot score it."
@@ -252,7 +259,7 @@ def _arguments(function, rows, shown, completion_ids):
     plain = getattr(function, "__wrapped__", function)
     names = {name for row in rows for name in row if name[:1] != "_"} - INTERNAL
     if plain in BUILT_IN.values():
-        names -= set(OPTIONS.get(plain, ()))
+        names -= set(_options(plain))
     given = {
         "prompts": [row["prompt"] for row in rows], "completions": shown,
         "completion_ids": completion_ids,
@@ -264,8 +271,12 @@ def _arguments(function, rows, shown, completion_ids):
         given["openings"] = [row.get("_opening") or "" for row in rows]
     if plain in BUILT_IN.values():
         return given
-    # One by one: the rows of a group are the same object.
-    return {name: [copy.deepcopy(value) for value in values] for name, values in given.items()}
+    given["completion_ids"] = list(map(list, completion_ids))  # too many to copy one by one
+    # Value by value: the rows of a group are the same object.
+    return {
+        name: values if name == "completion_ids" else [copy.deepcopy(value) for value in values]
+        for name, values in given.items()
+    }
 
 
 def _call_all(functions, rows, shown, completion_ids, seconds):

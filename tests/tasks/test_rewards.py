@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import functools
 import logging
 import math
@@ -239,6 +240,23 @@ def test_objects_are_named_by_their_type():
     with pytest.raises(UserError) as error:
         run(Judge())
     sentence(error, "Judge", "1 values")
+
+
+def test_objects_keep_their_state_and_need_no_hash():
+    @dataclasses.dataclass
+    class Judge:
+        calls: int = 0
+
+        def __call__(self, prompts, **_):
+            self.calls += 1
+            return [1.0] * len(prompts)
+
+    judge = Judge()
+    functions = load_reward_funcs([judge], TrainConfig())
+    require_scorable(functions, rows())
+    run(*functions)
+    run(*functions)
+    assert functions == [judge] and judge.calls == 2
 
 
 @pytest.fixture
