@@ -157,7 +157,8 @@ def ended(name, where="main", code=STUCK):
 
 
 @pytest.mark.parametrize("name, where", [
-    ("eats", "main"), ("counts", "main"), ("matches", "main"),
+    ("eats", "main"), ("counts", "main"),
+    pytest.param("matches", "main", marks=pytest.mark.slow),
     pytest.param("counts", "thread", marks=pytest.mark.slow),
 ])
 def test_what_cannot_be_interrupted_ends_the_run_with_its_sentence(name, where):

@@ -150,7 +150,10 @@ def test_every_task_bears_the_answers_of_others_and_damaged_ones():
     assert bad == [] and all(0 <= score <= 1 for score in got)
 
 
-@pytest.mark.parametrize("refused", [(True,), (True, False)], ids=["limits-alone", "process"])
+@pytest.mark.parametrize("refused", [
+    pytest.param((True,), id="limits-alone", marks=pytest.mark.slow),
+    pytest.param((True, False), id="process"),
+])
 def test_without_isolation_it_is_said_once_and_still_no_answer_runs_here(
     monkeypatch, caplog, refused
 ):
