@@ -158,24 +158,24 @@ class Trainer:
         ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)), \
                 rewards.rescued_by(lambda error: self._saved(self.processes.told(error))):
             self.processes.once(report.start_trackers)
-            if self.step == 0 and config.eval_steps:
-                report.log(0, self.evaluate())
-            while self.step < self.max_steps:
-                try:
+            try:
+                if self.step == 0 and config.eval_steps:
+                    report.log(0, self.evaluate())
+                while self.step < self.max_steps:
                     metrics, samples = self.train_step(self.step + 1)
-                except rewards.RewardError as error:  # before the update: nothing need be lost
-                    raise self._saved(error) from error.__cause__
-                self.step += 1
-                if self._due(config.eval_steps):
-                    metrics |= self.evaluate()
-                record = report.log(self.step, metrics)
-                if self._due(config.logging_steps):
-                    report.progress(self.step, record)
-                if samples and self.processes.main:
-                    write_completions(self.run_dir, self.step, samples)
-                    print_samples(samples, self.step)
-                if self._due(config.save_steps) or self.step == self.max_steps:
-                    self.save()
+                    self.step += 1
+                    if self._due(config.eval_steps):
+                        metrics |= self.evaluate()
+                    record = report.log(self.step, metrics)
+                    if self._due(config.logging_steps):
+                        report.progress(self.step, record)
+                    if samples and self.processes.main:
+                        write_completions(self.run_dir, self.step, samples)
+                        print_samples(samples, self.step)
+                    if self._due(config.save_steps) or self.step == self.max_steps:
+                        self.save()
+            except rewards.RewardError as error:  # no update is half done: nothing need be lost
+                raise self._saved(error) from error.__cause__
         if not self.processes.main:
             return []
         if config.plot_curves:
@@ -200,14 +200,11 @@ class Trainer:
         if not self.held_out:
             return {}
         began = time.monotonic()
-        try:
-            with memory_named("evaluating", "rollout_batch_size", self.run_dir):
-                metrics = evaluate(
-                    self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
-                    self.config.seed, self.processes, self.sample,
-                )
-        except rewards.RewardError as error:
-            raise self._saved(error) from error.__cause__
+        with memory_named("evaluating", "rollout_batch_size", self.run_dir):
+            metrics = evaluate(
+                self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
+                self.config.seed, self.processes, self.sample,
+            )
         return metrics | {"time/eval": time.monotonic() - began}
 
     def train_step(self, step):
