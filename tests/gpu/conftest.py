@@ -20,6 +20,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda_only: means nothing on a CPU")
 
 
+def pytest_runtest_logreport(report):
+    """At once: a run that hangs in a kernel and is killed never comes to its summary."""
+    if report.failed and HERE.name in Path(report.fspath).parts:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = str(report.longrepr if crash is None else crash.message)
+        print(f"\nFAILED {report.nodeid}: {reason[:400]}", flush=True)
+
+
 def pytest_collection_modifyitems(items):
     reason = None
     if DEVICE == "cuda" and not torch.cuda.is_available():
