@@ -2,16 +2,17 @@
 
     python -m pytest tests/gpu -q                              # on a machine with a GPU
     RLSD_TEST_DEVICE=cpu python -m pytest tests/gpu -q         # the bodies, tiny, without one
+    tests/gpu/posing.py -m pytest tests/gpu -q                 # the same on the plans of a GPU
 
-The second command checks the tests themselves: what only exists on CUDA (marked `cuda_only`) is
-skipped, everything else runs on the CPU at small sizes, Triton in its interpreter.
+The last two check the tests themselves: what only exists on CUDA (marked `cuda_only`) is skipped,
+everything else runs on the CPU at small sizes, Triton in its interpreter.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
-from on_gpu import DEVICE
+from on_gpu import DEVICE, SMALL
 
 HERE = Path(__file__).parent
 
@@ -38,7 +39,7 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.gpu)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
-        elif DEVICE == "cpu" and item.get_closest_marker("cuda_only"):
+        elif SMALL and item.get_closest_marker("cuda_only"):
             item.add_marker(pytest.mark.skip(reason="means nothing on a CPU"))
 
 

@@ -459,7 +459,7 @@ def test_nothing_outside_the_rows_is_touched():
 
 # -- the oldest torch ------------------------------------------------------------------------------
 
-# What torch 2.10 has of the names that api.cpp may use: a later one fails on a user's machine alone.
+# What torch 2.10 has of the names that api.cpp may use: a later one fails on users' machines alone.
 TORCH_2_10 = {
     "torch/csrc/stable/accelerator.h", "torch/csrc/stable/library.h", "torch/csrc/stable/tensor.h",
     "torch/headeronly/core/ScalarType.h", "torch/headeronly/util/Exception.h",
