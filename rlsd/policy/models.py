@@ -209,16 +209,25 @@ def add_lora(model, config):
     targets = config.lora_target_modules
     torch.manual_seed(config.seed)
     try:
-        model.add_adapter(LoraConfig(
+        _add_adapter(model, LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none",
             target_modules=targets[0] if targets == ["all-linear"] else targets,
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM", base_model_name_or_path=model.name_or_path,
         ), STUDENT)
     except ValueError as error:
         raise UserError(
             f"LoRA does not fit {type(model).__name__} ({checkpoint.reason(error)}); choose "
             "lora_target_modules among its linear layers."
         ) from None
+
+
+def _add_adapter(model, config, name):
+    """By peft itself: transformers' own method refuses releases of peft that fit it."""
+    from peft.functional import inject_adapter_in_model, set_adapter
+
+    inject_adapter_in_model(config, model, name)
+    model._hf_peft_config_loaded = True  # transformers' mark of a model with adapters
+    set_adapter(model, name)
 
 
 def train_lora(model, config, path):
@@ -230,8 +239,10 @@ def train_lora(model, config, path):
                 f"The checkpoint {path} holds an adapter with {name} {of_checkpoint}, but {name} "
                 f"is {getattr(config, name)}; a resumed run keeps it."
             )
+    from peft.functional import set_adapter
+
     model.requires_grad_(False)
-    model.set_adapter(STUDENT)
+    set_adapter(model, STUDENT)
 
 
 def has_lora(model):
@@ -248,10 +259,12 @@ def adapter_weights(model, name):
 
 def add_teacher_adapter(model):
     """A second adapter, equal to the student's now; megabytes beside one model for both."""
+    from peft.functional import set_adapter
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        model.add_adapter(copy.deepcopy(model.peft_config[STUDENT]), TEACHER)
-    model.set_adapter(STUDENT)
+        _add_adapter(model, copy.deepcopy(model.peft_config[STUDENT]), TEACHER)
+    set_adapter(model, STUDENT)
     student, teacher = (adapter_weights(model, name) for name in (STUDENT, TEACHER))
     with torch.no_grad():
         for name, p in teacher.items():
@@ -261,15 +274,23 @@ def add_teacher_adapter(model):
 @contextlib.contextmanager
 def using_adapter(model, name):
     """Run the model with another adapter, or with none; the student's comes back after."""
+    from peft.functional import set_adapter
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def enable(enabled):
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.enable_adapters(enabled)
+
     if name is None:
-        model.disable_adapters()
+        enable(False)
     else:
-        model.set_adapter(name)
+        set_adapter(model, name)
     try:
         yield model
     finally:
-        model.enable_adapters()
-        model.set_adapter(STUDENT)
+        enable(True)
+        set_adapter(model, STUDENT)
 
 
 class MasterWeights:

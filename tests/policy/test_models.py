@@ -7,6 +7,7 @@ import copy
 import json
 import math
 
+import peft
 import pytest
 import torch
 from families import (
@@ -40,6 +41,7 @@ from rlsd.policy.models import (
     peak_flops,
     require_layout,
     router_of,
+    train_lora,
     using_adapter,
 )
 from rlsd.policy.packing import Layout, completion_hidden
@@ -195,6 +197,35 @@ def test_a_fresh_adapter_changes_nothing_and_freezes_the_model():
     assert trained and all(".lora_" in n for n in trained)
     head_of(model)
     assert not model.get_output_embeddings().weight.requires_grad
+
+
+def test_lora_needs_no_release_of_peft_that_transformers_asks_for(monkeypatch, tmp_path):
+    """transformers 5.24.0 refuses peft 0.21.2, which does all that its adapters need."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+    build("qwen3").save_pretrained(tmp_path / "base")
+    model = with_lora(checkpoint.load_model(str(tmp_path / "base"), "cpu"))
+    rlsd.policy.models.add_teacher_adapter(model)
+    ids = torch.tensor([sequences([9])[0]])
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        with using_adapter(model, None):
+            assert torch.equal(model(input_ids=ids).logits, build("qwen3")(input_ids=ids).logits)
+        with using_adapter(model, TEACHER):
+            assert torch.equal(model(input_ids=ids).logits, want)
+        for p in adapter_weights(model, TEACHER).values():
+            p.zero_()
+    checkpoint.save_weights(model, tmp_path / "adapter", model.state_dict())
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
+    }
+    loaded = checkpoint.load_model(str(tmp_path / "adapter"), "cpu")
+    assert torch.equal(loaded(input_ids=ids).logits, want)
+    train_lora(loaded, TrainConfig(use_peft=True, lora_r=4, lora_alpha=8), tmp_path)
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    wrapped = peft.PeftModel.from_pretrained(build("qwen3"), tmp_path / "adapter")  # peft reads it
+    assert torch.equal(wrapped(input_ids=ids).logits, want)
 
 
 def test_frozen_head_forms_no_dw(monkeypatch):
