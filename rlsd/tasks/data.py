@@ -15,7 +15,7 @@ import torch
 
 from ..config import UserError
 from .images import PromptImages
-from .prompts import encode_pair, is_chat
+from .prompts import encode_pair, is_chat, require_plain
 
 SOURCE = "_source"
 # Tasks of reasoning-gym 0.1.25 whose scorers do not give their own stored answers full marks.
@@ -365,6 +365,8 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
                 row = {**row, "_images": PromptImages(row, processor)}
             read = row if need_hint else {k: row[k] for k in ("prompt", "_images") if k in row}
             student, teacher = encode_pair(read, tokenizer, config.privileged_template)
+            if need_reference:
+                require_plain({"privileged_context": row["privileged_context"]}, tokenizer)
         except UserError as error:
             raise UserError(f"Row {source} cannot be used: {error}.") from None
         reference = None
