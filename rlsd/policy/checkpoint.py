@@ -296,6 +296,11 @@ def load_tokenizer(path):
         raise UserError(
             f"Cannot load the model {path!r} (its tokenizer: {reason(error)})."
         ) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {path!r} names neither a pad nor an EOS token, so nothing can fill "
+            "a batch or end a completion; set eos_token in its tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -344,6 +349,12 @@ def load_model(path, device, *, dtype=torch.float32, attn_implementation=None):
             f"The model {path!r} is not whole: its files lack {len(absent)} of the weights that "
             f"{type(model).__name__} has, first {absent[0]}."
         )
+    for name, p in model.named_parameters():  # a sum, which needs no memory, keeps NaN and inf
+        if p.dtype.itemsize > 1 and not p.detach().sum().isfinite():
+            raise UserError(
+                f"The model {path!r} has weights that are not finite, first {name}: its run "
+                "diverged or its files are damaged; take an earlier checkpoint or fetch it anew."
+            )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

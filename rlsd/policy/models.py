@@ -138,6 +138,7 @@ def head_of(model):
         got = torch.nn.functional.linear(hidden, weight, layer.bias).float() * head.logit_scale
         if (cap := head.final_logit_softcapping) is not None:
             got = cap * torch.tanh(got / cap)
+    _require_alive(model, got, hidden)
     error = (want - got).abs().max().item()
     if not error <= TOLERANCE[layer.weight.dtype] * max(1.0, want.abs().max().item()):
         raise UserError(
@@ -147,8 +148,29 @@ def head_of(model):
     return head
 
 
+def _require_alive(model, logits, hidden):
+    """Logits of finite weights that overflow, and zeros for weights, are told as what they are."""
+    name = type(model).__name__
+    if not logits.isfinite().all():
+        raise UserError(
+            f"The logits of {name} are not finite in {str(hidden.dtype).removeprefix('torch.')}, "
+            "though its weights are; set bf16, or take another model."
+        )
+    if (hidden == hidden[:, :1]).all():
+        zero = [n for n, p in model.named_parameters() if p.dim() > 1 and not p.any()]
+        why = f", since {len(zero)} of its weights hold zeros only, first {zero[0]}" if zero else ""
+        raise UserError(f"{name} computes the same for every token{why}; load trained weights.")
+
+
 def layout_of(model, pad_id, padding_free):
     """The layout of the passes, verified to keep the sequences of one pass apart."""
+    rows = len(model.get_input_embeddings().weight)
+    if pad_id >= rows:
+        raise UserError(
+            f"The tokenizer pads with id {pad_id}, past the {rows} rows of the embedding of "
+            f"{type(model).__name__}; name another token as its pad_token, its EOS say, or resize "
+            "the embedding and save the model."
+        )
     layout = Layout(pad_id, padding_free, getattr(model.config, "image_token_id", None))
     require_layout(model, layout)
     return layout

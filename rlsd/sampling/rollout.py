@@ -52,13 +52,29 @@ def eos_ids(model, tokenizer):
         ids = [*ids, tokenizer.eos_token_id]
     if not ids:
         raise UserError("Neither model nor tokenizer names an EOS token, so no completion can end.")
+    rows = len(model.get_output_embeddings().weight)
+    if min(ids) >= rows:
+        raise UserError(
+            f"The LM head has {rows} rows and so never says the EOS token, id {min(ids)}: no "
+            "completion can end; resize the embedding and save the model, or name another EOS."
+        )
     return ids
 
 
 def require_room(model, rows, config):
-    """A prompt and its completion must fit the positions that the model was made for."""
+    """A prompt and its completion must fit the embedding and positions of the model."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = len(model.get_input_embeddings().weight)
     for row in rows:
+        lists = (row.get(f"{name}_ids") for name in ("prompt", "teacher_prompt", "_reference"))
+        largest = max(max(ids) for ids in lists if ids)
+        if largest >= known:
+            raise UserError(
+                f"Row {row['_source']} has a token with id {largest}, past the {known} rows of the "
+                f"embedding of {type(model).__name__}, whose tokenizer knows tokens that it does "
+                "not; resize the embedding (resize_token_embeddings) and save the model, or use "
+                "its own tokenizer."
+            )
         longest = max(len(row["prompt_ids"]), len(row["teacher_prompt_ids"] or []))
         if config.method.teacher_reads == "sibling":  # which comes before the question
             longest = len(row["prompt_ids"]) + config.max_completion_length

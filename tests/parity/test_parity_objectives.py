@@ -302,6 +302,12 @@ def test_sdpo_without_success_has_no_hint():
     assert None not in siblings(rollout_of([1] * 8), max_teacher_prompt_length=6)
 
 
+def test_sdpo_passes_over_a_sibling_that_would_end_its_turn():
+    texts = ["# 0", "# 1 <eos> # 7", "# 2", "# 3"] * 2
+    for step in range(1, 20):
+        assert siblings(rollout_of([1, 1, 0, 0] * 2, texts), step) == [None, 0, 0, 0] * 2
+
+
 # Through the trainer
 
 

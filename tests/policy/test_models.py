@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rlsd.policy.models
 from rlsd import TrainConfig, UserError
+from rlsd.demo import word_tokenizer
 from rlsd.policy import checkpoint
 from rlsd.policy.models import (
     STUDENT,
@@ -37,6 +38,7 @@ from rlsd.policy.models import (
     add_lora,
     checkpoint_layers,
     head_of,
+    layout_of,
     memory_named,
     peak_flops,
     require_layout,
@@ -288,6 +290,27 @@ def test_using_adapter_gives_back_the_students_also_after_an_error():
         assert {n for n, p in model.named_parameters() if p.requires_grad} == {
             n for n, _ in model.named_parameters() if f".{STUDENT}." in n
         }
+
+
+def test_a_pad_token_beyond_the_embedding_is_refused():
+    with pytest.raises(UserError, match="pads with id 64, past the 64 rows of the embedding of Q"):
+        layout_of(build("qwen3"), 64, False)
+    assert layout_of(build("qwen3"), 63, False).pad_id == 63
+
+
+@pytest.mark.parametrize("damage, part", [
+    (lambda model: model.model.layers[1].mlp.up_proj.weight.data.mul_(1e38),
+     "The logits of LlamaForCausalLM are not finite in float32, though its weights are; set bf16"),
+    (lambda model: [p.data.zero_() for p in model.parameters()],
+     "computes the same for every token, since 16 of its weights hold zeros only, first model.emb"),
+    (lambda model: model.model.norm.weight.data.zero_(),
+     "LlamaForCausalLM computes the same for every token; load trained weights.$"),
+], ids=["overflow", "zeros", "zero-norm"])
+def test_a_dead_model_is_told_as_what_it_is(damage, part):
+    model = build("llama3")
+    damage(model)
+    with pytest.raises(UserError, match=part):
+        head_of(model)
 
 
 # Experts
@@ -572,6 +595,27 @@ def test_weights_that_do_not_fit_are_refused(how, tmp_path):
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
     if how == "missing":
         assert "lack 1 of the weights" in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    model = build("llama3")
+    with torch.no_grad():  # of a token that no check at the start would meet
+        model.model.embed_tokens.weight[50, 3] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="not finite, first model.embed_tokens.weight: its run div"):
+        checkpoint.load_model(str(tmp_path), "cpu")
+
+
+def test_a_tokenizer_without_pad_and_eos_is_refused(tmp_path):
+    tokenizer = word_tokenizer(["a"])
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert checkpoint.load_tokenizer(str(tmp_path)).pad_token == "<eos>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="names neither a pad nor an EOS token.*set eos_token"):
+        checkpoint.load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

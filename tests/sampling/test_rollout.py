@@ -70,6 +70,15 @@ def test_no_eos_anywhere_is_an_error():
         eos_ids(model, tokenizer)
 
 
+def test_an_eos_that_the_head_never_says_is_an_error():
+    model, tokenizer = build("llama3"), word_tokenizer(["a"])
+    model.generation_config.eos_token_id, tokenizer.eos_token = 64, None
+    with pytest.raises(UserError, match="head has 64 rows and so never says the EOS token, id 64"):
+        eos_ids(model, tokenizer)
+    model.generation_config.eos_token_id = [64, 63]
+    assert eos_ids(model, tokenizer) == [64, 63]
+
+
 def canned(monkeypatch, model, completions):
     """model.generate returns these ids; the arguments of each call are collected."""
     calls, left = [], list(completions)
@@ -431,3 +440,12 @@ def test_prompts_that_leave_no_room_name_the_row(qwen):
             require_room(qwen, long, config())
         for part in ("1 of x", str(limit - 5), str(limit), "max_completion_length 6"):
             assert part in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["prompt_ids", "teacher_prompt_ids", "_reference_ids"])
+def test_tokens_beyond_the_embedding_name_the_row(qwen, column):
+    known = rows([[5], [63]], teacher_prompt_ids=[63], _reference_ids=[63])
+    require_room(qwen, known, config())
+    known[1][column] = [3, 64, 4]
+    with pytest.raises(UserError, match="Row 1 of x has a token with id 64, past the 64 rows of"):
+        require_room(qwen, known, config())
