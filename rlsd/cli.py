@@ -183,7 +183,7 @@ def evaluate(arguments):
     from .policy.distributed import Processes
     from .sampling.evaluation import evaluate as run
     from .sampling.evaluation import summary
-    from .sampling.rollout import choose_sampler
+    from .sampling.rollout import choose_sampler, require_room
     from .tasks.data import load_data
     from .tasks.rewards import load_reward_funcs
 
@@ -199,6 +199,7 @@ def evaluate(arguments):
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model = load_model(str(path), config.device, dtype=dtype)
     config = dataclasses.replace(config, use_vllm=False)
+    require_room(model, held_out, config)
     sample = choose_sampler(model, tokenizer, config, processes)
     metrics = run(model, tokenizer, held_out, config, functions, config.seed, processes, sample)
     if not processes.main:

@@ -189,8 +189,7 @@ def require_layout(model, layout):
             out = hidden_states(model, ids, torch.ones_like(ids)).last_hidden_state
             want = out[0, len(prompt) - 1 : -1]
             error = ((got[i][mask[i]] - want).norm() / want.norm()).item()
-            # In 16 bits a near tie may send a token to another expert; a leak is of order 1.
-            if not error <= max(TOLERANCE[want.dtype], 0.1 if want.dtype.itemsize == 2 else 0):
+            if not error <= _tolerance(want.dtype):
                 raise UserError(
                     f"{name} does not keep the sequences of one pass apart (hidden states differ "
                     f"by {error:.1%} when {'packed' if layout.padding_free else 'padded'}); "
@@ -198,6 +197,40 @@ def require_layout(model, layout):
                        "train with per_device_train_batch_size 1 is not enough, since prompts are "
                        "sampled in padded batches; choose another model.")
                 )
+
+
+def require_own_positions(model, furthest):
+    """What positions do to a row may not depend on the longest row of its pass.
+
+    longrope changes all frequencies of a pass that reaches original_max_position_embeddings, and a
+    row's gradient would then hang on its micro-batch. furthest: how many positions a row may have.
+    """
+    name, weight = type(model).__name__, model.get_input_embeddings().weight
+    ids = torch.arange(3, 9, device=weight.device).remainder(len(weight))[None].expand(2, -1)
+    near = torch.arange(6, device=weight.device)
+    positions = torch.stack([near, near + max(0, furthest - 6)])
+    with torch.no_grad(), _eval_mode(model), _verifying(name):
+        alone, beside = (
+            hidden_states(
+                model, ids[:rows], torch.ones_like(ids[:rows]), position_ids=positions[:rows]
+            ).last_hidden_state[0] for rows in (1, 2)
+        )
+    error = ((alone - beside).norm() / alone.norm()).item()
+    if not error <= _tolerance(alone.dtype):
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        limits = [r.get("original_max_position_embeddings") for r in (rope, *rope.values())
+                  if isinstance(r, dict)]  # one dict, or one for each type of layer
+        within = f", their sum to at most {min(filter(None, limits))}" if any(limits) else ""
+        raise UserError(
+            f"{name} scales the positions of a whole pass by its longest row, here up to "
+            f"{furthest} tokens, so a row's log-probs would depend on those beside it; lower "
+            f"max_completion_length, max_prompt_length or max_teacher_prompt_length{within}."
+        )
+
+
+def _tolerance(dtype):
+    """In 16 bits a near tie may send a token to another expert; a leak is of order 1."""
+    return max(TOLERANCE[dtype], 0.1 if dtype.itemsize == 2 else 0)
 
 
 @contextlib.contextmanager

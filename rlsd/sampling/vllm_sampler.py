@@ -76,9 +76,10 @@ class VLLMSampler:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"vLLM cannot be used: {reason}.") from error
 
-    def sample(self, prompts, greedy):
+    def sample(self, prompts, greedy, max_completion_length):
         """(token lists, lists of their log-probs or None) of one completion per prompt."""
         self.engine.sync_weights()
+        self.engine.max_completion_length = max_completion_length
         self.engine.temperature = 0.0 if greedy else self.temperature
         _, completions, log_probs, _ = self.engine.generate(prompts, None, num_generations=1)
         return completions, None if greedy else [[step[0] for step in line] for line in log_probs]
