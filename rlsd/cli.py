@@ -5,11 +5,13 @@ A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exi
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
 import sys
 import tempfile
+import textwrap
 import typing
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import torch
 from rlsd_kernels import __version__, available_impls
 from rlsd_kernels.logprob import choose_impl
 
-from .config import TrainConfig, UserError, load_yaml, make_config
+from .config import KINDS, TrainConfig, UserError, load_yaml, make_config
 
 USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
 
@@ -26,6 +28,7 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
   rlsd train --config x.yaml [--key value ...]   train; see `rlsd train --help` for every option
   rlsd train --resume_from_checkpoint RUN        continue a run folder or a checkpoint in it
   rlsd eval RUN [--key value ...]                held-out pass@1, pass@k of its newest checkpoint
+  rlsd eval MODEL --train_dataset x.jsonl        the same of a model: the baseline
   rlsd compare --config x.yaml                   objectives x seeds: a table, curves; resumable
                [--arm NAME] [--seed N] [--processes N]
   rlsd plot RUN [RUN ...] [--output x.png]       draw the curves of runs
@@ -35,9 +38,11 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
 """
 
 TESTED_HOSTS = {"trl": "1.16.", "ms-swift": "4.6.", "verl": "0.9."}
+HINTS = typing.get_type_hints(TrainConfig)
 TEXTS = {"config", "resume_from_checkpoint", "output", "device", "dtype", "arm"} | {
-    name for name, hint in typing.get_type_hints(TrainConfig).items() if hint is str
+    name for name, hint in HINTS.items() if hint is str
 }
+NAMING_NONE = {f.name for f in dataclasses.fields(TrainConfig) if "none" in f.metadata["choices"]}
 
 
 def parse_options(arguments):
@@ -62,12 +67,50 @@ def parse_options(arguments):
             raise UserError(f"--{key} is given twice.")
         try:
             options[key] = yaml.safe_load(value) if value and key not in TEXTS else value
-            if options[key] in ("None", "none") and key not in TEXTS:
+            if options[key] in ("None", "none") and key not in TEXTS | NAMING_NONE:
                 options[key] = None
         except yaml.YAMLError:
             options[key] = value
         i += 1
     return options
+
+
+def values_of(f):
+    """What an option (a dataclass field) takes where its default does not say it, else ""."""
+    hint, choices = HINTS[f.name], " | ".join(f.metadata["choices"])
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) is list:
+        return f"any of {choices}" if choices else ""
+    if not kinds:
+        return choices
+    (item,) = typing.get_args(kinds[0]) or kinds
+    words = choices or KINDS[item].replace(" or ", " | ")
+    if kinds[0] is not item:
+        words = f"each {words}"
+    return words if f.default is None else f"{words}, or none"
+
+
+def option_lines(width):
+    """The help of every option under the heading of its group, lines of at most so many columns."""
+    import yaml
+
+    lines = []
+    for f in dataclasses.fields(TrainConfig):
+        if f.metadata["group"]:
+            lines += ["", f.metadata["group"]]
+        value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        shown, values = "none" if value is None else repr(value), values_of(f)
+        if value is not None and "\\" not in shown:  # as one would type it
+            shown = yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
+        lines += textwrap.wrap(
+            f"--{f.name} {shown}" + f"  [{values}]" * bool(values), width,
+            initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False,
+        )
+        lines += textwrap.wrap(
+            f.metadata["help"], width, initial_indent="      ", subsequent_indent="      ",
+            break_on_hyphens=False,
+        )
+    return lines
 
 
 def find_checkpoint(path):
@@ -93,11 +136,8 @@ def run_options(run_dir, options):
 def train(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(USAGE.format(version=__version__))
-        print("Options of train with their defaults:")
-        for f in dataclasses.fields(TrainConfig):
-            value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            shown = "none" if value is None else repr(value) if isinstance(value, str) else value
-            print(f"  --{f.name} {shown}\n      {f.metadata['help']}")
+        print("Options of train with their defaults, and what else they take in brackets:")
+        print("\n".join(option_lines(min(shutil.get_terminal_size().columns, 100))))
         return 0
     options = parse_options(arguments)
     _quiet()
@@ -142,10 +182,12 @@ def train(arguments):
         config = dataclasses.replace(config, model_name_or_path=scratch_model(config, warm))
     trainer = Trainer(config, resume_from=resume_from)
     main = trainer.processes.main
+    if main and config.max_steps and config.num_train_epochs:
+        print(f"max_steps {config.max_steps} wins over num_train_epochs; set it to none for those.")
     if main:
         print(
             f"{config.objective}: {len(trainer.rows)} training questions, {len(trainer.held_out)} "
-            f"held out, steps {trainer.step + 1} to {config.max_steps}, in {config.output_dir}"
+            f"held out, steps {trainer.step + 1} to {trainer.max_steps}, in {config.output_dir}"
             f"{trainer.processes}"
         )
     try:
@@ -173,11 +215,32 @@ def check_demo_options(options):
     options["output_dir"] = str(options.get("output_dir", "runs/demo"))
 
 
+def to_evaluate(name, options):
+    """(path of the weights, TrainConfig): a run's newest checkpoint with the run's options, or a
+    plain model, a folder or hub id, with the given ones."""
+    folder, given = Path(name), options.pop("config", None)
+    options = {**(load_yaml(given) if given else {}), **options}
+    is_checkpoint = folder.name.startswith("checkpoint-")
+    if ((folder.parent if is_checkpoint else folder) / "config.yaml").exists():
+        run_dir, path = find_checkpoint(name)
+        return path, make_config(run_options(run_dir, options))
+    made_of = ("config.json", "adapter_config.json")
+    if folder.exists() and not any((folder / file).exists() for file in made_of):
+        raise UserError(f"{name} holds no checkpoint of a run, and no model.")
+    if not options.get("train_dataset") and not options.get("eval_dataset"):
+        is_model = f"{name} is a model, not a run"
+        if not folder.exists():
+            is_model = f"There is no run folder or checkpoint {name}, and if it is a model's hub id"
+        raise UserError(
+            f"{is_model}, eval needs --train_dataset, --eval_dataset or the --config of a run."
+        )
+    return name, make_config({"objective": "grpo", **options, "model_name_or_path": name})
+
+
 def evaluate(arguments):
     if not arguments or arguments[0].startswith("-"):
-        raise UserError("rlsd eval needs a run folder or checkpoint: rlsd eval RUN.")
-    run_dir, path = find_checkpoint(arguments[0])
-    config = make_config(run_options(run_dir, parse_options(arguments[1:])))
+        raise UserError("rlsd eval needs a run folder, a checkpoint or a model: rlsd eval RUN.")
+    path, config = to_evaluate(arguments[0].rstrip("/"), parse_options(arguments[1:]))
     _quiet()
     from .policy.checkpoint import load_model, load_processor, load_tokenizer
     from .policy.distributed import Processes
@@ -197,7 +260,9 @@ def evaluate(arguments):
         )
     processes = Processes(config)  # it chooses the GPU
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_model(str(path), config.device, dtype=dtype)
+    model = load_model(
+        str(path), config.device, dtype=dtype, attn_implementation=config.attn_implementation
+    )
     config = dataclasses.replace(config, use_vllm=False)
     require_room(model, held_out, config)
     sample = choose_sampler(model, tokenizer, config, processes)
@@ -260,6 +325,7 @@ def doctor(arguments):
         ("matplotlib", "curves"), ("rich", "sample tables"), ("pyarrow", "parquet, completions"),
         ("reasoning-gym", "reasoning-gym: tasks"), ("datasets", "hub datasets"),
         ("math-verify", "reward math_verify"), ("tensorboard", "report_to: tensorboard"),
+        ("wandb", "report_to: wandb"), ("trackio", "report_to: trackio"),
         ("triton", "impl triton, on a GPU"),
     ):
         try:

@@ -140,9 +140,14 @@ class Plan:
         """TrainConfig of one run; model: what stands in for `scratch`."""
         options = self.options(arm) | ({"model_name_or_path": model} if model else {})
         try:
-            return make_config({
+            config = make_config({
                 **options, "seed": seed, "output_dir": str(self.folder(arm, seed))
             })
+            if config.max_steps is None:
+                raise UserError("a comparison counts in rollout steps; set max_steps.")
+            if config.push_to_hub:
+                raise UserError("a comparison pushes nothing; leave push_to_hub out.")
+            return config
         except UserError as error:
             raise UserError(f"arm {arm}: {error}") from None
 

@@ -6,6 +6,7 @@ Names follow TRL's GRPOConfig where it has one and ms-swift's for RLSD.
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -28,10 +29,13 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 DEFAULT_PRIVILEGED_TEMPLATE = "Reference solution:\n{privileged_context}\n\n{prompt}"
 
 
-def option(default, text):
-    """A dataclass field with its help; a callable default makes a fresh value each time."""
+def option(default, text, *, choices=(), group=None):
+    """A dataclass field with its help; a callable default makes a fresh value each time.
+
+    choices: the only values of it, or of its items. group: what it and those after it are about.
+    """
     kind = "default_factory" if callable(default) else "default"
-    return field(**{kind: default}, metadata={"help": text})
+    return field(**{kind: default}, metadata={"help": text, "choices": choices, "group": group})
 
 
 @dataclass
@@ -41,9 +45,8 @@ class TrainConfig:
     Raises UserError in one sentence on a value that is not allowed.
     """
 
-    # Model and run
     model_name_or_path: str = option(
-        "", "folder or hub id; scratch builds and warms up a tiny model"
+        "", "folder or hub id; scratch builds and warms up a tiny model", group="Model and run"
     )
     scratch_steps: int = option(300, "supervised warm-up steps of model_name_or_path: scratch")
     output_dir: str = option("runs/rlsd", "the run folder; must not exist")
@@ -51,14 +54,18 @@ class TrainConfig:
         0, "fixes questions, samples and scratch model; the same seed gives the same run"
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    impl: str = option("auto", "implementation of the fused loss")
+    impl: str = option(
+        "auto", "implementation of the fused loss",
+        choices=("auto", "cuda", "triton", "torch", "ref"),
+    )
     attn_implementation: str | None = option(
         None, "sdpa, flash_attention_2, eager; default: flash attention in bf16 where installed"
     )
     bf16: bool = option(False, "bf16 weights with fp32 masters; under LoRA a bf16 frozen model")
 
-    # LoRA
-    use_peft: bool = option(False, "train LoRA adapters and freeze the model; needs peft")
+    use_peft: bool = option(
+        False, "train LoRA adapters and freeze the model; needs peft", group="LoRA"
+    )
     lora_r: int = option(16, "rank of the adapters")
     lora_alpha: int = option(32, "the adapters are scaled by lora_alpha / lora_r")
     lora_dropout: float = option(0.0, "must be 0: dropout would score another policy than sampled")
@@ -66,9 +73,9 @@ class TrainConfig:
         lambda: ["all-linear"], "names of the layers that get one; never the LM head"
     )
 
-    # Data
     train_dataset: str = option(
-        "", ".jsonl, .parquet, hub id[:config][@split], or reasoning-gym:task[,task...]"
+        "", ".jsonl, .parquet, hub id[:config][@split], or reasoning-gym:task[,task...]",
+        group="Data",
     )
     eval_dataset: str | None = option(None, "default: rows held out of train_dataset")
     dataset_size: int = option(1000, "rows generated per reasoning-gym dataset")
@@ -83,6 +90,10 @@ class TrainConfig:
         None, "longer prompts are dropped and counted, never cut"
     )
     max_teacher_prompt_length: int | None = option(None, "the same for the privileged prompt")
+    chat_template_kwargs: dict = option(
+        dict, "further arguments of the chat template, as {enable_thinking: false}; a column of "
+        "this name adds to them and wins"
+    )
     privileged_template: str = option(
         DEFAULT_PRIVILEGED_TEMPLATE, "the one insertion that makes the teacher's prompt"
     )
@@ -92,22 +103,39 @@ class TrainConfig:
         False, "control: the hint is the solution column, without the privileged context's steps"
     )
 
-    # Rollouts and rewards
-    num_generations: int = option(8, "group size: completions per question")
-    generation_batch_size: int = option(64, "completions per rollout step, all questions together")
+    num_generations: int = option(8, "group size: completions per question", group="Rollouts")
+    generation_batch_size: int | None = option(
+        None, "completions per rollout step, all questions together; default: what "
+        "gradient_accumulation_steps says, or 64"
+    )
     rollout_batch_size: int = option(
         256, "sequences generated at once (memory), also in evaluation"
     )
     max_completion_length: int = option(256, "longer completions end without EOS")
     temperature: float = option(1.0, "of sampling, and of the log-probs of both contexts")
+    top_p: float = option(
+        1.0, "sample from the most probable tokens, as many as hold this probability; 1 keeps all"
+    )
+    top_k: int = option(0, "sample from so many of the most probable tokens; 0 keeps all")
+    min_p: float | None = option(
+        None, "sample from tokens with at least this share of the most probable one's probability"
+    )
+    repetition_penalty: float = option(
+        1.0, "above 1, tokens that prompt or completion already have get less probable; below, more"
+    )
     use_transformers_continuous_batching: bool | None = option(
         None, "transformers' continuous batching; default: on a GPU, where it can run the model"
     )
     transformers_continuous_batching_config: dict = option(
         dict, "options of its ContinuousBatchingConfig, as max_memory_percent of the free memory"
     )
-    use_vllm: bool = option(False, "sample by vLLM; needs trl and vllm, see docs/training.md")
-    vllm_mode: str = option("colocate", "colocate: in this process; server: a running vllm serve")
+    use_vllm: bool = option(
+        False, "sample by vLLM; needs trl and vllm, see docs/training.md", group="Rollouts by vLLM"
+    )
+    vllm_mode: str = option(
+        "colocate", "colocate: in this process; server: a running vllm serve",
+        choices=("colocate", "server"),
+    )
     vllm_server_base_url: str | None = option(
         None, "of the server, as http://host:8000; replaces host and port"
     )
@@ -123,7 +151,8 @@ class TrainConfig:
         False, "free the memory of colocated vLLM while the model is updated"
     )
     vllm_importance_sampling_correction: bool | None = option(
-        None, "weigh every token's loss by pi_train / pi_sampler; default: with vLLM only"
+        None, "weigh every token's loss by pi_train / pi_sampler; default: where they differ by "
+        "design, with vLLM, top_p, top_k, min_p or repetition_penalty"
     )
     vllm_importance_sampling_clip_max: float = option(
         3.0, "upper bound of that weight (token_truncate in TRL)"
@@ -131,7 +160,7 @@ class TrainConfig:
     reward_funcs: list[str] = option(
         lambda: ["exact_match"],
         "exact_match, reasoning_gym, math_verify, format_reward, soft_overlong_punishment, "
-        "code_tests, dotted paths; pass@1 is the first's",
+        "code_tests, dotted paths; pass@1 is the first's", group="Rewards",
     )
     reward_weights: list[float] | None = option(None, "one per reward function; default: all 1")
     reward_timeout: float = option(
@@ -153,7 +182,9 @@ class TrainConfig:
         False, "code_tests without namespaces, where the machine refuses them: programs then reach "
         "the network and your files"
     )
-    scale_rewards: str = option("group", "divide centred rewards by the std of: group, batch, none")
+    scale_rewards: str = option(
+        "group", "whose standard deviation centred rewards are divided by", choices=SCALE_REWARDS
+    )
     mask_truncated_completions: bool = option(
         False, "leave completions without EOS out of the loss"
     )
@@ -165,15 +196,15 @@ class TrainConfig:
         "'the reference solution' (rlsd/sampling/leak.py has the rule)"
     )
 
-    # Objective
     objective: str = option(
-        "rlsd", "; ".join(f"{name}: {row.summary}" for name, row in OBJECTIVES.items())
+        "rlsd", "; ".join(f"{name}: {row.summary}" for name, row in OBJECTIVES.items()),
+        choices=tuple(OBJECTIVES), group="Objective and teacher",
     )
     teacher_model_name_or_path: str | None = option(
         None, "the external teacher of objective opd; it must have the student's vocabulary"
     )
     distillation_divergence: str = option(
-        "jsd", "of opsd, opd, grpo+opsd, sdpo: forward_kl KL(P_T||P_S), reverse_kl, jsd"
+        "jsd", "of opsd, opd, grpo+opsd, sdpo; forward_kl is KL(P_T||P_S)", choices=DIVERGENCES
     )
     distillation_alpha: float = option(0.5, "weight of the teacher in jsd's mixture, in (0, 1)")
     distillation_coef: float = option(1.0, "c of grpo+opsd, the loss grpo + c * opsd")
@@ -186,14 +217,20 @@ class TrainConfig:
     rlsd_lambda_warmup_steps: int = option(0, "steps over which lambda rises from 0")
     rlsd_lambda_decay_steps: int = option(50, "steps over which lambda then falls to 0; 0 keeps it")
     rlsd_reweight_clip_range: float = option(0.2, "eps_w: token weights stay in 1 -+ eps_w, 0 to 1")
-    rlsd_delta_source: str = option("current", "student log-prob in delta: current, old_log_probs")
+    rlsd_delta_source: str = option(
+        "current", "which log-prob of the student is in delta",
+        choices=("current", "old_log_probs"),
+    )
     rlsd_negative_only: bool = option(False, "re-weight only where the advantage is negative")
     teacher_model_kind: str = option(
-        "snapshot", "live (no memory), base, snapshot (a copy each), ema (a copy and a mean)"
+        "snapshot", "live (no memory), base, snapshot (a copy each), ema (a copy and a mean)",
+        choices=TEACHER_MODEL_KINDS,
     )
     teacher_sync_steps: int = option(10, "a snapshot teacher follows after every so many steps")
     teacher_ema_rate: float = option(0.05, "an ema teacher moves this share per step")
-    loss_type: str = option("dapo", "grpo, bnpo, dapo, dr_grpo: TRL's aggregations over tokens")
+    loss_type: str = option(
+        "dapo", "TRL's aggregations over tokens", choices=("grpo", "bnpo", "dapo", "dr_grpo")
+    )
     epsilon: float = option(0.2, "PPO clip below 1")
     epsilon_high: float = option(0.28, "PPO clip above 1")
     delta: float | None = option(
@@ -205,10 +242,18 @@ class TrainConfig:
     entropy_coef: float = option(0.0, "coefficient of an entropy bonus")
     num_iterations: int = option(1, "optimizer steps per rollout")
 
-    # Optimizer
-    max_steps: int = option(200, "rollout steps")
+    max_steps: int | None = option(
+        None, "rollout steps; default: those of num_train_epochs, or 200", group="Optimizer"
+    )
+    num_train_epochs: float | None = option(
+        None, "how often every training question is asked; max_steps wins where both are given"
+    )
     per_device_train_batch_size: int = option(
         8, "sequences per micro-batch; never changes the result"
+    )
+    gradient_accumulation_steps: int | None = option(
+        None, "micro-batches of an optimizer step, which takes the whole rollout: this times "
+        "per_device_train_batch_size and processes is generation_batch_size"
     )
     max_tokens_per_micro_batch: int | None = option(
         None, "cut micro-batches by their tokens, padding included, instead of by sequences"
@@ -221,16 +266,18 @@ class TrainConfig:
         None, "weight of the experts' load-balancing loss; default: the model's, if it puts it out"
     )
     learning_rate: float = option(1e-6, "of AdamW")
-    lr_scheduler_type: str = option("constant", "constant, constant_with_warmup, linear, cosine")
+    lr_scheduler_type: str = option(
+        "constant", "how the learning rate goes on", choices=LR_SCHEDULERS
+    )
     warmup_steps: int = option(0, "of the learning rate, in optimizer steps")
     adam_beta1: float = option(0.9, "of AdamW")
     adam_beta2: float = option(0.999, "of AdamW")
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
 
-    # Evaluation, logging, checkpoints
     num_generations_eval: int = option(
-        1, "sampled completions per held-out question; n > 1 adds pass@k for k = 2, 4, 8, .., n"
+        1, "sampled completions per held-out question; n > 1 adds pass@k for k = 2, 4, 8, .., n",
+        group="Evaluation, logging, checkpoints",
     )
     eval_steps: int = option(50, "held-out evaluation every so many steps; 0: never")
     logging_steps: int = option(1, "a progress line every so many steps; metrics.jsonl has all")
@@ -247,20 +294,33 @@ class TrainConfig:
         0, "hold the fused loss of a micro-batch against the reference; 0: never"
     )
     plot_curves: bool = option(True, "draw curves.png at the end")
-    report_to: str = option("tensorboard", "tensorboard, none")
+    push_to_hub: bool = option(
+        False, "upload the last checkpoint, without optimizer and teacher, when the run is done"
+    )
+    hub_model_id: str | None = option(
+        None, "the repository of push_to_hub, as me/my-model; default: the run folder's name"
+    )
+    report_to: list[str] = option(
+        lambda: ["tensorboard"], "where metrics go beside metrics.jsonl; wandb and trackio are "
+        "packages of their own, with project rlsd (or WANDB_PROJECT)",
+        choices=("tensorboard", "wandb", "trackio", "none"),
+    )
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             setattr(self, f.name, _coerce(f.name, getattr(self, f.name), _HINTS[f.name]))
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name} must be one of {', '.join(allowed)}, but got {getattr(self, name)!r}."
-                )
+            value = getattr(self, name)
+            for item in value if isinstance(value, list) else [value]:
+                if item not in allowed:
+                    raise UserError(
+                        f"{name} must be one of {', '.join(allowed)}, but got {item!r}."
+                    )
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"{name} must be at least {low}, but got {value}.")
+        self._fill_in_sizes()
         if self.generation_batch_size % self.num_generations:
             raise UserError(
                 f"generation_batch_size ({self.generation_batch_size}) must be a multiple of "
@@ -282,6 +342,10 @@ class TrainConfig:
                 f"adam_beta1 and adam_beta2 must be in [0, 1), but got {self.adam_beta1} and "
                 f"{self.adam_beta2}."
             )
+        if "none" in self.report_to:
+            if len(self.report_to) > 1:
+                raise UserError("report_to is none or names trackers, but not both.")
+            self.report_to = []
         if not self.reward_funcs:
             raise UserError("reward_funcs must name at least one reward function.")
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
@@ -301,6 +365,36 @@ class TrainConfig:
             if self.privileged_template.count(part) != 1:
                 raise UserError(f"privileged_template must contain {part} exactly once.")
         self.loss_config()
+
+    def _fill_in_sizes(self):
+        if self.num_train_epochs is not None and not 0 < self.num_train_epochs < math.inf:
+            raise UserError(
+                f"num_train_epochs must be a positive number, but got {self.num_train_epochs}."
+            )
+        if self.max_steps is None and self.num_train_epochs is None:
+            self.max_steps = 200
+        if self.gradient_accumulation_steps is None:
+            self.generation_batch_size = self.generation_batch_size or 64
+            return
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        size = self.per_device_train_batch_size * processes * self.gradient_accumulation_steps
+        if self.generation_batch_size not in (None, size):
+            raise UserError(
+                "An optimizer step takes the whole rollout, so generation_batch_size "
+                f"({self.generation_batch_size}) must be per_device_train_batch_size "
+                f"({self.per_device_train_batch_size}) x {processes} process"
+                f"{'es' * (processes > 1)} x gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}); set one of them to none."
+            )
+        self.generation_batch_size = size
+
+    def steps_over(self, count):
+        """Rollout steps of a run over so many training questions; the last may begin a new epoch.
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        questions = self.generation_batch_size // self.num_generations
+        return max(1, math.ceil(self.num_train_epochs * count / questions))
 
     def _check_split_and_format(self):
         share = self.eval_split_size
@@ -337,11 +431,26 @@ class TrainConfig:
                 "vllm_gpu_memory_utilization must be in (0, 1], but got "
                 f"{self.vllm_gpu_memory_utilization}."
             )
+        for name, inside, words in (
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number"),
+        ):
+            if not inside:
+                raise UserError(f"{name} must be {words}, but got {getattr(self, name)}.")
+
+    def reshapes_sampling(self):
+        """Whether tokens are drawn from another distribution than the softmax that is trained."""
+        return self.top_p < 1 or bool(self.top_k or self.min_p) or self.repetition_penalty != 1
+
+    def unfiltered(self):
+        """The same, drawing from that softmax."""
+        return dataclasses.replace(self, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
 
     def sampling_clip_max(self):
         """Upper bound of pi_train / pi_sampler in the loss, or None where it is not corrected."""
         wanted = self.vllm_importance_sampling_correction
-        wanted = self.use_vllm if wanted is None else wanted
+        wanted = self.use_vllm or self.reshapes_sampling() if wanted is None else wanted
         return self.vllm_importance_sampling_clip_max if wanted else None
 
     def _check_objective(self):
@@ -400,15 +509,8 @@ class TrainConfig:
 
 _HINTS = typing.get_type_hints(TrainConfig)
 _CHOICES = {
-    "objective": tuple(OBJECTIVES),
-    "distillation_divergence": DIVERGENCES,
-    "teacher_model_kind": TEACHER_MODEL_KINDS,
-    "scale_rewards": SCALE_REWARDS,
-    "loss_type": ("grpo", "bnpo", "dapo", "dr_grpo"),
-    "lr_scheduler_type": LR_SCHEDULERS,
-    "impl": ("auto", "cuda", "triton", "torch", "ref"),
-    "report_to": ("tensorboard", "none"),
-    "vllm_mode": ("colocate", "server"),
+    f.name: f.metadata["choices"]
+    for f in dataclasses.fields(TrainConfig) if f.metadata["choices"]
 }
 _AT_LEAST = {
     "scratch_steps": 1, "seed": 0, "dataset_seed": 0, "dataset_size": 1, "eval_size": 0,
@@ -422,7 +524,7 @@ _AT_LEAST = {
     "log_completions_steps": 0, "validate_every": 0, "num_generations_eval": 1,
     "soft_punish_cache": 1, "code_memory_mb": 16, "vllm_server_port": 1, "vllm_group_port": 1,
     "vllm_server_timeout": 0, "vllm_max_model_length": 1, "vllm_importance_sampling_clip_max": 1,
-    "distillation_coef": 0,
+    "distillation_coef": 0, "top_k": 0, "gradient_accumulation_steps": 1,
 }
 
 
@@ -446,10 +548,10 @@ def _coerce(name, value, hint):
     nan = isinstance(value, float) and math.isnan(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not nan:
         return value
-    raise UserError(f"{name} must be {_NAMES.get(hint, hint)}, but got {value!r}.")
+    raise UserError(f"{name} must be {KINDS.get(hint, hint)}, but got {value!r}.")
 
 
-_NAMES = {
+KINDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "a text",
     dict: "a mapping of options",
 }

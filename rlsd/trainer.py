@@ -45,9 +45,11 @@ from .policy.update import (
 from .reports.report import (
     Clock,
     Reporter,
+    hub_repository,
     model_card,
     plot_runs,
     print_samples,
+    push,
     read_metrics,
     require_packages,
     samples_of,
@@ -107,6 +109,7 @@ class Trainer:
             config, self.tokenizer, log if self.processes.main else lambda *_: None, self.processor
         )
         self.questions = config.generation_batch_size // config.num_generations
+        self.max_steps = config.steps_over(len(self.rows))
         self.processes.require_room_for(self.questions, [*self.rows, *self.held_out])
         self.model = load_student(config, weights, resuming=resume_from is not None)
         self.weights = MasterWeights(self.model, config.bf16)
@@ -131,7 +134,7 @@ class Trainer:
         )
         self.scheduler = transformers.get_scheduler(
             config.lr_scheduler_type, self.optimizer, num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.max_steps * config.num_iterations,
+            num_training_steps=self.max_steps * config.num_iterations,
         )
         self.parts = checkpoint.Parts(
             self.optimizer, self.scheduler, self.weights, self.teacher, self.reference
@@ -140,19 +143,21 @@ class Trainer:
         self.step = self.parts.load(resume_from) if resume_from else 0
 
     def train(self):
-        """Run to config.max_steps; returns the records of metrics.jsonl in the main process."""
+        """Run to the last step; returns the records of metrics.jsonl in the main process."""
         config = self.config
-        if self.step >= config.max_steps:
+        if self.step >= self.max_steps:
             raise UserError(
                 f"{self.run_dir} is already at step {self.step}; raise max_steps to go on."
             )
+        repository = self.processes.once(lambda: hub_repository(config))
         with Reporter(
-            self.run_dir, dataclasses.asdict(config), config.report_to, config.max_steps, self.step,
+            self.run_dir, dataclasses.asdict(config), config.report_to, self.max_steps, self.step,
             silent=not self.processes.main,
         ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)):
+            self.processes.once(report.start_trackers)
             if self.step == 0 and config.eval_steps:
                 report.log(0, self.evaluate())
-            while self.step < config.max_steps:
+            while self.step < self.max_steps:
                 try:
                     metrics, samples = self.train_step(self.step + 1)
                 except RewardError as error:  # raised before the update: nothing need be lost
@@ -166,12 +171,14 @@ class Trainer:
                 if samples and self.processes.main:
                     write_completions(self.run_dir, self.step, samples)
                     print_samples(samples, self.step)
-                if self._due(config.save_steps) or self.step == config.max_steps:
+                if self._due(config.save_steps) or self.step == self.max_steps:
                     self.save()
         if not self.processes.main:
             return []
         if config.plot_curves:
             plot_runs({config.objective: [self.run_dir]}, self.run_dir / "curves.png")
+        if repository:
+            push(repository, checkpoint.latest(self.run_dir))
         return read_metrics(self.run_dir)
 
     def _saved(self, error):
@@ -183,7 +190,7 @@ class Trainer:
         return UserError(said) if self.step else error
 
     def _due(self, every):
-        return every > 0 and (self.step % every == 0 or self.step == self.config.max_steps)
+        return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
 
     def evaluate(self):
         """Held-out metrics; {} without held-out questions."""

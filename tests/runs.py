@@ -134,7 +134,7 @@ def naive_lambda(step, config):
 
 def naive_correction(old, drawn, config):
     """min(pi_old / pi_sampler, bound) of each token; 1 where the sampler gave none."""
-    if not config.vllm_importance_sampling_correction:
+    if config.sampling_clip_max() is None:
         return 1.0
     ratio = [math.exp(o - d) if d == d else 1.0
              for o, d in zip(old.tolist(), drawn.tolist(), strict=True)]

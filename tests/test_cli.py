@@ -1,5 +1,6 @@
 """The command line: what each command prints, and one sentence for every mistake."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from runs import (
     problems,
     quick,  # noqa: F401
     write_config,
+    write_rows,
 )
 
 import rlsd
@@ -26,7 +28,7 @@ import rlsd.demo
 import rlsd.reports.report
 import rlsd.trainer
 from rlsd import __version__
-from rlsd.cli import COMMANDS, main
+from rlsd.cli import COMMANDS, main, parse_options
 from rlsd.config import TrainConfig
 from rlsd.policy import checkpoint
 from rlsd_kernels import torch_impl
@@ -429,6 +431,44 @@ def test_eval_of_run_and_checkpoint(finished, capsys):
     assert shown(out).keys() == want.keys()
 
 
+def test_eval_of_a_plain_model_is_the_baseline_of_a_run(finished, tmp_path, capsys):
+    """Step 0 of the run, of the same held-out questions, from the data or from its config."""
+    run, records = finished
+    given = options(run.parent)
+    model, want = given["model_name_or_path"], {
+        k[5:]: round(v, 4) for k, v in records[0].items() if k.startswith("eval/")
+    }
+    assert len(want) > 5 and records[0]["step"] == 0
+    said = f"{model} on 4 held-out questions, [95 % interval]\n"
+    asked = ["--eval_size", "4", "--max_completion_length", "6", "--reward_funcs",
+             "runs.sum_reward", "--device", "cpu"]
+    for arguments in (
+        [model, "--config", run / "config.yaml"],
+        [f"{model}/", "--train_dataset", given["train_dataset"], *asked],
+    ):
+        assert main(["eval", *map(str, arguments)]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(said) and not err.strip()
+        assert shown(out) == pytest.approx(want, abs=1e-4)
+    # Without training rows all of eval_dataset is asked.
+    held_out = write_rows(tmp_path / "eval.jsonl", problems(3, seed=7))
+    assert main(["eval", model, "--eval_dataset", held_out, *asked]) == 0
+    assert " on 3 held-out questions" in capsys.readouterr().out
+
+
+def test_eval_of_what_is_neither_a_run_nor_a_model(tmp_path, capsys):
+    given = options(tmp_path)
+    model, data = given["model_name_or_path"], given["train_dataset"]
+    for arguments, words in (
+        ([model], f"{model} is a model, not a run, eval needs --train_dataset, --eval_dataset or"),
+        (["me/model"], "There is no run folder or checkpoint me/model, and if it is a model's hub"),
+        ([tmp_path, "--train_dataset", data], "holds no checkpoint of a run, and no model"),
+        (["me/model", "--train_dataset", data], "Cannot load the model 'me/model'"),
+        ([model, "--train_dataset", "nowhere.jsonl"], "Cannot read the dataset nowhere.jsonl"),
+    ):
+        assert words in fails(capsys, "eval", *arguments)
+
+
 def test_eval_with_several_samples_shows_pass_at_k(finished, capsys):
     run, _ = finished
     assert main(["eval", str(run), "--num_generations_eval", "4"]) == 0
@@ -503,12 +543,48 @@ def test_help_of_every_command(command, capsys):
     assert f"rlsd {command}" in out and not err
 
 
+@pytest.mark.parametrize("given, want", [
+    ("none", "none"), ("wandb", "wandb"), ("[wandb, trackio]", ["wandb", "trackio"]),
+])
+def test_none_is_a_value_where_it_is_a_choice(given, want):
+    parsed = parse_options(["--report_to", given, "--scale_rewards", "none", "--delta", "none"])
+    assert parsed == {"report_to": want, "scale_rewards": "none", "delta": None}
+    kept = TrainConfig(**parsed).report_to
+    assert kept == ([] if want == "none" else want if isinstance(want, list) else [want])
+
+
 def test_train_help_lists_every_option_with_its_default(capsys):
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     for name in TrainConfig.__dataclass_fields__:
-        assert re.search(rf"^  --{name} ", out, re.M), name
-    assert "--rlsd_lambda 0.5" in out and "--reward_funcs ['exact_match']" in out
+        assert len(re.findall(rf"^  --{name} ", out, re.M)) == 1, name
+    assert "--rlsd_lambda 0.5\n" in out and "--reward_funcs [exact_match]\n" in out
+    assert "--bf16 false\n" in out and "--delta 3.0  [a number, or none]\n" in out
+
+
+def test_train_help_shows_groups_and_choices(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out.partition("in brackets:\n")[2].strip("\n")
+    assert all(len(line) <= 70 or " " not in line.strip() for line in out.splitlines())
+    sections = {part.partition("\n")[0]: part for part in out.split("\n\n")}
+    of_option = {
+        name: title for title, part in sections.items()
+        for name in re.findall(r"^  --(\w+) ", part, re.M)
+    }
+    assert of_option.keys() == TrainConfig.__dataclass_fields__.keys()
+    for name, title in {
+        "seed": "Model and run", "lora_r": "LoRA", "eval_size": "Data", "temperature": "Rollouts",
+        "vllm_mode": "Rollouts by vLLM", "leak_markers": "Rewards", "warmup_steps": "Optimizer",
+        "rlsd_lambda": "Objective and teacher", "save_steps": "Evaluation, logging, checkpoints",
+    }.items():
+        assert of_option[name] == title
+    joined = " ".join(out.split())
+    for field in dataclasses.fields(TrainConfig):
+        if field.metadata["choices"]:
+            assert f"{' | '.join(field.metadata['choices'])}]" in joined, field.name
+    assert "--scale_rewards group [group | batch | none]" in joined
+    assert "--report_to [tensorboard] [any of tensorboard | wandb | trackio | none]" in joined
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,8 @@ BAD = {
     "same-folder": ({"arms": {"a b": {}, "A-B": {}}}, "no folder name of its own"),
     "no-letters": ({"arms": {"++": {}, "?": {}}}, "no folder name of its own"),
     "own-seed": ({"arms": {"a": {"seed": 1}}}, "seed is set by the comparison"),
+    "epochs": ({"arms": {"a": {"max_steps": None, "num_train_epochs": 1}}}, "set max_steps"),
+    "push": ({"arms": {"a": {"push_to_hub": True}}}, "leave push_to_hub out"),
 }
 
 

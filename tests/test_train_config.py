@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -13,10 +14,13 @@ BAD = {
     "loss_type": ["sum", "dr-grpo"],
     "lr_scheduler_type": ["step"],
     "impl": ["gpu"],
-    "report_to": ["wandb"],
+    "report_to": ["mlflow", ["wandb", "none"], ["none", "none"], True],
     "num_generations": [1, 0, 2.0, "8", True, None],
     "generation_batch_size": [12, 1, -8],
     "max_steps": [0, 1.5, "ten", [1]],
+    "num_train_epochs": [0, -1, math.inf, math.nan, "some"],
+    "gradient_accumulation_steps": [0, 1.5],
+    "push_to_hub": ["yes"],
     "seed": [-1],
     "eval_size": [-1],
     "max_prompt_length": [0, "long"],
@@ -70,6 +74,10 @@ BAD = {
     "delta": [1.0],
     "beta": [-1],
     "temperature": [0, math.nan],
+    "top_p": [0, 1.01, -0.1, math.nan],
+    "top_k": [-1, 2.5],
+    "min_p": [-0.1, 1.01, math.nan],
+    "repetition_penalty": [0, -1, math.inf, math.nan],
     "use_vllm": ["yes"],
     "vllm_mode": ["colocated"],
     "vllm_server_port": [0, "http"],
@@ -77,6 +85,7 @@ BAD = {
     "vllm_importance_sampling_clip_max": [0.9, None, math.nan],
     "use_transformers_continuous_batching": ["maybe"],
     "transformers_continuous_batching_config": [["num_blocks"], None],
+    "chat_template_kwargs": [["enable_thinking"], None],
     "privileged_template": ["{prompt}", "{privileged_context}", "{prompt} {prompt} "
                             "{privileged_context}", ""],
 }
@@ -158,9 +167,45 @@ def test_coercion(given, kept):
     ({"vllm_importance_sampling_correction": True}, 3.0),
     ({"use_vllm": True, "vllm_importance_sampling_correction": False}, None),
     ({"use_vllm": True, "vllm_importance_sampling_clip_max": 2}, 2.0),
+    ({"top_p": 0.9}, 3.0), ({"top_k": 50}, 3.0), ({"min_p": 0.1}, 3.0),
+    ({"repetition_penalty": 1.1}, 3.0), ({"repetition_penalty": 0.9}, 3.0),
+    ({"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "temperature": 0.5}, None),
+    ({"top_p": 0.9, "vllm_importance_sampling_correction": False}, None),
 ])
-def test_the_sampler_is_corrected_by_default_under_vllm(given, want):
+def test_a_sampler_that_is_another_policy_is_corrected_by_default(given, want):
     assert TrainConfig(**given).sampling_clip_max() == want
+
+
+@pytest.mark.parametrize("given, count, want", [
+    ({}, 10, 200), ({"max_steps": 7}, 10, 7), ({"num_train_epochs": 2}, 100, 25),
+    ({"num_train_epochs": 1}, 101, 13),  # 8 questions a step: the last asks three anew
+    ({"num_train_epochs": 0.5}, 8, 1), ({"num_train_epochs": 0.01}, 8, 1),
+    ({"num_train_epochs": 3, "max_steps": 7}, 100, 7),  # as in TRL
+    ({"num_train_epochs": 1, "generation_batch_size": 16}, 10, 5),
+])
+def test_steps_of_a_run(given, count, want):
+    config = TrainConfig(**given)
+    assert config.steps_over(count) == want
+    assert dataclasses.replace(config, seed=1).steps_over(count) == want
+
+
+@pytest.mark.parametrize("given, processes, want", [
+    ({}, 1, 64), ({"gradient_accumulation_steps": 4}, 1, 32),
+    ({"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}, 3, 24),
+    ({"gradient_accumulation_steps": 8, "generation_batch_size": 64}, 1, 64),
+    ({"generation_batch_size": 16}, 2, 16),
+])
+def test_accumulation_steps_make_the_rollout(given, processes, want, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = TrainConfig(**given)
+    assert config.generation_batch_size == want
+    assert dataclasses.replace(config, seed=1).generation_batch_size == want
+
+
+def test_accumulation_steps_that_split_a_rollout_are_refused():
+    with pytest.raises(UserError) as error:
+        TrainConfig(gradient_accumulation_steps=4, generation_batch_size=64)
+    one_sentence(error, "generation_batch_size (64)", "(8) x 1 process x", "steps (4)", "to none")
 
 
 def test_two_samplers_are_one_too_many():

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import types
 import warnings
 import weakref
 
@@ -33,6 +34,7 @@ import rlsd.sampling.rollout
 import rlsd.trainer
 from rlsd import UserError
 from rlsd.cli import main
+from rlsd.config import make_config
 from rlsd.policy.models import STUDENT, TEACHER, adapter_weights
 from rlsd.tasks.data import rows_of_step
 from rlsd_kernels import torch_impl
@@ -678,6 +680,52 @@ def test_run_folder_holds_what_it_promises(tmp_path, monkeypatch):
     assert_same(parameters(loaded), parameters(trainer.model))
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "checkpoint-3")
     assert tokenizer("<q> 3 +4")["input_ids"] == trainer.tokenizer("<q> 3 +4")["input_ids"]
+
+
+def test_epochs_ask_every_question_so_often(tmp_path):
+    """8 questions, 4 a step: 1.5 epochs are 3 steps, and a resumed run can be given more."""
+    asked, trainer = [], make_trainer(tmp_path, max_steps=None, num_train_epochs=1.5)
+    step = trainer.train_step
+
+    def noted(number):
+        asked.extend(row["_source"] for row in rlsd.trainer.rows_of_step(
+            trainer.rows, trainer.questions, number, trainer.config.seed
+        ))
+        return step(number)
+
+    trainer.train_step = noted
+    assert [r["step"] for r in trainer.train()] == [1, 2, 3]
+    assert set(asked[:8]) == {row["_source"] for row in trainer.rows} and len(asked) == 12
+    given = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (given["max_steps"], given["num_train_epochs"]) == (None, 1.5)
+    resumed = rlsd.trainer.Trainer(
+        make_config(given | {"num_train_epochs": 2}), log=lambda *_: None,
+        resume_from=tmp_path / "run" / "checkpoint-3",
+    )
+    assert [r["step"] for r in resumed.train()] == [1, 2, 3, 4]
+
+
+class Hub:
+    """huggingface_hub.HfApi, which makes the repository and then loses its network."""
+
+    def create_repo(self, name, *, exist_ok):
+        return types.SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(self, **_):
+        raise ConnectionError("Name or service not known")
+
+
+def test_a_push_that_fails_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    drawn = []
+    monkeypatch.setattr(rlsd.trainer, "plot_runs", lambda *_: drawn.append(True))
+    trainer = make_trainer(tmp_path, push_to_hub=True)
+    with pytest.raises(UserError, match="^The run is done and whole in .*checkpoint-2, but could "
+                                        "not be pushed to me/run .Name or service not known.; "):
+        trainer.train()
+    assert drawn and [r["step"] for r in rlsd.trainer.read_metrics(tmp_path / "run")] == [1, 2]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    assert_same(parameters(loaded), parameters(trainer.model))
 
 
 def test_token_weights_of_negative_only_spare_praised_completions(tmp_path):

@@ -210,7 +210,7 @@ def sibling_prompts(rollout, step, tokenizer, config):
         hinted = insert_hint(
             row["prompt"], rollout.texts[chosen], config.privileged_template, tokenizer.bos_token
         )
-        ids = encode(hinted, tokenizer, row.get("_images"))
+        ids = encode(hinted, tokenizer, row)
         prompts.append(ids if limit is None or len(ids) <= limit else None)
     return prompts
 

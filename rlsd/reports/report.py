@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import statistics
 import sys
@@ -18,6 +19,7 @@ import transformers
 import yaml
 
 from ..config import UserError
+from ..policy.checkpoint import reason
 from ..sampling.evaluation import summary
 from ..sampling.rollout import token_texts
 
@@ -77,16 +79,50 @@ class Clock:
 
 def require_packages(config):
     """Say before the first rollout, not after the last, which package of a report is missing."""
-    needed = {"matplotlib": ("train", "curves.png")} if config.plot_curves else {}
+    needed = {"matplotlib": ("'.[train]'", "curves.png")} if config.plot_curves else {}
     if config.log_completions_steps:
-        needed |= {name: ("train", "log_completions_steps") for name in ("pyarrow", "rich")}
+        needed |= {name: ("'.[train]'", "log_completions_steps") for name in ("pyarrow", "rich")}
     if config.use_peft:
-        needed["peft"] = ("train", "use_peft")
-    if config.report_to == "tensorboard":
-        needed["tensorboard"] = ("log", "report_to: tensorboard")
-    for package, (extra, what) in needed.items():
+        needed["peft"] = ("'.[train]'", "use_peft")
+    for name in config.report_to:
+        needed["accelerate"] = ("'.[train]'", f"report_to: {name}")
+        needed[name] = ("'.[log]'" if name == "tensorboard" else name, f"report_to: {name}")
+    for package, (install, what) in needed.items():
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{what} needs the package {package}: pip install '.[{extra}]'.")
+            raise UserError(f"{what} needs the package {package}: pip install {install}.")
+
+
+def start_tracker(name, run_dir, options, start_step):
+    """One of accelerate's trackers, going on from start_step where that is not 0.
+
+    options: what the run was started with. Raises UserError, one sentence, before anything is lost.
+    """
+    from accelerate import PartialState, tracking
+
+    PartialState()  # its loggers, which the trackers call, want one
+    project = "rlsd"
+    run = {"name": "/".join(run_dir.resolve().parts[-2:]), "config": options}
+    if name == "tensorboard":
+        tracker = tracking.TensorBoardTracker(
+            name, run_dir, purge_step=start_step + 1 if start_step else None
+        )
+    elif name == "wandb":
+        # wandb links the folder of the last one, [offline-]run-<date>_<time>-<id>.
+        last = re.search(r"run-\d+_\d+-(.+)", (run_dir / "wandb" / "latest-run").resolve().name)
+        if start_step and last:
+            run |= {"id": last[1], "resume": "allow"}
+        project = os.environ.get("WANDB_PROJECT", project)
+        tracker = tracking.WandBTracker(project, dir=str(run_dir), **run)
+    else:
+        how = "allow" if start_step else "never"
+        tracker = tracking.TrackioTracker(project, resume=how, **run)
+    try:
+        tracker.start()
+    except Exception as error:  # services have their own kinds
+        raise UserError(
+            f"report_to: {name} cannot start ({reason(error)}); set it up, or leave it out."
+        ) from error
+    return tracker
 
 
 def quiet_libraries():
@@ -126,13 +162,15 @@ class Reporter:
         partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(partial, self.run_dir / METRICS)
         self.file = open(self.run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self.board = None
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+        self.report_to, self.options, self.trackers = report_to, config_dict, {}
 
-            self.board = SummaryWriter(
-                self.run_dir / "tensorboard", purge_step=start_step + 1 if start_step else None
+    def start_trackers(self):
+        """For the main process; apart from __init__, so that all hear where one cannot start."""
+        for name in self.report_to:
+            self.trackers[name] = start_tracker(
+                name, self.run_dir, self.options, self.start_step
             )
+        self.began = time.monotonic()
 
     def __enter__(self):
         return self
@@ -143,8 +181,8 @@ class Reporter:
         if sys.stdout.isatty() and self.shown:
             print()
         self.file.close()
-        if self.board:
-            self.board.close()
+        for name in list(self.trackers):
+            self._tell(name, lambda tracker: tracker.finish())
 
     def _write(self, record):
         self.file.write(json.dumps(record) + "\n")
@@ -156,11 +194,18 @@ class Reporter:
         if self.silent:
             return record
         self._write(record)
-        if self.board:
-            for name, value in record.items():
-                if value is not None and name != "step":
-                    self.board.add_scalar(name, value, step)
+        values = {k: v for k, v in record.items() if v is not None and k != "step"}
+        for name in list(self.trackers):
+            self._tell(name, lambda tracker: tracker.log(values, step=step))
         return record
+
+    def _tell(self, name, what):
+        """A tracker whose service is gone is left out; it does not end a run that goes well."""
+        try:
+            what(self.trackers[name])
+        except Exception as error:
+            del self.trackers[name]
+            print(f"\n{name} failed ({reason(error)}); {METRICS} has what it misses.", flush=True)
 
     def progress(self, step, metrics):
         """One line: step, key metrics, seconds per step, time left; redrawn on a terminal."""
@@ -352,18 +397,64 @@ def model_card(config, step, records):
             f"over {config.rlsd_lambda_decay_steps} steps,\neps_w "
             f"{config.rlsd_reweight_clip_range:g}, teacher `{config.teacher_model_kind}`"
         )
+    base, planned = config.model_name_or_path, f"{config.max_steps} rollout steps"
+    if config.max_steps is None:
+        planned = f"{config.num_train_epochs:g} epochs"
+    front = {"library_name": "peft" if config.use_peft else "transformers"}
+    if not Path(base).exists():  # the Hub takes ids alone
+        front["base_model"] = base
+    front["tags"] = ["rlsd", "rlvr", "reinforcement-learning"] + ["lora"] * config.use_peft
+    what, loading = "Started from", ""
+    if config.use_peft:
+        what = f"LoRA adapters of rank {config.lora_r}, not a whole model, for the base model"
+        loading = ",\nwhich loads the base model too and needs peft"
     return f"""---
-library_name: transformers
-tags: [rlsd, rlvr, reinforcement-learning]
----
+{yaml.safe_dump(front, sort_keys=False, default_flow_style=None)}---
 # {config.objective.upper()} checkpoint, step {step}
 
-Trained from `{config.model_name_or_path}` on `{config.train_dataset}` with the rlsd package:
+{what} `{base}`, trained on `{config.train_dataset}` with the rlsd package:
 {method},
-{config.max_steps} rollout steps planned, {config.generation_batch_size} completions a step in
+{planned} planned, {config.generation_batch_size} completions a step in
 groups of {config.num_generations}, learning rate {config.learning_rate:g}, seed {config.seed}.
 
 {table}
 
-Load it with `AutoModelForCausalLM.from_pretrained(this_folder)`.
+Load it with `AutoModelForCausalLM.from_pretrained(this_folder)`{loading}.
 """
+
+
+def hub_repository(config):
+    """The id of the repository that push_to_hub uploads to at the end, made now; None without.
+
+    Raises UserError, one sentence, where it cannot be made: better now than after the last step.
+    """
+    if not config.push_to_hub:
+        return None
+    import huggingface_hub
+
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
+    try:
+        return huggingface_hub.HfApi().create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # of the network, the login, the name
+        raise UserError(
+            f"push_to_hub cannot make the repository {name} ({reason(error)}); log in with hf auth "
+            "login, set hub_model_id, or leave push_to_hub out."
+        ) from error
+
+
+def push(repository, checkpoint):
+    """Upload a checkpoint, without what only a resumed run needs; UserError says what is safe."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().upload_folder(
+            repo_id=repository, folder_path=checkpoint, commit_message=checkpoint.name,
+            ignore_patterns=["trainer_state.pt", "shards/*", "SHA256SUMS"],
+        )
+    except Exception as error:
+        raise UserError(
+            f"The run is done and whole in {checkpoint}, but could not be pushed to {repository} "
+            f"({reason(error)}); push it with hf upload {repository} {checkpoint} --exclude "
+            "trainer_state.pt."
+        ) from error
+    print(f"Pushed {checkpoint} to {repository}.")

@@ -9,10 +9,21 @@ says with what log-prob it drew every token, which the trainer compares with its
 import contextlib
 import dataclasses
 import logging
+import os
+import sys
 from typing import NamedTuple
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation import ContinuousBatchingConfig
 
 from ..config import UserError
@@ -102,14 +113,22 @@ def require_room(model, rows, config):
 _LOGGER = logging.getLogger("ContinuousBatchingLogger")
 
 
+def filters(config):
+    """What temperature, top_k, top_p and min_p do to scores, in the order of transformers."""
+    wanted = [(TemperatureLogitsWarper, config.temperature, config.temperature != 1),
+              (TopKLogitsWarper, config.top_k, config.top_k), (TopPLogitsWarper, config.top_p,
+              config.top_p < 1), (MinPLogitsWarper, config.min_p, config.min_p)]
+    return [kind(value) for kind, value, changes in wanted if changes]
+
+
 class DrawnLogProbs(LogitsProcessor):
     """Notes the log-prob of every drawn token; of (B, V) scores one tensor stays, never T.
 
-    generate divides by the temperature after it has called this.
+    The last of the processors: it sees the distribution that is sampled from.
     """
 
-    def __init__(self, temperature):
-        self.temperature, self.scores, self.columns = temperature, None, []
+    def __init__(self):
+        self.scores, self.columns = None, []
 
     def __call__(self, input_ids, scores):
         self.note(input_ids)
@@ -119,9 +138,41 @@ class DrawnLogProbs(LogitsProcessor):
     def note(self, input_ids):
         """The last ids were drawn from the scores seen before them."""
         if self.scores is not None:
-            scaled = self.scores.float() / self.temperature
-            drawn = scaled.gather(1, input_ids[:, -1:]).squeeze(1)
-            self.columns.append(drawn - scaled.logsumexp(1))
+            scores = self.scores.float()
+            drawn = scores.gather(1, input_ids[:, -1:]).squeeze(1)
+            self.columns.append(drawn - scores.logsumexp(1))
+
+
+def progress_bar(total):
+    """A bar of so many completions on the line below the last step's, while one looks at it.
+
+    Elsewhere than on the main process's terminal it is None inside `with`.
+    """
+    main = os.environ.get("RANK", "0") == "0"
+    if not main or sys.stdout is None or not sys.stdout.isatty():
+        return contextlib.nullcontext()
+    return tqdm(
+        total=total, desc="sampling", unit=" completions", leave=False, position=1, delay=1,
+        miniters=0, dynamic_ncols=True, file=sys.stdout,
+    )
+
+
+class Watch(StoppingCriteria):
+    """Tells the bar how far a batch is, after every token; it stops nothing."""
+
+    def __init__(self, bar, ends, start, limit):
+        self.bar, self.ends, self.start, self.limit, self.done = bar, ends, start, limit, None
+
+    def __call__(self, input_ids, scores, **_):
+        ended = torch.isin(input_ids[:, -1], torch.tensor(self.ends, device=input_ids.device))
+        nothing = torch.zeros_like(ended)
+        before = nothing if self.done is None else self.done
+        self.done = before | ended
+        self.bar.set_postfix_str(
+            f"token {input_ids.shape[1] - self.start}/{self.limit}", refresh=False
+        )
+        self.bar.update((self.done.sum() - before.sum()).item())
+        return nothing
 
 
 def placeholders_of(model):
@@ -161,27 +212,32 @@ def generate(model, tokenizer, prompts, config, *, images=None, greedy=False):
     """
     ends, placeholders = eos_ids(model, tokenizer), placeholders_of(model)
     pad_id = tokenizer.pad_token_id
-    temperature = 1.0 if greedy else config.temperature
     device = model.get_input_embeddings().weight.device
     own = model.generation_config
     # The model's own penalties and filters would sample another policy than the one we score.
     model.generation_config = type(own)()
     pieces, log_probs = [], []
     try:
-        with _sampling(model):
+        with _sampling(model), progress_bar(len(prompts)) as bar:
             for i in range(0, len(prompts), config.rollout_batch_size):
                 ids, mask = left_pad(prompts[i : i + config.rollout_batch_size], pad_id, device)
                 seen = (images or [None])[i : i + config.rollout_batch_size]
                 extra = {"suppress_tokens": placeholders} if placeholders else {}
                 if any(seen):
                     extra |= image_inputs(seen, ids, placeholders[0])
-                drawn = DrawnLogProbs(temperature)
+                drawn, watch = DrawnLogProbs(), []
+                if bar is not None:
+                    watch = [Watch(bar, ends, ids.shape[1], config.max_completion_length)]
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, **extra,
                     max_new_tokens=config.max_completion_length, pad_token_id=pad_id,
-                    eos_token_id=ends, do_sample=not greedy, temperature=temperature, top_k=0,
-                    logits_processor=[] if greedy else [drawn],
+                    eos_token_id=ends, do_sample=not greedy, top_k=0,
+                    repetition_penalty=config.repetition_penalty,
+                    logits_processor=[] if greedy else [*filters(config), drawn],
+                    stopping_criteria=watch,
                 )
+                for one in watch:  # the rest met the limit
+                    bar.update(len(ids) - one.done.sum().item())
                 pieces.append(out[:, ids.shape[1] :])
                 if not greedy:
                     drawn.note(out)
@@ -215,7 +271,8 @@ def generate_batch(model, tokenizer, prompts, config, *, images=None, greedy=Fal
                 GenerationConfig(
                     eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
                     **{} if greedy else {
-                        "do_sample": True, "temperature": config.temperature, "top_k": 0,
+                        "do_sample": True, "temperature": config.temperature,
+                        "top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p,
                     },
                 ),
                 _engine_options(config),
@@ -249,12 +306,15 @@ def _results(manager, prompts, max_new_tokens):
         manager.warmup()
         names = manager.add_requests(prompts, max_new_tokens=max_new_tokens)
         manager.start()
-        while len(done) < len(names):
-            result = manager.get_result(timeout=1)
-            if result is not None and result.is_finished():
-                done[result.request_id] = result
-            elif result is None and not manager.is_running():
-                break
+        with progress_bar(len(names)) as bar:
+            while len(done) < len(names):
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    done[result.request_id] = result
+                    if bar is not None:
+                        bar.update()
+                elif result is None and not manager.is_running():
+                    break
         fatal = manager.background_thread_status.fatal_error
     finally:
         manager.stop(block=True, hard_stop=len(done) < len(names))
@@ -294,7 +354,10 @@ def sampler_refusal(sample, model, tokenizer, config, *, limit=None):
     and cache may not change what a row means. Random generators stay where they were.
     """
     device, rows = model.device, len(model.get_output_embeddings().weight)
-    trial = dataclasses.replace(config, max_completion_length=4, rollout_batch_size=4)
+    # What the filters keep hangs on rounding where probabilities are close; the passes must agree.
+    trial = dataclasses.replace(
+        config.unfiltered(), max_completion_length=4, rollout_batch_size=4
+    )
     prompts = [[3, 4, 5], [6], [7, 6, 5, 4, 3, 7], [4, 3]]
     prompts = [[token % rows for token in prompt] for prompt in prompts]
     try:
@@ -329,6 +392,8 @@ def continuous_batching_refusal(model, tokenizer, config):
     """
     if placeholders_of(model):
         return "it takes no images, and this model does"
+    if config.repetition_penalty != 1:
+        return "it has no repetition_penalty"
     return sampler_refusal(generate_batch, model, tokenizer, dataclasses.replace(
         config, transformers_continuous_batching_config={
             **config.transformers_continuous_batching_config, "num_blocks": 8,
@@ -362,7 +427,7 @@ def choose_sampler(model, tokenizer, config, processes, log=print):
         engine = VLLMSampler(model, tokenizer, config, ends)
 
         def by_vllm(model, tokenizer, prompts, config, *, images=None, greedy=False):
-            drawn = engine.sample(prompts, greedy, config.max_completion_length)
+            drawn = engine.sample(prompts, config, greedy)
             return samples_of_lists(
                 *drawn, ends, tokenizer.pad_token_id, model.get_input_embeddings().weight.device
             )

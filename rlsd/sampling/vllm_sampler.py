@@ -58,7 +58,6 @@ class VLLMSampler:
                 "use_vllm samples for one training process; start training without a launcher, or "
                 "set use_vllm to false."
             )
-        self.temperature = config.temperature
         try:
             self.engine = Generation(
                 model, accelerator, tokenizer, mode=config.vllm_mode,
@@ -76,10 +75,15 @@ class VLLMSampler:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"vLLM cannot be used: {reason}.") from error
 
-    def sample(self, prompts, greedy, max_completion_length):
+    def sample(self, prompts, config, greedy):
         """(token lists, lists of their log-probs or None) of one completion per prompt."""
         self.engine.sync_weights()
-        self.engine.max_completion_length = max_completion_length
-        self.engine.temperature = 0.0 if greedy else self.temperature
+        for name in (
+            "max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty",
+        ):
+            setattr(self.engine, name, getattr(config, name))
+        self.engine.min_p = config.min_p or 0.0
+        if greedy:
+            self.engine.temperature = 0.0
         _, completions, log_probs, _ = self.engine.generate(prompts, None, num_generations=1)
         return completions, None if greedy else [[step[0] for step in line] for line in log_probs]

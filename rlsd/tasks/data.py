@@ -15,7 +15,13 @@ import torch
 
 from ..config import UserError
 from .images import PromptImages
-from .prompts import encode_pair, is_chat, require_plain
+from .prompts import (
+    encode_pair,
+    is_chat,
+    require_plain,
+    require_template_options,
+    template_options,
+)
 
 SOURCE = "_source"
 # Tasks of reasoning-gym 0.1.25 whose scorers do not give their own stored answers full marks.
@@ -361,9 +367,11 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
                 "trains on; fill privileged_context or solution."
             )
         try:
+            row = {**row, "_template_options": template_options(row, config)}
             if with_images:
-                row = {**row, "_images": PromptImages(row, processor)}
-            read = row if need_hint else {k: row[k] for k in ("prompt", "_images") if k in row}
+                row["_images"] = PromptImages(row, processor)
+            asked = ("prompt", "_images", "_template_options")
+            read = row if need_hint else {k: row[k] for k in asked if k in row}
             student, teacher = encode_pair(read, tokenizer, config.privileged_template)
             if need_reference:
                 require_plain({"privileged_context": row["privileged_context"]}, tokenizer)
@@ -441,11 +449,17 @@ def split_rows(rows, config):
 
 
 def load_data(config, tokenizer, log=print, processor=None):
-    """(training rows, held-out rows), tokenised; no held-out question occurs in training."""
+    """(training rows, held-out rows), tokenised; no held-out question occurs in training.
+
+    An evaluation may name an eval_dataset alone; there are no training rows then.
+    """
     need_reference = config.method.supervised
     if need_reference and tokenizer.eos_token_id is None:
         raise UserError("The tokenizer names no EOS token, so no reference solution can end.")
-    rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())
+    require_template_options(config.chat_template_kwargs, tokenizer, processor)
+    rows = []
+    if config.train_dataset:
+        rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())
     repeated = len(rows) - len({question(row) for row in rows})
     if config.eval_split_size is not None and repeated:
         log(
@@ -464,16 +478,17 @@ def load_data(config, tokenizer, log=print, processor=None):
         log(f"Left out {len(held_out) - len(fresh)} held-out questions that occur in training.")
     if held_out and not fresh:
         raise UserError("Every held-out question also occurs in training; name an eval_dataset.")
-    if config.shuffle_privileged_context:
-        rows = shuffle_hints(rows)
-    if config.answer_only_privileged_context:
-        rows = answers_as_hints(rows)
-    rows, note = tokenize_rows(
-        rows, tokenizer, config, need_hint=config.reads_hints(), need_reference=need_reference,
-        processor=processor,
-    )
-    if note:
-        log(note)
+    if rows:
+        if config.shuffle_privileged_context:
+            rows = shuffle_hints(rows)
+        if config.answer_only_privileged_context:
+            rows = answers_as_hints(rows)
+        rows, note = tokenize_rows(
+            rows, tokenizer, config, need_hint=config.reads_hints(), need_reference=need_reference,
+            processor=processor,
+        )
+        if note:
+            log(note)
     if fresh:
         fresh, note = tokenize_rows(
             fresh, tokenizer, config, need_hint=False, processor=processor

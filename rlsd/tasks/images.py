@@ -12,6 +12,20 @@ import torch
 from ..config import UserError
 
 
+def apply_template(owner, messages, options=None, *, add_generation_prompt=True):
+    """The text of a chat by the template of its owner, a tokenizer or processor.
+
+    options: further arguments of the template. Raises UserError, a clause for the row's name.
+    """
+    try:
+        return owner.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options or {}
+        )
+    except Exception as error:  # a template raises what it likes, as for roles that it refuses
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"its chat template fails with {type(error).__name__}: {reason}") from None
+
+
 class PromptImages:
     """The images of one prompt, as the processor of its model sees them."""
 
@@ -31,7 +45,7 @@ class PromptImages:
                 reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
                 raise UserError(f"its image cannot be opened ({reason.rstrip('.')})") from None
 
-    def encode(self, prompt):
+    def encode(self, prompt, template_options=None):
         """Token ids of a chat. Images stand where its text says <image>, as in verl's files, or at
         the start of the first user turn, as in TRL."""
         first = next((i for i, m in enumerate(prompt) if m["role"] == "user"), None)
@@ -47,9 +61,7 @@ class PromptImages:
                 content += [{"type": "image"}] * (k > 0)
                 content += [{"type": "text", "text": text}] * bool(text)
             messages.append({**message, "content": content})
-        text = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        text = apply_template(self.processor, messages, template_options)
         return list(self.processor(text=[text], images=self.images)["input_ids"][0])
 
     def pixels(self):

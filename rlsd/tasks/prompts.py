@@ -10,6 +10,7 @@ import functools
 import re
 
 from ..config import UserError
+from .images import apply_template
 
 
 @functools.lru_cache(maxsize=8)
@@ -62,28 +63,58 @@ def render(prompt, tokenizer, template_options=None):
         return prompt, ""
     if tokenizer.chat_template is None:
         raise UserError("it is a chat, but the tokenizer has no chat template; use a plain text")
-    try:
-        full, without = (
-            tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=turn, **template_options or {}
-            )
-            for turn in (True, False)
-        )
-    except Exception as error:  # a template raises what it likes, as for roles that it refuses
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"its chat template fails with {type(error).__name__}: {reason}") from None
+    full, without = (
+        apply_template(tokenizer, prompt, template_options, add_generation_prompt=turn)
+        for turn in (True, False)
+    )
     return full, full[len(without) :] if full.startswith(without) else ""
 
 
-def encode(prompt, tokenizer, images=None):
-    """Token ids of a prompt; chat templates bring their own special tokens.
+OURS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message",
+        "return_dict", "return_tensors")  # arguments of apply_chat_template
+
+
+def template_options(row, config):
+    """Arguments of the chat template for a row: the config's, then those of its own column.
+
+    Raises UserError, a clause that the caller completes with the row's name.
+    """
+    own = row.get("chat_template_kwargs") or {}
+    if not isinstance(own, dict):
+        raise UserError(f"its chat_template_kwargs must be a mapping, but is {own!r:.80}")
+    for name in own.keys() & OURS:
+        raise UserError(f"its chat_template_kwargs must not set {name}, which is fixed")
+    # Parquet fills in what other rows have.
+    return config.chat_template_kwargs | {k: v for k, v in own.items() if v is not None}
+
+
+def require_template_options(options, *owners):
+    """UserError for an option that is not free, or that no chat template mentions: it would do
+    nothing, as one that is spelt wrong. owners: tokenizer and processor, or None."""
+    for name in options.keys() & OURS:
+        raise UserError(f"chat_template_kwargs must not set {name}, which is fixed.")
+    texts = " ".join(str(owner.chat_template) for owner in owners if owner is not None)
+    known = ("chat_template", "documents", "sanitize_control_tokens", "tools")  # not the template's
+    for name in options:
+        if name not in known and not re.search(rf"\b{re.escape(str(name))}\b", texts):
+            raise UserError(
+                f"chat_template_kwargs sets {name}, which the model's chat template does not read; "
+                "look at the spelling, or leave it out."
+            )
+
+
+def encode(prompt, tokenizer, row=None):
+    """Token ids of a prompt, with the row's images and template_options; chat templates bring their
+    own special tokens.
 
     A text gets those that the tokenizer puts before it, once, and none after it: a completion
     follows, which an EOS would have ended.
     """
-    if images is not None:
-        return images.encode(prompt)
-    text, _ = render(prompt, tokenizer)
+    row = row or {}
+    options = row.get("_template_options")
+    if row.get("_images") is not None:
+        return row["_images"].encode(prompt, options)
+    text, _ = render(prompt, tokenizer, options)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not isinstance(prompt, str):
         return ids
@@ -200,14 +231,13 @@ def encode_pair(row, tokenizer, template):
     Raises UserError, a clause that the caller completes with the row's name.
     """
     prompt, privileged = row["prompt"], privileged_prompt(row, template, tokenizer)
-    images = row.get("_images")
-    student_ids = encode(prompt, tokenizer, images)
+    student_ids = encode(prompt, tokenizer, row)
     if not student_ids:
         raise UserError("its prompt has no token")
     if privileged is None:
         return student_ids, None
-    require_same_start(row, privileged, tokenizer)
-    teacher_ids = encode(privileged, tokenizer, images)
+    require_same_start(row, privileged, tokenizer, row.get("_template_options"))
+    teacher_ids = encode(privileged, tokenizer, row)
     if not teacher_ids:
         raise UserError("its privileged prompt has no token")
     return student_ids, teacher_ids

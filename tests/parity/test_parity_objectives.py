@@ -281,6 +281,20 @@ def siblings(rollout, step=1, **changed):
     return found
 
 
+def test_a_siblings_prompt_has_the_template_options_of_its_row():
+    tokenizer = word_tokenizer(["#", "<q>", "<h>", *map(str, range(10))])
+    tokenizer.chat_template = "{{ messages[0].content }}{{ ending }}"
+    rollout = rollout_of([1] * 8)
+    for i, row in enumerate(rollout.rows):
+        row |= {"prompt": [{"role": "user", "content": "<q>"}],
+                "_template_options": {"ending": f" {i}"}}
+    config = TrainConfig(
+        objective="sdpo", num_generations=4, generation_batch_size=8, privileged_template=TEMPLATE
+    )
+    prompts = [tokenizer.decode(ids) for ids in sibling_prompts(rollout, 1, tokenizer, config)]
+    assert [text.split()[-2:] for text in prompts] == [["<q>", str(i)] for i in range(8)]
+
+
 def test_sdpo_takes_a_successful_sibling_of_the_same_group_and_never_itself():
     rollout = rollout_of([1, 0, 1, 0.5, 0, 1, 0, 0])
     seen = [siblings(rollout, step) for step in range(1, 40)]

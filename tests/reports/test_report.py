@@ -1,5 +1,11 @@
+import dataclasses
+import importlib.util
 import json
 import math
+import sys
+import types
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -11,11 +17,14 @@ from rlsd.reports.report import (
     METRICS,
     PANELS,
     Reporter,
+    hub_repository,
     model_card,
     number,
     plot_runs,
     print_samples,
+    push,
     read_metrics,
+    require_packages,
     series,
     write_completions,
 )
@@ -24,7 +33,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def reporter(folder, start_step=0, **options):
-    return Reporter(folder, {"seed": 3, **options}, "none", 10, start_step)
+    return Reporter(folder, {"seed": 3, **options}, [], 10, start_step)
 
 
 def log_steps(folder, steps, start_step=0, offset=0.0):
@@ -60,7 +69,7 @@ def test_metrics_round_trip_with_null_for_what_was_not_measured(tmp_path):
 
 def test_config_is_written_beside_the_metrics(tmp_path):
     options = vars(TrainConfig(learning_rate=3e-4, reward_weights=None))
-    with Reporter(tmp_path, options, "none", 1):
+    with Reporter(tmp_path, options, [], 1):
         pass
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == options
 
@@ -69,12 +78,110 @@ def test_tensorboard_gets_finite_values_only(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Reporter(tmp_path, {}, "tensorboard", 2) as report:
+    with Reporter(tmp_path, {}, ["tensorboard"], 2) as report:
+        report.start_trackers()
         report.log(1, {"reward": 0.5, "kl": math.nan})
         report.log(2, {"reward": 1.0})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["reward"]
     assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.5), (2, 1.0)]
+
+
+class Service(types.ModuleType):
+    """wandb or trackio, as accelerate's trackers use them."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.made, self.logged, self.finished, self.broken = [], [], 0, ""
+
+    def init(self, **given):
+        self._fail("init")
+        self.made.append(given)
+        return self
+
+    def log(self, values, step):
+        self._fail("log")
+        self.logged.append((step, values))
+
+    def finish(self):
+        self._fail("finish")
+        self.finished += 1
+
+    def _fail(self, what):
+        if what == self.broken:
+            raise OSError(f"no {what} today. Details follow")
+
+
+@pytest.fixture
+def services(monkeypatch):
+    made = {name: Service(name) for name in ("wandb", "trackio")}
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    return made
+
+
+def run_of(folder, names, steps, start_step=0):
+    with Reporter(folder, {"seed": 3}, names, 10, start_step) as report:
+        report.start_trackers()
+        for step in steps:
+            report.log(step, {"reward": step / 10, "kl": math.nan})
+
+
+def test_wandb_and_trackio_get_finite_values_and_the_options(services, tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "mine"
+    run_of(folder, ["wandb", "trackio"], [1, 2])
+    for service in services.values():
+        assert service.logged == [(1, {"reward": 0.1}), (2, {"reward": 0.2})]
+        assert service.finished == 1
+    same = {"project": "rlsd", "name": "runs/mine", "config": {"seed": 3}}
+    assert services["wandb"].made == [same | {"dir": str(folder)}]
+    assert services["trackio"].made == [same | {"resume": "never"}]
+    # A resumed run goes on in the same one, which wandb's own folder names.
+    (folder / "wandb" / "offline-run-20260101_235959-my-own-id").mkdir(parents=True)
+    (folder / "wandb" / "latest-run").symlink_to("offline-run-20260101_235959-my-own-id")
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
+    run_of(folder, ["wandb", "trackio"], [3], start_step=2)
+    assert services["wandb"].made[1] == same | {
+        "project": "ours", "dir": str(folder), "id": "my-own-id", "resume": "allow"
+    }
+    assert services["trackio"].made[1] == same | {"resume": "allow"}
+    assert [r["step"] for r in read_metrics(folder)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("broken", ["log", "finish"])
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(services, tmp_path, capsys, broken):
+    services["wandb"].broken = broken
+    run_of(tmp_path, ["wandb", "trackio"], [1, 2, 3])
+    said = f"wandb failed (no {broken} today); {METRICS} has what it misses."
+    assert capsys.readouterr().out.strip() == said
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [step for step, _ in services["trackio"].logged] == [1, 2, 3]
+    assert services["trackio"].finished == 1
+
+
+def test_a_tracker_that_cannot_start_is_a_sentence(services, tmp_path):
+    services["trackio"].broken = "init"
+    with pytest.raises(UserError) as error:
+        run_of(tmp_path, ["wandb", "trackio"], [1])
+    assert str(error.value) == (
+        "report_to: trackio cannot start (no init today); set it up, or leave it out."
+    )
+    assert services["wandb"].finished == 1
+
+
+@pytest.mark.parametrize("name, install", [
+    ("wandb", "wandb"), ("trackio", "trackio"), ("tensorboard", "'.[log]'"),
+])
+def test_the_package_of_a_tracker_is_named_before_the_run(monkeypatch, name, install):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *_: None if n == name else find("json")
+    )
+    with pytest.raises(UserError) as error:
+        require_packages(TrainConfig(report_to=["trackio", "wandb", "tensorboard"]))
+    assert str(error.value) == f"report_to: {name} needs the package {name}: pip install {install}."
+    require_packages(TrainConfig(report_to="none"))
 
 
 def test_resume_truncates_what_came_after_the_checkpoint(tmp_path):
@@ -312,6 +419,97 @@ def test_model_card_has_the_latest_of_each_metric_and_the_setting():
                  "teacher `snapshot`", "learning rate 1e-06", "seed 5", "groups of 8"):
         assert part in card, part
     assert "0.1000" not in card and "reward |" not in card
+
+
+def front_of(card):
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_model_card_of_adapters_names_their_base_and_peft():
+    config = TrainConfig(model_name_or_path="org/base", train_dataset="x", use_peft=True, lora_r=8)
+    front, body = front_of(model_card(config, 1, []))
+    assert front == {
+        "library_name": "peft", "base_model": "org/base",
+        "tags": ["rlsd", "rlvr", "reinforcement-learning", "lora"],
+    }
+    assert "LoRA adapters of rank 8, not a whole model, for the base model `org/base`" in body
+    assert "needs peft" in body
+
+
+def test_model_card_of_a_whole_model(tmp_path):
+    config = TrainConfig(model_name_or_path="org/base", train_dataset="x", num_train_epochs=1.5)
+    front, body = front_of(model_card(config, 1, []))
+    assert (front["library_name"], front["base_model"]) == ("transformers", "org/base")
+    assert "lora" not in front["tags"] and "peft" not in body and "\n1.5 epochs planned" in body
+    # The Hub refuses what is no id of its own.
+    local = TrainConfig(model_name_or_path=str(tmp_path), train_dataset="x", use_peft=True)
+    front, body = front_of(model_card(local, 1, []))
+    assert "base_model" not in front and f"the base model `{tmp_path}`" in body
+
+
+class Hub:
+    """huggingface_hub.HfApi without a network."""
+
+    made, uploads, broken = [], [], None
+
+    def create_repo(self, name, *, exist_ok):
+        assert exist_ok
+        if self.broken == "create":
+            raise OSError("401 Client Error.\n\nInvalid username or password.")
+        self.made.append(name)
+        return types.SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, ignore_patterns):
+        if self.broken == "upload":
+            raise ConnectionError("the network is down. Retry later")
+        files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")
+                 if p.is_file()]
+        kept = [f for f in files if not any(fnmatch(f, p) for p in ignore_patterns)]
+        self.uploads.append((repo_id, commit_message, sorted(kept)))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    for name in ("made", "uploads"):
+        monkeypatch.setattr(Hub, name, [])
+    monkeypatch.setattr(Hub, "broken", None)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    return Hub
+
+
+@pytest.mark.parametrize("given, want", [(None, "me/run"), ("org/mine", "org/mine")])
+def test_the_repository_is_made_before_the_run(hub, tmp_path, given, want):
+    config = TrainConfig(push_to_hub=True, hub_model_id=given, output_dir=str(tmp_path / "run"))
+    assert hub_repository(config) == want
+    assert hub.made == [given or "run"] and not hub.uploads
+    assert hub_repository(dataclasses.replace(config, push_to_hub=False)) is None
+    assert len(hub.made) == 1
+    hub.broken = "create"
+    with pytest.raises(UserError) as error:
+        hub_repository(config)
+    assert str(error.value) == (
+        f"push_to_hub cannot make the repository {given or 'run'} (401 Client Error); log in with "
+        "hf auth login, set hub_model_id, or leave push_to_hub out."
+    )
+
+
+def test_a_push_leaves_out_what_only_a_resume_needs(hub, tmp_path, capsys):
+    folder = tmp_path / "checkpoint-7"
+    (folder / "shards").mkdir(parents=True)
+    names = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    for name in [*names, "trainer_state.pt", "SHA256SUMS", "shards/__0_0.distcp"]:
+        (folder / name).write_text("x")
+    push("me/run", folder)
+    assert hub.uploads == [("me/run", "checkpoint-7", names)]
+    assert capsys.readouterr().out == f"Pushed {folder} to me/run.\n"
+    hub.broken = "upload"
+    with pytest.raises(UserError) as error:
+        push("me/run", folder)
+    assert str(error.value) == (
+        f"The run is done and whole in {folder}, but could not be pushed to me/run (the network is "
+        f"down); push it with hf upload me/run {folder} --exclude trainer_state.pt."
+    )
 
 
 def test_model_card_of_grpo_claims_no_teacher():

@@ -1,6 +1,8 @@
+import contextlib
 import copy
 import gc
 import math
+import sys
 import types
 
 import pytest
@@ -189,6 +191,76 @@ def test_samples_follow_the_policy_that_is_scored(sample, n, temperature):
     assert (log_probs[:, 0] - want.log()[ids[:, 0]]).abs().max() < 1e-5
 
 
+def naive_sampling_log_prob(logits, before, y, config):
+    """log q(y): penalty, temperature, top_k, top_p, min_p, each by its definition, in this order.
+    """
+    z = logits.double().tolist()
+    z = [(v / config.repetition_penalty if v > 0 else v * config.repetition_penalty)
+         if i in before else v for i, v in enumerate(z)]
+    p = [math.exp(v / config.temperature) for v in z]
+    order, kept = sorted(range(len(p)), key=lambda i: -p[i]), []
+    order = order[: config.top_k or None]
+    total, mass = sum(p[i] for i in order), 0.0
+    for i in order:  # the fewest tokens that hold top_p
+        if mass >= config.top_p * total:
+            break
+        kept.append(i)
+        mass += p[i]
+    kept = [i for i in kept if p[i] >= (config.min_p or 0.0) * p[order[0]]]
+    return math.log(p[y] / sum(p[i] for i in kept)) if y in kept else -math.inf, len(kept)
+
+
+FILTERS = {
+    "top_p": {"top_p": 0.6}, "top_k": {"top_k": 5}, "min_p": {"min_p": 0.2},
+    "repetition_penalty": {"repetition_penalty": 1.8},
+    "all-but-the-penalty": {"top_p": 0.8, "top_k": 9, "min_p": 0.1, "temperature": 1.5},
+}
+FILTERS["all"] = FILTERS["all-but-the-penalty"] | {"repetition_penalty": 0.5}
+
+
+@pytest.mark.parametrize("sample, name", [
+    *((generate, name) for name in FILTERS),
+    *((generate_batch, name) for name in FILTERS if "repetition_penalty" not in FILTERS[name]),
+])
+def test_filtered_samples_carry_the_log_probs_they_were_drawn_with(qwen, sample, name):
+    """Prompts of different lengths: their padding counts as no token that was said."""
+    prompts, given = sequences([3, 9, 1, 6] * 8), batched(rollout_batch_size=4, **FILTERS[name])
+    torch.manual_seed(0)
+    got, widths = sample(qwen, TOKENIZER, prompts, given), []
+    for prompt, ids, keep, log_probs in zip(prompts, *got[:2], got.log_probs, strict=True):
+        said = list(prompt)
+        for y, log_prob in zip(ids[keep].tolist(), log_probs[keep].tolist(), strict=True):
+            with torch.no_grad():
+                logits = qwen(input_ids=torch.tensor([said])).logits[0, -1]
+            want, width = naive_sampling_log_prob(logits, set(said), y, given)
+            assert log_prob == pytest.approx(want, abs=2e-5)
+            widths.append(width)
+            said.append(y)
+    assert len(widths) > 100 and max(widths) > 1
+    assert min(widths) < 64 or name == "repetition_penalty"
+    plain = batched(temperature=given.temperature, rollout_batch_size=4)
+    torch.manual_seed(0)
+    unfiltered = sample(qwen, TOKENIZER, prompts, plain)
+    assert unfiltered.completion_ids.tolist() != got.completion_ids.tolist()
+
+
+def test_greedy_takes_the_most_probable_token_after_the_penalty(qwen):
+    prompts = sequences([3, 9, 1, 6])
+    given = config(repetition_penalty=3.0, top_k=2, top_p=0.5)
+    got = generate(qwen, TOKENIZER, prompts, given, greedy=True)
+    for prompt, ids, keep in zip(prompts, *got[:2], strict=True):
+        said = list(prompt)
+        for y in ids[keep].tolist():
+            with torch.no_grad():
+                logits = qwen(input_ids=torch.tensor([said])).logits[0, -1]
+            z = [naive_sampling_log_prob(logits, set(said), i, config(repetition_penalty=3.0))[0]
+                 for i in range(64)]
+            assert z[y] == max(z)
+            said.append(y)
+    plain = generate(qwen, TOKENIZER, prompts, config(), greedy=True)
+    assert plain.completion_ids.tolist() != got.completion_ids.tolist()
+
+
 def test_greedy_ignores_the_models_own_generation_config():
     model = build("llama3")
     prompts = sequences([4, 2])
@@ -198,6 +270,59 @@ def test_greedy_ignores_the_models_own_generation_config():
 
 
 SAMPLERS = [generate, generate_batch]
+
+
+class Bar(contextlib.nullcontext):
+    """tqdm's surface, and what it was told."""
+
+    made = []
+
+    def __init__(self, total, **given):
+        super().__init__(self)
+        self.total, self.given, self.n, self.said = total, given, 0, []
+        Bar.made.append(self)
+
+    def update(self, n=1):
+        self.n += n
+        assert n >= 0 and self.n <= self.total
+
+    def set_postfix_str(self, text, refresh):
+        self.said.append((text, self.n))
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_a_bar_counts_completions_on_a_terminal_and_changes_nothing(
+    qwen, monkeypatch, sample, greedy
+):
+    model = copy.deepcopy(qwen)
+    model.generation_config.eos_token_id = [EOS, *range(30, 50)]
+    prompts, given = sequences([3, 9, 1, 6, 2]), batched(rollout_batch_size=2)
+
+    def draw():
+        torch.manual_seed(3)
+        return sample(model, TOKENIZER, prompts, given, greedy=greedy)
+
+    monkeypatch.setattr(rlsd.sampling.rollout, "tqdm", Bar)
+    monkeypatch.setattr(Bar, "made", [])
+    plain = draw()
+    assert Bar.made == []  # what pytest captures is no terminal
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = draw()
+    for a, b in zip(plain, shown, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    (bar,) = Bar.made
+    assert bar.n == bar.total == 5 and not bar.given["leave"]
+    if sample is generate:
+        lengths = plain.mask.sum(1).tolist()
+        batches = [lengths[i : i + 2] for i in (0, 2, 4)]
+        want = [f"token {t}/6" for batch in batches for t in range(1, max(batch) + 1)]
+        assert [text for text, _ in bar.said] == want
+        counts = [n for _, n in bar.said]
+        assert counts == sorted(counts) and plain.truncated.sum() < 5
+    monkeypatch.setenv("RANK", "1")
+    draw()
+    assert len(Bar.made) == 1  # other processes stay silent
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3-softcap", "granite", "mixtral"])
@@ -318,6 +443,19 @@ def test_on_a_cpu_the_models_own_generate_samples_unless_told(qwen):
     told = batched(use_transformers_continuous_batching=True)
     assert choose_sampler(qwen, TOKENIZER, told, ONE, lines.append) is generate_batch
     assert lines == ["Sampling by transformers' continuous batching."]
+
+
+def test_the_trial_of_continuous_batching_does_not_mind_filters(qwen):
+    told = batched(
+        use_transformers_continuous_batching=True, top_p=0.1, top_k=2, min_p=0.9, temperature=3.0
+    )
+    assert choose_sampler(qwen, TOKENIZER, told, ONE) is generate_batch
+
+
+def test_continuous_batching_is_refused_where_it_would_drop_the_penalty(qwen):
+    told = batched(use_transformers_continuous_batching=True, repetition_penalty=1.1)
+    with pytest.raises(UserError, match="Qwen3ForCausalLM .it has no repetition_penalty.; set"):
+        choose_sampler(qwen, TOKENIZER, told, ONE)
 
 
 def test_continuous_batching_that_draws_from_another_policy_is_refused():

@@ -89,6 +89,33 @@ def test_truncated_importance_sampling_equals_a_naive_loop(changed, tmp_path, mo
     assert {k: metrics[0][k] for k in want} == pytest.approx(want, rel=1e-3)
 
 
+@pytest.mark.parametrize("filters", [
+    {"top_p": 0.7}, {"top_k": 3, "temperature": 1.3, "num_iterations": 2},
+    {"min_p": 0.3, "per_device_train_batch_size": 3}, {"repetition_penalty": 1.4, "beta": 0.3},
+], ids=["top_p", "top_k", "min_p", "repetition_penalty"])
+def test_filtered_rollouts_are_weighed_by_the_policy_over_what_they_were_drawn_from(
+    filters, tmp_path, monkeypatch
+):
+    trainer, start, rollouts, got, metrics = run(tmp_path, monkeypatch, generate, **filters)
+    first = parameters(start)
+    want = naive_run(trainer, start, rollouts)
+    assert len(got) == len(want) == 2 * trainer.config.num_iterations
+    for ours, naive in zip(got, want, strict=True):
+        assert relative_distance(ours, naive, first) < NOISE
+    ratio = {k: metrics[0][f"sampling/importance_sampling_ratio/{k}"] for k in ("min", "max")}
+    if "repetition_penalty" in filters:
+        assert ratio["min"] < 0.9 and 1.1 < ratio["max"] <= 3
+    else:  # the share of probability that the filters kept
+        assert 0 < ratio["min"] < 0.95 and ratio["max"] < 1 + 1e-5
+    plain = run(
+        tmp_path, monkeypatch, generate, vllm_importance_sampling_correction=False, **filters
+    )
+    assert relative_distance(plain[3][-1], got[-1], first) > 10 * NOISE
+    name = "sampling/sampling_logp_difference/mean"
+    assert plain[4][0][name] == metrics[0][name] > 0.02
+    assert not any("ratio" in k for k in plain[4][0] if k.startswith("sampling/"))
+
+
 def test_without_the_correction_only_the_metrics_tell(tmp_path, monkeypatch):
     exact = run(tmp_path, monkeypatch, generate)
     noisy = run(tmp_path, monkeypatch, off_by_noise)

@@ -157,6 +157,16 @@ def test_colocated_vllm_samples_with_the_weights_of_every_step(vllm, tmp_path, c
     assert last["grad_norm"] > 0 and "eval/pass@1_greedy" in first
 
 
+def test_vllm_is_told_what_to_keep(vllm, tmp_path):
+    filters = {"top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
+    trainer = make_trainer(tmp_path, use_vllm=True, **filters)
+    trainer.sample(trainer.model, trainer.tokenizer, [[4, 5]], trainer.config)
+    told = [c for c in vllm.LLM.made[-1].calls if isinstance(c, vllm.SamplingParams)]
+    assert [{name: getattr(c, name) for name in filters} for c in told] == [
+        {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}, filters  # the trial's
+    ]
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     """`vllm serve` with its development endpoints, over the fake engine."""
 

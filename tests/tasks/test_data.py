@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 
@@ -597,3 +598,64 @@ def test_eval_split_size_too_large(tmp_path):
     with pytest.raises(UserError) as error:
         load_data(options(same, eval_split_size=2), tokenizer())
     sentence(error, "eval_split_size = 2", "same question")
+
+
+# As Qwen3's: a switch that leaves an empty thought at the start of the answer.
+SWITCHED = TEMPLATE + "{% if enable_thinking is false %}<think></think>{% endif %}{{ style }}"
+
+
+@pytest.mark.parametrize("write_as", [write, parquet])
+def test_template_options_of_all_rows_and_of_one(tmp_path, write_as):
+    given = [
+        {"prompt": [{"role": "user", "content": f"{i}?"}], "solution": "4",
+         "chat_template_kwargs": own} for i, own in enumerate(
+            ({"enable_thinking": True}, {"style": "short"}, {"enable_thinking": False})
+        )
+    ]
+    path, made = write_as(tmp_path / f"x.{write_as.__name__}".replace("write", "jsonl"), given), (
+        tokenizer(SWITCHED)
+    )
+    for common, want in (
+        ({}, ["", "short", "<think></think>"]),
+        ({"enable_thinking": False}, ["", "<think></think>short", "<think></think>"]),
+        ({"style": "long"}, ["long", "short", "<think></think>long"]),
+    ):
+        config = options(path, chat_template_kwargs=common, privileged_template=(
+            "{privileged_context} {prompt}"
+        ))
+        rows, _ = load_data(config, made, log=pytest.fail)
+        for i, (row, end) in enumerate(zip(rows, want, strict=True)):
+            assert made.decode(row["prompt_ids"]) == f"[user]{i}?[assistant]{end}"
+            assert made.decode(row["teacher_prompt_ids"]) == f"[user]4 {i}?[assistant]{end}"
+        _, (held_out,) = load_data(dataclasses.replace(config, eval_size=1), made, log=pytest.fail)
+        assert made.decode(held_out["prompt_ids"]) == f"[user]2?[assistant]{want[2]}"
+
+
+@pytest.mark.parametrize("own, words", [
+    ("enable_thinking", "its chat_template_kwargs must be a mapping, but is 'enable_thinking'"),
+    ([False], "must be a mapping, but is [False]"),
+    ({"tokenize": True}, "its chat_template_kwargs must not set tokenize, which is fixed"),
+    ({"style": {"x": 1}, "chat_template": "{{ style.y.z }}"}, "its chat template fails with Undef"),
+])
+def test_template_options_that_cannot_be_used_name_the_row(tmp_path, own, words):
+    rows = [{"prompt": CHAT, "solution": "4"}] * 2
+    path = write(tmp_path / "x.jsonl", [*rows, {**rows[0], "chat_template_kwargs": own}])
+    with pytest.raises(UserError) as error:
+        load_data(options(path), tokenizer(SWITCHED), log=pytest.fail)
+    sentence(error, f"Row line 3 of {path} cannot be used: ", words)
+
+
+def test_an_option_that_the_template_does_not_read_is_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"prompt": CHAT, "solution": "4"}])
+    for template in (SWITCHED, TEMPLATE, None):
+        config = options(path, chat_template_kwargs={"enable_thinkng": False})
+        with pytest.raises(UserError) as error:
+            load_data(config, tokenizer(template), log=pytest.fail)
+        sentence(error, "sets enable_thinkng, which the model's chat template does not read")
+    fixed = options(path, chat_template_kwargs={"add_generation_prompt": False})
+    with pytest.raises(UserError) as error:
+        load_data(fixed, tokenizer(SWITCHED), log=pytest.fail)
+    sentence(error, "chat_template_kwargs must not set add_generation_prompt, which is fixed")
+    other = options(path, chat_template_kwargs={"chat_template": "<{{ messages[0].content }}>"})
+    (row,), _ = load_data(other, tokenizer(SWITCHED), log=pytest.fail)
+    assert tokenizer().decode(row["prompt_ids"]) == "<2+2?>"

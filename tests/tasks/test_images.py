@@ -222,6 +222,26 @@ def test_images_train_packed_or_padded_full_or_lora_and_resume(folder, tmp_path,
         assert_same(parameters(resumed.model), final[1])
 
 
+def test_template_options_reach_prompts_with_images(folder):
+    given = rows()[:2]
+    given[0]["chat_template_kwargs"] = {"ending": "w20"}
+    processor = load_processor(str(folder))
+    processor.chat_template = processor.tokenizer.chat_template = CHAT + "{{ ending }}"
+    config = make_config({
+        "privileged_template": "w30 {privileged_context} {prompt}",
+        "chat_template_kwargs": {"ending": "w21"},
+    })
+    made, _ = tokenize_rows(
+        given, processor.tokenizer, config, need_hint=True, processor=processor
+    )
+    ends = [[processor.tokenizer.decode(row[name][-1]) for row in made]
+            for name in ("prompt_ids", "teacher_prompt_ids")]
+    assert ends == [["w20", "w21"]] * 2
+    processor.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(UserError, match="^Row 0 of x cannot be used: its chat template fails"):
+        tokenize_rows(given, processor.tokenizer, config, need_hint=True, processor=processor)
+
+
 def test_images_for_a_text_model_are_refused(folder):
     with pytest.raises(UserError, match="^Row 0 of x has images, but the model takes none\\.$"):
         tokenize_rows(rows(), load_tokenizer(str(folder)), make_config({}), need_hint=True)
