@@ -122,6 +122,8 @@ class Trainer:
             self.weights.undo()
             self.model.to("cpu")
         self.teacher = teacher_of(config, self.policy, self.tokenizer, shard)
+        if config.teacher_model_name_or_path:
+            require_room(self.teacher.model, self.rows, config)
         self.reference = Teacher(self.model, "base", shard=shard) if config.beta > 0 else None
         if config.gradient_checkpointing:  # after the copies: they never see a backward pass
             checkpoint_layers(self.model)

@@ -102,9 +102,9 @@ def require_room(model, rows, config):
         if limit is not None and longest + config.max_completion_length > limit:
             raise UserError(
                 f"Row {row['_source']} has a prompt of {longest} tokens, which with "
-                f"max_completion_length {config.max_completion_length} exceeds the model's "
-                f"{limit} positions; lower max_completion_length, max_prompt_length or "
-                "max_teacher_prompt_length."
+                f"max_completion_length {config.max_completion_length} exceeds the {limit} "
+                f"positions of {type(model).__name__}; lower max_completion_length, "
+                "max_prompt_length or max_teacher_prompt_length."
             )
         furthest = max(furthest, longest + config.max_completion_length)
     require_own_positions(model, furthest)

@@ -545,6 +545,14 @@ def test_the_external_teacher_must_have_as_many_rows(tmp_path):
     assert "128 rows" in message and "the student 64" in message
 
 
+def test_the_external_teacher_must_hold_the_rows(tmp_path):
+    from runs import WORDS
+
+    path = save_model(tiny_model(64, seed=1, positions=12), word_tokenizer(WORDS), tmp_path / "t")
+    message = refusal(tmp_path, objective="opd", teacher_model_name_or_path=path)
+    assert "exceeds the 12 positions of Qwen3ForCausalLM" in message
+
+
 def test_a_missing_external_teacher_is_one_sentence(tmp_path):
     assert "nowhere" in refusal(
         tmp_path, objective="opd", teacher_model_name_or_path=str(tmp_path / "nowhere")
