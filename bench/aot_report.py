@@ -26,7 +26,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rlsd_kernels import triton_impl, tuning  # noqa: E402
+from rlsd_kernels import triton_distillation, triton_impl, tuning  # noqa: E402
 
 ARCHS = (80, 90, 100)
 VOCAB = 151936
@@ -37,11 +37,12 @@ POINTERS = {
     name: "*fp32" for name in (
         "x", "bias", "c", "s", "t", "total", "z", "lse", "g", "g_entropy", "entropy", "log_probs",
         "advantages", "loss_weights", "teacher", "old", "ref", "rlsd_lambda", "loss", "values",
-        "partial",
+        "partial", "factor",
+        "student", "teacher", "s_bias", "t_bias", "lse_s", "lse_t", "value", "mean", "share", "top",
     )
 } | {"ids": "*i64", "mask": "*i1", "sums": "*fp64"}
-INTEGERS = {"V", "H", "M", "stride_x", "stride_out", "stride_z", "stride_h", "stride_w", "stride_e"}
-ODD = {"V", "stride_out", "stride_e"}  # no multiples of 16 at an odd vocabulary
+INTEGERS = {"V", "P", "H", "M"} | {f"stride_{x}" for x in ("x", "out", *"zhwest")}
+ODD = {"V"}  # no multiple of 16 at an odd vocabulary; rows are padded
 
 
 @dataclass
@@ -64,14 +65,14 @@ def builds(arch):
     """name -> (kernel, pointer types, flags and tiles, odd sizes) of all shipped builds."""
     def exp(store=0, out="*fp32", odd=False, **flags):
         flags = {"HAS_BIAS": False, "HAS_CAP": False, "WANT_ENTROPY": False, "STORE": store,
-                 "ONLY_FLAGGED": False} | flags | tuning.exp_tiles(VOCAB, store=store > 0)
+                 "ONLY_FLAGGED": False} | flags | tuning.exp_tiles(VOCAB)
         return triton_impl._exp_kernel, {"out": out}, flags, odd
 
     def row_max(**flags):
         return triton_impl._row_max_kernel, {}, flags | tuning.exp_tiles(VOCAB), False
 
     def gradient(out, **flags):
-        flags |= tuning.exp_tiles(VOCAB, store=True)
+        flags |= tuning.exp_tiles(VOCAB)
         return triton_impl._logit_gradient_kernel, {"out": out}, flags, False
 
     def target(dtype):
@@ -94,6 +95,18 @@ def builds(arch):
         return (triton_impl._gemm_exp_kernel, {"h": dtype, "weight": dtype, "out": "*bf16"},
                 flags, False)
 
+    def scale(dtype):
+        return triton_impl._scale_kernel, {"x": dtype}, {"BLOCK": 4096, "num_warps": 8}, False
+
+    def distill(kernel, kind=None, out=None, odd=False, **flags):
+        names = ("HAS_BIAS", "HAS_CAP") if kind is None else ("HAS_BIAS", "HAS_T_BIAS", "HAS_CAP")
+        flags = dict.fromkeys(names, False) | flags | tuning.exp_tiles(VOCAB)
+        if kind is not None:
+            flags["KIND"] = triton_distillation.KINDS[kind]
+        return kernel, {} if out is None else {"out": out}, flags, odd
+
+    lse, value, slope = (getattr(triton_distillation, f"_{x}_kernel") for x in
+                         ("lse", "divergence", "divergence_gradient"))
     both = {"HAS_BIAS": True, "HAS_CAP": True}
     return {
         "exp": exp(),
@@ -118,6 +131,18 @@ def builds(arch):
         "target-logits-fp16": target("*fp16"),
         "fix-targets-bf16": fix("*bf16"),
         "fix-targets-fp32": fix("*fp32"),
+        "distill-lse": distill(lse),
+        "distill-lse-odd-V-bias-softcap": distill(lse, odd=True, **both),
+        "distill-forward-kl": distill(value, "forward_kl"),
+        "distill-jsd": distill(value, "jsd"),
+        "distill-jsd-biases-softcap": distill(value, "jsd", HAS_T_BIAS=True, **both),
+        "distill-gradient-forward-kl-bf16": distill(slope, "forward_kl", "*bf16"),
+        "distill-gradient-reverse-kl-fp32": distill(slope, "reverse_kl", "*fp32"),
+        "distill-gradient-jsd-bf16": distill(slope, "jsd", "*bf16"),
+        "distill-gradient-jsd-bf16-odd-V-biases-softcap": distill(
+            slope, "jsd", "*bf16", True, HAS_T_BIAS=True, **both),
+        "scale-bf16": scale("*bf16"),
+        "scale-fp32": scale("*fp32"),
         "token-grpo": token(False),
         "token-all": token(True),
         "token-old-negative-only": token(True, DELTA_FROM_OLD=True, NEGATIVE_ONLY=True),

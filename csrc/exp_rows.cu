@@ -17,8 +17,9 @@ template <typename Out, Store kStore, bool kCapped, bool kEntropy>
 __global__ void __launch_bounds__(kThreads) rlsd_exp_kernel(const ExpParams p) {
   const int64_t row = blockIdx.x;
   if (p.total != nullptr && trusted(p.total[row])) return;
-  // A 16-bit vector takes two of fp32; without a store every fp32 vector is its own.
-  constexpr int kLanes = kStore == Store::kNone ? kPerVector<float> : kPerVector<Out>;
+  // A 16-bit vector takes two of fp32. The same without a store, for one order of the sums: student
+  // and teacher get equal bits from equal logits.
+  constexpr int kLanes = kPerVector<__nv_bfloat16>;
   const float* x = p.x + row * p.stride_x;
   Out* out = static_cast<Out*>(p.out) + row * p.stride_out;
   const int head = head_of(x, p.vocab);

@@ -103,7 +103,8 @@ RLSD_HD void rlsd_token(const Token<T>& token, const TokenBounds<T>& bounds,
   T a_hat = a;
   if (flags.has_teacher) {
     const bool chosen = (flags.negative_only ? a < 0 : a != 0) && token.in_mask;
-    const T delta = token.teacher - (flags.delta_from_old ? old : lp);
+    const T student = flags.delta_from_old ? old : lp;
+    const T delta = token.teacher == student ? T(0) : token.teacher - student;  // both may be -inf
     const T directed = a < 0 ? -delta : delta;
     const T w = std::exp(clamp(directed, bounds.weight_low, bounds.weight_high));
     a_hat = chosen ? a * ((1 - lambda) + lambda * w) : a;

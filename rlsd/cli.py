@@ -248,7 +248,7 @@ def evaluate(arguments):
     from .sampling.evaluation import summary
     from .sampling.rollout import choose_sampler, require_room
     from .tasks.data import load_data
-    from .tasks.rewards import load_reward_funcs
+    from .tasks.rewards import load_reward_funcs, require_scorable
 
     functions = load_reward_funcs(config.reward_funcs, config)
     tokenizer = load_tokenizer(str(path))
@@ -258,6 +258,7 @@ def evaluate(arguments):
             "There is nothing to evaluate: eval_size is 0, and neither eval_dataset nor "
             "eval_split_size is set."
         )
+    require_scorable(functions, held_out)
     processes = Processes(config)  # it chooses the GPU
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model = load_model(

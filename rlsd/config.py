@@ -164,10 +164,11 @@ class TrainConfig:
     )
     reward_weights: list[float] | None = option(None, "one per reward function; default: all 1")
     reward_timeout: float = option(
-        300.0, "seconds until a call of a reward function counts as hung and stops the run"
+        300.0, "seconds until a call of a reward function counts as hung and ends the run"
     )
     verify_timeout: float = option(
-        6.0, "seconds for one answer in math_verify and one test in code_tests; then it scores 0"
+        6.0, "seconds for one answer in math_verify, reasoning_gym and under your own "
+        "format_pattern, and for one test in code_tests; then it scores 0"
     )
     format_pattern: str = option(
         "think_answer", "of format_reward: think_answer, think, boxed, or a regular expression "

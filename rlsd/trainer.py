@@ -65,8 +65,8 @@ from .sampling.rollout import (
     roll_out,
     rollout_metrics,
 )
+from .tasks import rewards
 from .tasks.data import load_data, rows_of_step
-from .tasks.rewards import RewardError, load_reward_funcs, reward_metrics
 
 
 class Passed(NamedTuple):
@@ -100,7 +100,7 @@ class Trainer:
         why_not = available_impls(None if on_gpu else torch.empty(0)).get(config.impl, "ok")
         if why_not != "ok":
             raise UserError(f"impl={config.impl!r} cannot run: {why_not}")
-        self.reward_funcs = load_reward_funcs(reward_funcs or config.reward_funcs, config)
+        self.reward_funcs = rewards.load_reward_funcs(reward_funcs or config.reward_funcs, config)
         require_packages(config)
         weights = str(resume_from or config.model_name_or_path)
         self.tokenizer = checkpoint.load_tokenizer(weights)
@@ -108,13 +108,15 @@ class Trainer:
         self.rows, self.held_out = load_data(
             config, self.tokenizer, log if self.processes.main else lambda *_: None, self.processor
         )
+        rows = [*self.rows, *self.held_out]
+        self.processes.once(lambda: rewards.require_scorable(self.reward_funcs, rows))
         self.questions = config.generation_batch_size // config.num_generations
         self.max_steps = config.steps_over(len(self.rows))
-        self.processes.require_room_for(self.questions, [*self.rows, *self.held_out])
+        self.processes.require_room_for(self.questions, rows)
         self.model = load_student(config, weights, resuming=resume_from is not None)
         self.weights = MasterWeights(self.model, config.bf16)
         self.policy = open_policy(self.model, self.tokenizer.pad_token_id, config)
-        require_room(self.model, [*self.rows, *self.held_out], config)
+        require_room(self.model, rows, config)
         self.sample = choose_sampler(self.model, self.tokenizer, config, self.processes, log)
         self.flops, self.peak_flops = Flops(self.model), peak_flops(self.model.device)
         shard = self.processes.shard
@@ -155,26 +157,27 @@ class Trainer:
         with Reporter(
             self.run_dir, dataclasses.asdict(config), config.report_to, self.max_steps, self.step,
             silent=not self.processes.main,
-        ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)):
+        ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)), \
+                rewards.rescued_by(lambda error: self._saved(self.processes.told(error))):
             self.processes.once(report.start_trackers)
-            if self.step == 0 and config.eval_steps:
-                report.log(0, self.evaluate())
-            while self.step < self.max_steps:
-                try:
+            try:
+                if self.step == 0 and config.eval_steps:
+                    report.log(0, self.evaluate())
+                while self.step < self.max_steps:
                     metrics, samples = self.train_step(self.step + 1)
-                except RewardError as error:  # raised before the update: nothing need be lost
-                    raise self._saved(error) from error.__cause__
-                self.step += 1
-                if self._due(config.eval_steps):
-                    metrics |= self.evaluate()
-                record = report.log(self.step, metrics)
-                if self._due(config.logging_steps):
-                    report.progress(self.step, record)
-                if samples and self.processes.main:
-                    write_completions(self.run_dir, self.step, samples)
-                    print_samples(samples, self.step)
-                if self._due(config.save_steps) or self.step == self.max_steps:
-                    self.save()
+                    self.step += 1
+                    if self._due(config.eval_steps):
+                        metrics |= self.evaluate()
+                    record = report.log(self.step, metrics)
+                    if self._due(config.logging_steps):
+                        report.progress(self.step, record)
+                    if samples and self.processes.main:
+                        write_completions(self.run_dir, self.step, samples)
+                        print_samples(samples, self.step)
+                    if self._due(config.save_steps) or self.step == self.max_steps:
+                        self.save()
+            except rewards.RewardError as error:  # no update is half done: nothing need be lost
+                raise self._saved(error) from error.__cause__
         if not self.processes.main:
             return []
         if config.plot_curves:
@@ -249,7 +252,7 @@ class Trainer:
             self.flops.update(batch, config) / self.processes.size, self.peak_flops,
         )
         if not supervised:
-            metrics |= reward_metrics(self.reward_funcs, rollout.rewards_per_func)
+            metrics |= rewards.reward_metrics(self.reward_funcs, rollout.rewards_per_func)
             metrics |= leak_metrics(rollout, config, "leak_rate")
         samples = None
         if config.log_completions_steps and step % config.log_completions_steps == 0:

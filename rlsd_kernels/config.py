@@ -29,11 +29,19 @@ TOKEN_SUMS = (
 )
 # Stands for log 0 where p = 0 multiplies it (a token that a bias of -inf forbids).
 LOG_FLOOR = -1e30
+# The least mass of the tail beside the top-k tokens of a distillation, TRL's.
+TAIL_FLOOR = 1e-7
 
 
 def compute_dtype(dtype):
     """The dtype in which inputs of `dtype` are computed: fp64 stays, everything else is fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def stored_dtype(dtype):
+    """Dtype of gradients formed before the upstream gradient is known: fp16 would flush those that
+    a loss scale is about to lift."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def capturing(x):

@@ -11,9 +11,10 @@ import torch
 
 from . import extension
 from .config import TOKEN_SUMS
-from .streaming import STORE_NONE, StreamingScorer, scratch_bytes, unit_stride
+from .streaming import STORE_NONE, StreamingScorer, padded, scratch_bytes, unit_stride
 
-__all__ = ["Scorer", "fix_targets", "scratch_bytes", "target_logits", "token_rows"]
+__all__ = ["Scorer", "fix_targets", "padded", "scale", "scratch_bytes", "target_logits",
+           "token_rows"]
 
 
 def target_logits(h, weight, ids):
@@ -26,6 +27,11 @@ def target_logits(h, weight, ids):
 def fix_targets(e, ids, values):
     """In place e[i, ids[i]] = values[i] where 0 <= ids[i] < V."""
     extension.load().fix_targets(e, ids.contiguous(), values.contiguous())
+
+
+def scale(x, factor):
+    """In place x *= factor, (1,)."""
+    x.mul_(factor)
 
 
 def token_rows(

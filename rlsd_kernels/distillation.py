@@ -11,26 +11,32 @@ One pass by chunks of rows, gradients formed in forward: student and teacher for
 several N x V tensors for backward, and masked rows never reach a GEMM.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import gemm, ref
-from .config import LOG_FLOOR, MAX_LOG_RATIO, check_number, compute_dtype
+from .config import LOG_FLOOR, MAX_LOG_RATIO, TAIL_FLOOR, check_number, compute_dtype, stored_dtype
 from .logprob import (
     autocast_head,
     check_finite,
+    check_group,
     check_logit_scalars,
     check_tensor,
     check_weight,
     check_workspace,
     choose_impl,
-    empty_gradients,
+    gather_head,
+    load_impl,
     needs_grad,
     register_gradients,
 )
-from .pipeline import stored_dtype
+from .ops import Need, custom_op, empty_gradients, flatten
+from .pipeline import Head
+from .shards import Shard, shard_of
 from .tuning import rows_per_chunk
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -67,20 +73,36 @@ def through_logits(dz, z, bias, temperature, logit_scale, softcap):
     return dz
 
 
-def row_divergence(log_p, log_q, divergence, alpha, need_dz):
-    """D of each row (R,) and dD/dz (R, V) or None, from log p_S and log p_T, both overwritten.
+def log_softmax(
+    z,  # (R, V) of this shard
+    shard,
+):
+    """Over the whole vocabulary."""
+    if shard.sum is None:
+        return z.log_softmax(-1)
+    top = shard.max(z.amax(-1, keepdim=True))
+    return z - (top + shard.sum((z - top).exp_().sum(-1, keepdim=True)).log_())
+
+
+def row_divergence(
+    log_p,  # (R, V) of the student; overwritten
+    log_q,  # (R, V) of the teacher; overwritten
+    divergence, alpha, need_dz, shard,
+):
+    """D of each row (R,) and dD/dz (R, V) or None.
 
     The KLs add the difference of both distributions, which sums to 0: every term is then >= 0 and
     rounded log-sum-exps cancel, so that a KL of 1e-6 keeps its digits in fp32.
     """
+    total = shard.sum or (lambda x: x)
     p, q = log_p.exp(), log_q.exp()
     d = log_q.sub_(log_p)
     if divergence == "forward_kl":
         dz = p - q
-        return q.mul_(d).add_(dz).sum(-1), dz if need_dz else None
+        return total(q.mul_(d).add_(dz).sum(-1)), dz if need_dz else None
     if divergence == "reverse_kl":
         r = d.neg_()
-        value = torch.addcmul(q.sub_(p), p, r).sum(-1)
+        value = total(torch.addcmul(q.sub_(p), p, r).sum(-1))
         mean, slope = value, 1.0
     else:
         # r = log p/m and u = log q/m from d alone: exactly 0 at equality, and relative precision
@@ -90,27 +112,109 @@ def row_divergence(log_p, log_q, divergence, alpha, need_dz):
         u = d.neg().clamp_(max=MAX_LOG_RATIO).expm1_().mul_(min(1 - alpha, almost_one)).log1p_()
         r = d.clamp_(max=MAX_LOG_RATIO).expm1_().mul_(min(alpha, almost_one)).log1p_().neg_()
         p_r = p * r
-        value = q.mul_(u).mul_(-alpha).add_(p_r, alpha=1 - alpha).sum(-1)
-        mean, slope = p_r.sum(-1), 1 - alpha
+        value = total(q.mul_(u).mul_(-alpha).add_(p_r, alpha=1 - alpha).sum(-1))
+        mean, slope = total(p_r.sum(-1)), 1 - alpha
     if not need_dz:
         return value, None
     return value, r.sub_(mean.unsqueeze(-1)).mul_(p).mul_(slope)
 
 
+def topk_divergence(
+    z,  # (R, V) of the student; overwritten if need_dz
+    t,  # (R, V) of the teacher
+    topk, add_tail, divergence, alpha, need_dz,
+):
+    """As row_divergence, over the student's topk tokens: renormalised, or beside the tail.
+
+    With g_b = dD/dlog p_b of the buckets and G their sum, dz is g_b - p_b G at a token of its own,
+    and p_j (g_tail / p_tail - G) at one in the tail.
+    """
+    index = z.topk(topk).indices
+    if not add_tail:
+        log_p, log_q = (x.gather(-1, index).log_softmax(-1) for x in (z, t))
+    else:
+        buckets = []
+        for x in (t, z):
+            lse = x.logsumexp(-1, keepdim=True)
+            p = (x - lse).exp_()
+            tail = p.scatter(-1, index, 0).sum(-1, keepdim=True)
+            log_tail = tail.clamp(min=-math.expm1(-TAIL_FLOOR)).log_()
+            buckets.append(torch.cat([x.gather(-1, index) - lse, log_tail], -1))
+        log_q, log_p = buckets
+    own = Shard([0, z.shape[-1], z.shape[-1]], None)
+    value, _ = row_divergence(log_p.clone(), log_q.clone(), divergence, alpha, False, own)
+    if not need_dz:
+        return value, None
+    p_b, d = log_p.exp(), log_q - log_p
+    if divergence == "forward_kl":
+        g = -log_q.exp()
+    elif divergence == "reverse_kl":
+        g = p_b * (1 - d)
+    else:
+        almost_one = 1 - torch.finfo(d.dtype).eps  # as in row_divergence
+        r = d.clamp(max=MAX_LOG_RATIO).expm1_().mul_(min(alpha, almost_one)).log1p_().neg_()
+        g = (1 - alpha) * p_b * r
+    if add_tail:  # a tail at its floor is a constant
+        g[:, -1:].masked_fill_(tail <= -math.expm1(-TAIL_FLOOR), 0)
+    total = g.sum(-1, keepdim=True)
+    at_top = (g - p_b * total)[:, :topk]
+    dz = p.mul_(g[:, -1:] / p_b[:, -1:] - total) if add_tail else torch.zeros_like(z)
+    return value, dz.scatter_(-1, index, at_top)
+
+
+def torch_rows(
+    zs,  # (M, V) raw logits of the student; overwritten
+    zt,  # (M, V) raw logits of the teacher; overwritten
+    out,  # (M, V)
+    head, teacher_head, shard, divergence, alpha,
+    share,  # (M,)
+    need_dz, topk, add_tail,
+):
+    """D of each row (M,), and share dD/dx into out: zs itself, or 16 bits in the memory of zt."""
+    values = []
+    group = max(1, GROUP_ELEMENTS.get(zs.device.type, 2**23) // shard.rows)
+    for z, t, a in zip(zs.split(group), zt.split(group), share.split(group), strict=True):
+        finish_logits(z, *head[1:])
+        finish_logits(t, *teacher_head[1:])
+        if topk:
+            value, dz = topk_divergence(
+                z, t.to(z.dtype), topk, add_tail, divergence, alpha, need_dz
+            )
+        else:
+            value, dz = row_divergence(
+                log_softmax(z, shard), log_softmax(t, shard).to(z.dtype), divergence, alpha,
+                need_dz, shard,
+            )
+        values.append(value)
+        if need_dz:
+            through_logits(dz, z, *head[1:])
+            torch.mul(dz, a.unsqueeze(-1), out=z)
+    if need_dz and out is not zs:
+        out.copy_(zs)
+    return torch.cat(values)
+
+
 def distill(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, loss_weights, *,
-    divergence, alpha, temperature, logit_scale, softcap, need_dx, need_dw, need_db,
-    max_workspace_bytes,
+    hidden,  # (N, H)
+    head,
+    teacher_hidden,  # (N, H_t)
+    teacher_head,
+    loss_weights,  # (N,)
+    *, divergence, alpha, topk, add_tail, need, shard, impl, max_workspace_bytes,
 ):
     """loss (), dh, dW, db in stored_dtype, of upstream gradient 1; empty where not needed."""
-    dtype, t_dtype = compute_dtype(hidden.dtype), compute_dtype(teacher_weight.dtype)
-    (n, width), vocab = hidden.shape, weight.shape[0]
-    dx = hidden.new_zeros((n, width) if need_dx else 0, dtype=stored_dtype(hidden.dtype))
-    dw = weight.new_zeros((vocab, width) if need_dw else 0, dtype=dtype)
-    db = weight.new_zeros(vocab if need_db else 0, dtype=dtype)
-    values = []
-    head = (temperature, logit_scale, softcap)
-    need_dz = need_dx or need_dw or need_db
+    weight, bias, t_weight = head.weight, head.bias, teacher_head.weight
+    dtype, t_dtype = compute_dtype(hidden.dtype), compute_dtype(t_weight.dtype)
+    operand, vocab = gemm.operand_dtype(weight), len(weight)
+    dx = hidden.new_zeros(hidden.shape if need.dx else 0, dtype=stored_dtype(hidden.dtype))
+    dw = weight.new_zeros(weight.shape if need.dw else 0, dtype=dtype)
+    db = weight.new_zeros(vocab if need.db else 0, dtype=dtype)
+    values, streams = [], impl == "triton"
+    if streams:
+        from .triton_distillation import rows as rows_of
+    else:
+        rows_of = functools.partial(torch_rows, topk=topk, add_tail=add_tail)
+    columns = load_impl(impl).padded(vocab)
 
     live = loss_weights.nonzero().squeeze(-1)
     if len(live):
@@ -118,39 +222,42 @@ def distill(
         # a_t, about 1 / N, is applied to fp32 results.
         rest = loss_weights.abs().amax()
         share = loss_weights / rest
-        itemsize = max(dtype.itemsize, t_dtype.itemsize)
-        step = rows_per_chunk(len(live), 2 * vocab * itemsize, max_workspace_bytes)
-        group = max(1, GROUP_ELEMENTS.get(hidden.device.type, 2**23) // vocab)
+        own_out = streams and operand != dtype
+        row_bytes = 2 * max(dtype.itemsize, t_dtype.itemsize) + own_out * operand.itemsize
+        step = rows_per_chunk(
+            len(live), load_impl(impl).padded(shard.rows) * row_bytes, max_workspace_bytes
+        )
         # Once for all chunks: on a CPU fresh pages cost 10 to 15 % of the GEMM that fills them.
-        student = hidden.new_empty(step, vocab, dtype=dtype)
-        teacher = hidden.new_empty(step, vocab, dtype=t_dtype)
-        operand = gemm.operand_dtype(weight)
+        student = hidden.new_empty(step, columns, dtype=dtype)[:, :vocab]
+        teacher = hidden.new_empty(step, columns, dtype=t_dtype)[:, :vocab]
+        out = student
+        if own_out:
+            out = hidden.new_empty(step, columns, dtype=operand)[:, :vocab]
+        elif operand != dtype:  # the teacher's logits are spent by then
+            out = teacher.view(operand)[:, :vocab]
         if operand == torch.float16:
             share, rest = share * FP16_LIFT, rest / FP16_LIFT
         for rows in live.split(step):
-            h = hidden[rows].to(operand)
-            zs = gemm.logits(h, weight, student[: len(rows)])
+            m, h = len(rows), hidden[rows].to(operand)
+            zs = gemm.logits(h, weight, student[:m])
             zt = gemm.logits(
-                teacher_hidden[rows].to(gemm.operand_dtype(teacher_weight)), teacher_weight,
-                teacher[: len(rows)],
+                teacher_hidden[rows].to(gemm.operand_dtype(t_weight)), t_weight, teacher[:m]
             )
-            for z, t, some in zip(zs.split(group), zt.split(group), rows.split(group), strict=True):
-                finish_logits(z, bias, *head)
-                log_q = finish_logits(t, teacher_bias, *head).log_softmax(-1).to(dtype)
-                value, dz = row_divergence(z.log_softmax(-1), log_q, divergence, alpha, need_dz)
-                values.append(loss_weights[some] * value)
-                if need_dz:
-                    through_logits(dz, z, bias, *head)
-                    torch.mul(dz, share[some].unsqueeze(-1), out=z)
-            if not need_dz:
+            e = zs if out is student else out[:m]
+            value = rows_of(
+                zs, zt, e, head, teacher_head, shard, divergence, alpha, share[rows], any(need)
+            )
+            values.append(loss_weights[rows] * value)
+            if not any(need):
                 continue
-            if need_db:
-                db += zs.sum(0)
-            # The teacher's logits are spent: their memory takes the 16-bit operand of a GPU GEMM.
-            e = zs if operand == dtype else zt.view(operand)[:, :vocab].copy_(zs)
-            if need_dx:
-                dx[rows] = (gemm.dx(e, weight) * rest).to(dx.dtype)
-            if need_dw:
+            if need.db:
+                db += e.sum(0, dtype=dtype)
+            if need.dx:
+                part = gemm.dx(e, weight)
+                if shard.sum is not None:
+                    shard.sum(part)
+                dx[rows] = part.mul_(rest).to(dx.dtype)
+            if need.dw:
                 gemm.add_dw(dw, e, h)
         dw, db = dw.mul_(rest), db.mul_(rest)
     loss = torch.cat(values).sum() if values else hidden.new_zeros((), dtype=dtype)
@@ -158,46 +265,67 @@ def distill(
     return loss, dx, dw.to(stored_dtype(weight.dtype)), db.to(stored_dtype(db_dtype))
 
 
-@torch.library.custom_op("rlsd::linear_distillation_loss", mutates_args=())
-def _distillation_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
-    teacher_weight: Tensor | None, teacher_bias: Tensor | None, loss_weights: Tensor,
-    alpha: Tensor, divergence: str, temperature: float, logit_scale: float,
-    softcap: float | None, need_dx: bool, need_dw: bool, need_db: bool, max_workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    own = teacher_weight is None
-    with torch.autocast(hidden.device.type, enabled=False):  # it would make 16-bit GEMMs
-        return distill(
-            hidden, weight, bias, teacher_hidden, weight if own else teacher_weight,
-            bias if own else teacher_bias, loss_weights, divergence=divergence,
-            alpha=alpha.item(), temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-            need_dx=need_dx, need_dw=need_dw, need_db=need_db,
-            max_workspace_bytes=max_workspace_bytes,
-        )
+class DistillationInputs(NamedTuple):
+    """Of the op below; hidden, weight and bias come first and get gradients."""
+
+    hidden: Tensor  # (N, H)
+    head: Head
+    teacher_hidden: Tensor  # (N, H_t)
+    teacher_weight: Tensor | None  # (V, H_t)
+    teacher_bias: Tensor | None  # (V,)
+    loss_weights: Tensor  # (N,)
+    alpha: Tensor  # ()
+    divergence: str
+    topk: int  # 0 for the whole vocabulary
+    add_tail: bool
+    need: Need
+    private: bool  # the caller lets go of the gradients among the outputs
+    shard: Shard
+    impl: str
+    max_workspace_bytes: int
 
 
-@_distillation_op.register_fake
-def _(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, loss_weights, alpha,
-    divergence, temperature, logit_scale, softcap, need_dx, need_dw, need_db, workspace,
-):
+def _distillation_fake(x):
     return (
-        hidden.new_empty((), dtype=compute_dtype(hidden.dtype)),
-        *empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db, stored=True),
+        x.hidden.new_empty((), dtype=compute_dtype(x.hidden.dtype)),
+        *empty_gradients(x.hidden, x.head, x.need, stored=True),
     )
 
 
-register_gradients(_distillation_op, slice(1, 4))
-
-
-def _choose(impl, tensor):
-    """"torch" or "ref": choose_impl speaks for the RLSD ops, which have more implementations."""
-    if impl in ("triton", "cuda"):
-        raise ValueError(
-            f"impl={impl!r} cannot run: linear_distillation_loss has no such implementation yet; "
-            "use impl='auto' or impl='torch'."
+@custom_op(
+    "rlsd::linear_distillation_loss", DistillationInputs, outputs=4, fake=_distillation_fake
+)
+def _distillation_op(x):
+    teacher = x.head if x.teacher_weight is None else x.head._replace(
+        weight=x.teacher_weight, bias=x.teacher_bias
+    )
+    with gemm.full_precision(x.hidden.device):
+        return distill(
+            x.hidden, x.head, x.teacher_hidden, teacher, x.loss_weights,
+            divergence=x.divergence, alpha=x.alpha.item(), topk=x.topk, add_tail=x.add_tail,
+            need=x.need, shard=x.shard, impl=x.impl,
+            max_workspace_bytes=x.max_workspace_bytes,
         )
-    return choose_impl("torch" if impl == "auto" else impl, tensor)
+
+
+register_gradients(_distillation_op, DistillationInputs, slice(1, 4))
+
+
+def _choose(impl, hidden, teacher_weight, topk):
+    """The implementation: "triton", "torch" or "ref"; fp64 of either model is beyond Triton's."""
+    if impl == "cuda":
+        raise ValueError(
+            "impl='cuda' cannot run: linear_distillation_loss has no such implementation; use "
+            "impl='auto', 'triton' or 'torch'."
+        )
+    if impl == "triton" and topk is not None:
+        raise ValueError(
+            "impl='triton' cannot run: distillation_topk has no such implementation; use "
+            "impl='auto' or 'torch'."
+        )
+    wide = teacher_weight is not None and teacher_weight.dtype == torch.float64
+    on_gpu = ("triton", "torch") if topk is None else ("torch",)
+    return choose_impl(impl, teacher_weight if wide else hidden, on_gpu)
 
 
 def _check(
@@ -255,19 +383,36 @@ def _check(
             f"{alpha!r}; use divergence='forward_kl' (what others run at 0) or 'reverse_kl' (at 1)."
         )
     check_logit_scalars(temperature, logit_scale, softcap)
+    check_group(tp_group)
+    return check_workspace(max_workspace_bytes, hidden)
+
+
+def _check_topk(topk, add_tail, vocab, tp_group):
+    if not isinstance(add_tail, bool):
+        raise TypeError(f"distillation_add_tail must be True or False, but got {add_tail!r}.")
+    if topk is None:
+        if add_tail:
+            raise ValueError(
+                "distillation_add_tail is for distillation_topk, which is None; pass both, or "
+                "neither for the whole vocabulary."
+            )
+        return
+    if isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk <= vocab:
+        raise ValueError(
+            f"distillation_topk must be None or a whole number in [1, {vocab}], but got {topk!r}."
+        )
     if tp_group is not None:
         raise ValueError(
-            "tp_group (a vocabulary-sharded head) is not supported by linear_distillation_loss; "
-            "gather the head and pass tp_group=None."
+            "distillation_topk does not work with tp_group, whose ranks see a part of the tokens "
+            "each; gather the head, or leave one of the two out."
         )
-    return check_workspace(max_workspace_bytes, hidden)
 
 
 def linear_distillation_loss(
     hidden, weight, teacher_hidden, *, teacher_weight=None, divergence="jsd", alpha=0.5,
-    loss_weights=None, temperature=1.0, bias=None, teacher_bias=None, logit_scale=1.0,
-    final_logit_softcapping=None, impl="auto", max_workspace_bytes=None, check_inputs=False,
-    tp_group=None,
+    distillation_topk=None, distillation_add_tail=False, loss_weights=None, temperature=1.0,
+    bias=None, teacher_bias=None, logit_scale=1.0, final_logit_softcapping=None, impl="auto",
+    max_workspace_bytes=None, check_inputs=False, tp_group=None,
 ):
     """Full-vocabulary KL or JSD of a student from a teacher, without the N x V logits of either.
 
@@ -286,6 +431,9 @@ def linear_distillation_loss(
         alpha: strictly between 0 and 1, only used by jsd; the `beta` of TRL's GKD and of Liger's
             JSD. Their beta=0 and beta=1 run forward and reverse KL: ask for those by name here,
             because the JSD itself goes to 0 at both ends.
+        distillation_topk: only over the student's most likely tokens, TRL's name and definition
+            (SDPO): both models renormalised on them or, with distillation_add_tail, beside one
+            bucket that holds the rest of the vocabulary, at least 1e-7.
         loss_weights: (...) aggregation weight a_t >= 0, 0 = masked; default: 1 / number of tokens.
         temperature, logit_scale, final_logit_softcapping: scalars of both models' logits,
             `softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`. The loss is not
@@ -293,10 +441,13 @@ def linear_distillation_loss(
         bias: (V,) of the student; gets a gradient if it requires one. teacher_bias: (V,), only
             with teacher_weight. A token that -inf forbids to both models adds nothing; forbidden
             to one alone it counts as a log-prob of -1e30, so an infinite KL is huge, not NaN.
-        impl: "auto" or "torch" (chunked, any device), "ref" (the naive specification).
+        impl: "auto", "triton" (a GPU: three passes of kernels over the logits), "torch" (chunked,
+            on any device), "ref" (the naive specification).
         max_workspace_bytes: bound on the logit chunks held at once.
         check_inputs: also reject non-finite inputs (synchronises).
-        tp_group: must be None, heads sharded over the vocabulary are not supported.
+        tp_group: process group whose ranks hold the rows of weight, teacher_weight and both biases
+            in order; everything else is the same on every rank, and hidden's gradient comes out
+            summed over ranks.
 
     Returns: loss, a scalar in nats in fp32 (fp64 for fp64).
     Raises: TypeError or ValueError in one sentence on wrong types, shapes, dtypes, devices, values.
@@ -313,7 +464,8 @@ def linear_distillation_loss(
         tensors, divergence, alpha, loss_weights, temperature, logit_scale,
         final_logit_softcapping, max_workspace_bytes, tp_group,
     )
-    impl, shape = _choose(impl, hidden), hidden.shape[:-1]
+    _check_topk(distillation_topk, distillation_add_tail, len(weight), tp_group)
+    impl, shape = _choose(impl, hidden, teacher_weight, distillation_topk), hidden.shape[:-1]
     if loss_weights is None:
         loss_weights = hidden.new_full(shape, 1 / max(1, math.prod(shape)), dtype=torch.float64)
     a_t = loss_weights.detach().reshape(-1).to(compute_dtype(hidden.dtype))
@@ -325,17 +477,23 @@ def linear_distillation_loss(
         None if x is None else x.detach() for x in (teacher_weight, teacher_bias)
     )
     if impl == "ref":
+        weight, bias = gather_head(weight, bias, tp_group)
+        if t_weight is not None:
+            t_weight, t_bias = gather_head(t_weight, t_bias, tp_group)
         return ref.linear_distillation_loss(
             rows, weight, t_rows, a_t, teacher_weight=t_weight, bias=bias, teacher_bias=t_bias,
             divergence=divergence, alpha=alpha, temperature=temperature, logit_scale=logit_scale,
-            final_logit_softcapping=final_logit_softcapping,
+            final_logit_softcapping=final_logit_softcapping, topk=distillation_topk,
+            add_tail=distillation_add_tail,
         )
-    need = [needs_grad(x) for x in (rows, weight, bias)]
+    need = Need(*(needs_grad(x) for x in (rows, weight, bias)))
+    head = Head(weight, bias, float(temperature), float(logit_scale), final_logit_softcapping)
     # alpha as a tensor: torch.compile would specialise on each value of a float in a schedule.
     # A product, not torch.full, which it specialises on as well.
     alpha = torch.ones((), dtype=torch.float64, device="cpu") * alpha
-    loss, *_ = _distillation_op(
-        rows, weight, bias, t_rows, t_weight, t_bias, a_t, alpha, divergence, float(temperature),
-        float(logit_scale), final_logit_softcapping, *need, workspace,
-    )
+    loss, *_ = _distillation_op(*flatten(DistillationInputs(
+        rows, head, t_rows, t_weight, t_bias, a_t, alpha, divergence,
+        distillation_topk or 0, distillation_add_tail, need, True, shard_of(weight, tp_group), impl,
+        workspace,
+    )))
     return loss

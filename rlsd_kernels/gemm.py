@@ -7,12 +7,40 @@ matmul would round its result (bf16 logits are off by up to 3e-2), so the weight
 CAST_BLOCK rows at a time and h, E, x come in compute dtype.
 """
 
+import contextlib
+
 import torch
 
 from .config import compute_dtype
 
 # 4096 rows of H = 4096 in fp32 are 64 MiB: the copy stays small beside the logits.
 CAST_BLOCK = 4096
+# torch.backends flags that trade accuracy for speed, and what they are here: TF32 or bf16 in place
+# of fp32 (set_float32_matmul_precision sets both), and 16-bit sums across the parts of a split K.
+_EXACT = {
+    (torch.backends.cuda.matmul, "fp32_precision"): "ieee",
+    (torch.backends.mkldnn.matmul, "fp32_precision"): "ieee",
+    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"): False,
+    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"): False,
+    (torch.backends.cuda.matmul, "allow_fp16_accumulation"): False,
+}
+
+
+@contextlib.contextmanager
+def full_precision(device):
+    """GEMMs as this file promises them, whatever autocast and the process's flags say."""
+    changed = {}
+    for (backend, name), exact in _EXACT.items():
+        value = getattr(backend, name)
+        if value not in (exact, "none"):
+            changed[backend, name] = value
+            setattr(backend, name, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for (backend, name), value in changed.items():
+            setattr(backend, name, value)
 
 
 def operand_dtype(weight):
@@ -52,6 +80,8 @@ def dx(e, weight):
     return out
 
 
-def add_dw(dw, e, x):
-    """dw += E^T x, (V, H) in compute or operand dtype, in place."""
+def add_dw(dw, e, x, *, first=False):
+    """dw += E^T x, (V, H) in compute or operand dtype, in place; first: dw = E^T x, never read."""
+    if first:
+        return torch.mm(e.T, x, out=dw, **_out_dtype(e, dw))
     return torch.addmm(dw, e.T, x, out=dw, **_out_dtype(e, dw))

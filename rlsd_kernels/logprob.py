@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import math
 import os
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from . import extension, pipeline, ref, torch_impl
 from .config import check_number, compute_dtype, constant_when_compiled
+from .ops import Need, custom_op, empty_gradients, flatten, unflatten
+from .shards import Shard, shard_of
 from .tuning import default_workspace_bytes
 
 logger = logging.getLogger("rlsd_kernels")
@@ -76,10 +79,16 @@ def available_impls(tensor=None):
     return status
 
 
-def choose_impl(impl, tensor):
+# Triton before CUDA, which does the same passes, until a measurement says otherwise: it needs no
+# compiler on the machine.
+ON_GPU = ("triton", "cuda", "torch")
+
+
+def choose_impl(impl, tensor, on_gpu=ON_GPU):
     """The name of the implementation that runs on tensor's device and dtype.
 
-    `auto` takes the fastest that can, says once which and why, and never a slower one in silence.
+    on_gpu: those that the op has there, the fastest first. `auto` takes the fastest that can, says
+    once which and why, and never a slower one in silence.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, but got {impl!r}.")
@@ -88,9 +97,8 @@ def choose_impl(impl, tensor):
         if status[impl] != "ok":
             raise ValueError(f"impl={impl!r} cannot run: {status[impl]}")
         return impl
-    # Triton's interpreter is a debugger, never the fastest. Triton before CUDA, which does the same
-    # passes, until a measurement says otherwise: it needs no compiler on the machine.
-    ranked = ("triton", "cuda", "torch") if tensor.is_cuda else ("torch",)
+    # Triton's interpreter is a debugger, never the fastest.
+    ranked = on_gpu if tensor.is_cuda else ("torch",)
     chosen = next(name for name in ranked if status[name] == "ok")
     if (chosen, tensor.is_cuda) not in _announced and not torch.compiler.is_compiling():
         _announced.add((chosen, tensor.is_cuda))
@@ -166,12 +174,16 @@ def check_head(
             "bias", bias, shape=weight.shape[:1], like=("hidden", hidden), why=" (V,)"
         )
     check_logit_scalars(temperature, logit_scale, final_logit_softcapping)
+    check_group(tp_group)
+    return check_workspace(max_workspace_bytes, hidden)
+
+
+def check_group(tp_group):
     if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
         raise TypeError(
             "tp_group must be a torch.distributed.ProcessGroup whose ranks hold the head's rows "
             f"in order, or None, but got {type(tp_group).__name__}."
         )
-    return check_workspace(max_workspace_bytes, hidden)
 
 
 def check_logit_scalars(temperature, logit_scale, final_logit_softcapping):
@@ -260,19 +272,6 @@ def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def group_name(tp_group):
-    """The name by which a custom op finds a process group, or None."""
-    return None if tp_group is None else tp_group.group_name
-
-
-def head_layout(weight, tp_group):
-    """[first row of this rank's shard, vocabulary, rows of the largest shard]."""
-    rows = weight.shape[0]
-    if tp_group is None:
-        return [0, rows, rows]
-    return pipeline.shard_layout(tp_group.group_name, rows, str(weight.device))
-
-
 def gather_head(weight, bias, tp_group):
     """The whole head on every rank, for the reference; gradients reach this rank's rows."""
     if tp_group is None:
@@ -287,69 +286,14 @@ def gather_head(weight, bias, tp_group):
     return gather(weight), None if bias is None else gather(bias)
 
 
-@torch.library.custom_op("rlsd::linear_log_probs", mutates_args=())
-def _log_probs_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, completion_ids: Tensor,
-    old_log_probs: Tensor | None, temperature: float, logit_scale: float, softcap: float | None,
-    want_entropy: bool, keep: bool, impl: str, layout: list[int], group_name: str | None,
-    max_workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shard = pipeline.Shard(layout, group_name)
-    check_ids(completion_ids, shard.vocab)
-    head = pipeline.Head(weight, bias, temperature, logit_scale, softcap)
-    return pipeline.linear_log_probs_fwd(
-        load_impl(impl), hidden, head, completion_ids, old_log_probs, shard, want_entropy, keep,
-        max_workspace_bytes,
-    )
-
-
-@_log_probs_op.register_fake
-def _(hidden, weight, bias, ids, old, temp, scale, cap, want_entropy, keep, *_):
-    dtype, n = compute_dtype(hidden.dtype), hidden.shape[0]
-    return (
-        hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if want_entropy else 0, dtype=dtype),
-        weight.new_empty(
-            (n, weight.shape[0]) if keep else 0, dtype=pipeline.gemm.operand_dtype(weight)
-        ),
-        hidden.new_empty(n if keep else 0, dtype=dtype),
-    )
-
-
-@torch.library.custom_op("rlsd::linear_log_probs_backward", mutates_args=())
-def _log_probs_backward_op(
-    grad_log_probs: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
-    bias: Tensor | None, completion_ids: Tensor, log_probs: Tensor, e: Tensor, s: Tensor,
-    temperature: float, logit_scale: float, softcap: float | None, need_dx: bool, need_dw: bool,
-    need_db: bool, impl: str, layout: list[int], group_name: str | None, max_workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = pipeline.Head(weight, bias, temperature, logit_scale, softcap)
-    return pipeline.linear_log_probs_bwd(
-        load_impl(impl), hidden, grad_log_probs, grad_entropy, head, completion_ids, log_probs, e,
-        s, pipeline.Shard(layout, group_name), (need_dx, need_dw, need_db), max_workspace_bytes,
-    )
-
-
-def empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db, *, stored=False):
-    """Fake dh, dW, db: what the real ops return, an empty tensor for each that is not needed."""
-    db_dtype = compute_dtype(hidden.dtype) if bias is None else bias.dtype
-    shapes = (
-        (hidden.shape if need_dx else 0, hidden.dtype),
-        (weight.shape if need_dw else 0, weight.dtype),
-        (weight.shape[:1] if need_db else 0, db_dtype),
-    )
-    return tuple(
-        hidden.new_empty(shape, dtype=pipeline.stored_dtype(dtype) if stored else dtype)
-        for shape, dtype in shapes
-    )
-
-
-def register_gradients(op, gradients):
+def register_gradients(op, kind, gradients):
     """Autograd of an op whose first output is the loss and whose outputs [gradients] are dh, dW and
     db of its first three inputs, formed in forward: backward is one scaling."""
 
     def setup(ctx, inputs, output):
         ctx.save_for_backward(*output[gradients])
-        ctx.num_inputs = len(inputs)
+        ctx.num_inputs, call = len(inputs), unflatten(kind, inputs)
+        ctx.impl, ctx.private = call.impl, call.private
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
         ctx.set_materialize_grads(False)
 
@@ -357,44 +301,118 @@ def register_gradients(op, gradients):
         if grad_loss is None:
             return (None,) * ctx.num_inputs
         upstream = grad_loss.reshape(1)  # not 0-dim: the product is fp32 and rounded once
-        grads = [
-            torch.mul(x, upstream, out=torch.empty_like(x, dtype=dtype)) if needed else None
-            for x, dtype, needed in zip(
-                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
-            )
-        ]
-        return (*grads, *[None] * (ctx.num_inputs - 3))
+        # A graph that is not retained lets go of what it saved: where nobody else holds it, it is
+        # scaled in place and becomes .grad itself. Tracers of torch.compile are not plain tensors.
+        mine = ctx.private and not torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = [None] * ctx.num_inputs
+        for i, (x, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+            if not ctx.needs_input_grad[i]:
+                continue
+            if not mine or x.dtype != dtype or type(x) is not Tensor:
+                grads[i] = torch.mul(x, upstream, out=torch.empty_like(x, dtype=dtype))
+                continue
+            grads[i] = x
+            if x.is_cuda or upstream.item() != 1:  # kernels find a 1 out for themselves
+                load_impl(ctx.impl).scale(x, upstream)
+        return tuple(grads)
 
     op.register_autograd(backward, setup_context=setup)
 
 
-@_log_probs_backward_op.register_fake
-def _(grad, grad_entropy, hidden, weight, bias, ids, lp, e, s, temp, scale, cap, dx, dw, db, *_):
-    return empty_gradients(hidden, weight, bias, dx, dw, db)
+class LogProbsInputs(NamedTuple):
+    """Of the op below."""
+
+    hidden: Tensor  # (N, H)
+    head: pipeline.Head
+    completion_ids: Tensor  # (N,)
+    old_log_probs: Tensor | None  # (N,)
+    want_entropy: bool
+    keep: bool  # E and s for backward
+    shard: Shard
+    impl: str
+    max_workspace_bytes: int
+
+
+def _log_probs_fake(x):
+    dtype, n, weight = compute_dtype(x.hidden.dtype), x.hidden.shape[0], x.head.weight
+    return (
+        x.hidden.new_empty(n, dtype=dtype),
+        x.hidden.new_empty(n if x.want_entropy else 0, dtype=dtype),
+        weight.new_empty(
+            (n, load_impl(x.impl).padded(weight.shape[0])) if x.keep else 0,
+            dtype=pipeline.gemm.operand_dtype(weight),
+        ),
+        x.hidden.new_empty(n if x.keep else 0, dtype=dtype),
+    )
+
+
+@custom_op("rlsd::linear_log_probs", LogProbsInputs, outputs=4, fake=_log_probs_fake)
+def _log_probs_op(x):
+    check_ids(x.completion_ids, x.shard.vocab)
+    return pipeline.linear_log_probs_fwd(
+        load_impl(x.impl), x.hidden, x.head, x.completion_ids, x.old_log_probs, x.shard,
+        x.want_entropy, x.keep, x.max_workspace_bytes,
+    )
+
+
+class LogProbsBackwardInputs(NamedTuple):
+    """Of the op below."""
+
+    grad_log_probs: Tensor  # (N,)
+    grad_entropy: Tensor | None  # (N,)
+    hidden: Tensor  # (N, H)
+    head: pipeline.Head
+    completion_ids: Tensor  # (N,)
+    log_probs: Tensor  # (N,)
+    e: Tensor  # (N, V) with padded rows, or (0,) to be formed anew
+    s: Tensor  # (N,) or (0,)
+    need: Need
+    shard: Shard
+    impl: str
+    max_workspace_bytes: int
+
+
+@custom_op(
+    "rlsd::linear_log_probs_backward", LogProbsBackwardInputs, outputs=3,
+    fake=lambda x: empty_gradients(x.hidden, x.head, x.need),
+)
+def _log_probs_backward_op(x):
+    return pipeline.linear_log_probs_bwd(
+        load_impl(x.impl), x.hidden, x.grad_log_probs, x.grad_entropy, x.head, x.completion_ids,
+        x.log_probs, x.e, x.s, x.shard, x.need, x.max_workspace_bytes,
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, completion_ids, _, *ctx.scalars = inputs
+    x = unflatten(LogProbsInputs, inputs)
     log_probs, _, e, s = output
-    ctx.save_for_backward(hidden, weight, bias, completion_ids, log_probs, e, s)
+    ctx.save_for_backward(
+        x.hidden, x.head.weight, x.head.bias, x.completion_ids, log_probs, e, s
+    )
+    ctx.inputs = x._replace(
+        hidden=None, head=x.head._replace(weight=None, bias=None), completion_ids=None,
+        old_log_probs=None,
+    )
+    ctx.num_inputs = len(inputs)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_log_probs, grad_entropy, *unused):
     hidden, weight, bias, completion_ids, log_probs, e, s = ctx.saved_tensors
-    temperature, logit_scale, softcap, want_entropy, _, *last = ctx.scalars
-    if not want_entropy:
+    x = ctx.inputs
+    if not x.want_entropy:
         grad_entropy = None
     if grad_log_probs is None and grad_entropy is None:
-        return (None,) * 14
+        return (None,) * ctx.num_inputs
     if grad_log_probs is None:
         grad_log_probs = torch.zeros_like(log_probs)
-    need = ctx.needs_input_grad[:3]
-    grads = _log_probs_backward_op(
-        grad_log_probs, grad_entropy, hidden, weight, bias, completion_ids, log_probs, e, s,
-        temperature, logit_scale, softcap, *need, *last,
-    )
-    return (*(x if n else None for x, n in zip(grads, need, strict=True)), *[None] * 11)
+    need = Need(*ctx.needs_input_grad[:3])
+    grads = _log_probs_backward_op(*flatten(LogProbsBackwardInputs(
+        grad_log_probs, grad_entropy, hidden, x.head._replace(weight=weight, bias=bias),
+        completion_ids, log_probs, e, s, need, x.shard, x.impl, x.max_workspace_bytes,
+    )))
+    grads = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
+    return (*grads, *[None] * (ctx.num_inputs - 3))
 
 
 _log_probs_op.register_autograd(_backward, setup_context=_setup_context)
@@ -452,14 +470,15 @@ def linear_log_probs(
         )
         log_probs = log_probs.masked_fill(safe != ids, math.nan)
     else:
-        layout = head_layout(weight, tp_group)
+        shard = shard_of(weight, tp_group)
         keep = needs_grad(rows, weight, bias) and pipeline.keeps_exponentials(
-            load_impl(impl), weight, layout[2], rows.shape[0], workspace
+            load_impl(impl), weight, shard.rows, rows.shape[0], workspace
         )
-        log_probs, entropy, *_ = _log_probs_op(
-            rows, weight, bias, ids, old_log_probs, float(temperature), float(logit_scale),
-            final_logit_softcapping, return_entropy, keep, impl, layout, group_name(tp_group),
-            workspace,
+        head = pipeline.Head(
+            weight, bias, float(temperature), float(logit_scale), final_logit_softcapping
         )
+        log_probs, entropy, *_ = _log_probs_op(*flatten(LogProbsInputs(
+            rows, head, ids, old_log_probs, return_entropy, keep, shard, impl, workspace
+        )))
     log_probs = log_probs.reshape(shape)
     return (log_probs, entropy.reshape(shape)) if return_entropy else log_probs

@@ -7,7 +7,8 @@ gradients in the forward pass, so backward is one scaling. `rlsd_loss` takes log
 """
 
 import math
-from typing import NamedTuple
+from numbers import Real
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,14 @@ from .logprob import (
     check_weight,
     checked_ids,
     choose_impl,
-    empty_gradients,
     gather_head,
-    group_name,
-    head_layout,
     load_impl,
     needs_grad,
     register_gradients,
 )
 from .metrics import token_stats
+from .ops import Need, custom_op, empty_gradients, flatten
+from .shards import Shard, shard_of
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
 
@@ -48,82 +48,87 @@ class RLSDLossOutput(NamedTuple):
     stats: dict[str, Tensor]
 
 
-@torch.library.custom_op("rlsd::fused_linear_rlsd_loss", mutates_args=())
-def _fused_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, completion_ids: Tensor,
-    advantages: Tensor, loss_weights: Tensor, teacher_hidden: Tensor | None,
-    teacher_log_probs: Tensor | None, teacher_weight: Tensor | None,
-    old_log_probs: Tensor | None, ref_log_probs: Tensor | None, reweight_mask: Tensor | None,
-    rlsd_lambda: Tensor, use_teacher: bool, eps_w: float, delta_source: str, negative_only: bool,
-    epsilon: float, epsilon_high: float, delta: float | None, beta: float, entropy_coef: float,
-    temperature: float, logit_scale: float, softcap: float | None, want_entropy: bool,
-    need_dx: bool, need_dw: bool, need_db: bool, impl: str, layout: list[int],
-    group_name: str | None, max_workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shard = pipeline.Shard(layout, group_name)
-    check_ids(completion_ids, shard.vocab)
-    config = RLSDLossConfig(
-        0.0, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta, entropy_coef,
-        temperature,
+# The fields of RLSDLossConfig, as an op takes them.
+Scalars = NamedTuple("Scalars", [(name, t) for name, t in get_type_hints(RLSDLossConfig).items()])
+
+
+def _scalars(config):
+    # lambda comes as a tensor: a schedule would compile anew at each of its values.
+    return Scalars(0.0, *(getattr(config, name) for name in Scalars._fields[1:]))
+
+
+class FusedInputs(NamedTuple):
+    """Of the op below; hidden, weight and bias come first and get gradients."""
+
+    hidden: Tensor  # (N, H)
+    head: pipeline.Head
+    completion_ids: Tensor  # (N,)
+    tokens: pipeline.Tokens
+    teacher_hidden: Tensor | None  # (N, H_t)
+    teacher_weight: Tensor | None  # (V, H_t)
+    rlsd_lambda: Tensor  # ()
+    use_teacher: bool
+    config: Scalars
+    want_entropy: bool
+    need: Need
+    private: bool  # the caller lets go of the gradients among the outputs
+    shard: Shard
+    impl: str
+    max_workspace_bytes: int
+
+
+def _fused_fake(x):
+    dtype, n = compute_dtype(x.hidden.dtype), x.hidden.shape[0]
+    with_entropy = x.want_entropy or x.config.entropy_coef > 0
+    return (
+        x.hidden.new_empty((), dtype=dtype),
+        x.hidden.new_empty(n, dtype=dtype),
+        x.hidden.new_empty(n, dtype=dtype),
+        x.hidden.new_empty(n if with_entropy else 0, dtype=dtype),
+        *empty_gradients(x.hidden, x.head, x.need, stored=True),
+        x.hidden.new_empty(len(TOKEN_SUMS), dtype=torch.float64),
     )
+
+
+@custom_op("rlsd::fused_linear_rlsd_loss", FusedInputs, outputs=8, fake=_fused_fake)
+def _fused_op(x):
+    check_ids(x.completion_ids, x.shard.vocab)
     return pipeline.linear_rlsd_loss(
-        load_impl(impl), hidden, pipeline.Head(weight, bias, temperature, logit_scale, softcap),
-        completion_ids, advantages, loss_weights, teacher_hidden=teacher_hidden,
-        teacher_log_probs=teacher_log_probs, teacher_weight=teacher_weight,
-        old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, reweight_mask=reweight_mask,
-        rlsd_lambda=rlsd_lambda, use_teacher=use_teacher, config=config, shard=shard,
-        want_entropy=want_entropy, need=(need_dx, need_dw, need_db),
-        max_workspace_bytes=max_workspace_bytes,
+        load_impl(x.impl), x.hidden, x.head, x.completion_ids, x.tokens,
+        teacher_hidden=x.teacher_hidden, teacher_weight=x.teacher_weight,
+        rlsd_lambda=x.rlsd_lambda, use_teacher=x.use_teacher, config=RLSDLossConfig(*x.config),
+        shard=x.shard, want_entropy=x.want_entropy, need=x.need,
+        max_workspace_bytes=x.max_workspace_bytes,
     )
 
 
-@_fused_op.register_fake
-def _(
-    hidden, weight, bias, completion_ids, advantages, loss_weights, teacher_hidden,
-    teacher_log_probs, teacher_weight, old_log_probs, ref_log_probs, reweight_mask, rlsd_lambda,
-    use_teacher, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta,
-    entropy_coef, temperature, logit_scale, softcap, want_entropy, need_dx, need_dw, need_db, *_,
-):
-    dtype, n = compute_dtype(hidden.dtype), hidden.shape[0]
-    gradients = empty_gradients(hidden, weight, bias, need_dx, need_dw, need_db, stored=True)
+register_gradients(_fused_op, FusedInputs, slice(4, 7))
+
+
+class LossInputs(NamedTuple):
+    """Of the op below."""
+
+    log_probs: Tensor  # (N,)
+    entropy: Tensor | None  # (N,)
+    tokens: pipeline.Tokens
+    rlsd_lambda: Tensor  # ()
+    config: Scalars
+    impl: str
+
+
+def _loss_fake(x):
     return (
-        hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(n, dtype=dtype),
-        hidden.new_empty(n, dtype=dtype),
-        hidden.new_empty(n if want_entropy or entropy_coef > 0 else 0, dtype=dtype),
-        *gradients,
-        hidden.new_empty(len(TOKEN_SUMS), dtype=torch.float64),
+        x.log_probs.new_empty(()), torch.empty_like(x.log_probs),
+        x.log_probs.new_empty(x.log_probs.shape if x.config.entropy_coef > 0 else 0),
+        x.log_probs.new_empty(len(TOKEN_SUMS), dtype=torch.float64),
     )
 
 
-register_gradients(_fused_op, slice(4, 7))
-
-
-@torch.library.custom_op("rlsd::rlsd_loss", mutates_args=())
-def _loss_op(
-    log_probs: Tensor, entropy: Tensor | None, advantages: Tensor, loss_weights: Tensor,
-    teacher_log_probs: Tensor | None, old_log_probs: Tensor | None,
-    ref_log_probs: Tensor | None, reweight_mask: Tensor | None, rlsd_lambda: Tensor,
-    eps_w: float, delta_source: str, negative_only: bool, epsilon: float, epsilon_high: float,
-    delta: float | None, beta: float, entropy_coef: float, impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    config = RLSDLossConfig(
-        0.0, eps_w, delta_source, negative_only, epsilon, epsilon_high, delta, beta, entropy_coef
-    )
+@custom_op("rlsd::rlsd_loss", LossInputs, outputs=4, fake=_loss_fake)
+def _loss_op(x):
     return pipeline.rlsd_loss(
-        load_impl(impl), log_probs, advantages, loss_weights, teacher_log_probs=teacher_log_probs,
-        old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, reweight_mask=reweight_mask,
-        entropy=entropy, rlsd_lambda=rlsd_lambda, config=config,
-    )
-
-
-@_loss_op.register_fake
-def _(log_probs, entropy, *args):
-    with_entropy = args[-2] > 0
-    return (
-        log_probs.new_empty(()), torch.empty_like(log_probs),
-        log_probs.new_empty(log_probs.shape if with_entropy else 0),
-        log_probs.new_empty(len(TOKEN_SUMS), dtype=torch.float64),
+        load_impl(x.impl), x.log_probs, x.tokens, entropy=x.entropy, rlsd_lambda=x.rlsd_lambda,
+        config=RLSDLossConfig(*x.config),
     )
 
 
@@ -172,22 +177,11 @@ def _effective_lambda(rlsd_lambda, config, dtype, device, has_teacher):
     return torch.full((), value, dtype=dtype), value > 0
 
 
-class _Tokens(NamedTuple):
-    """Per-token inputs, checked, flattened to (N,) and in compute dtype."""
-
-    advantages: Tensor
-    loss_weights: Tensor
-    teacher_log_probs: Tensor | None
-    old_log_probs: Tensor | None
-    ref_log_probs: Tensor | None
-    reweight_mask: Tensor | None
-
-
 def _check_tokens(
     shape, reference, advantages, loss_weights, teacher_log_probs, old_log_probs, ref_log_probs,
     reweight_mask, config,
 ):
-    """Checks on per-token inputs against `reference` = (name, tensor that fixes the device)."""
+    """pipeline.Tokens, checked against `reference` = (name, tensor that fixes the device)."""
     check_tensor("advantages", advantages, like=reference)
     if len(shape) == 2 and advantages.shape == shape[:1]:
         advantages = advantages.unsqueeze(-1).expand(shape)
@@ -221,7 +215,7 @@ def _check_tokens(
         name: None if value is None else value.detach().reshape(-1).to(dtype)
         for name, value in per_token.items()
     }
-    return _Tokens(
+    return pipeline.Tokens(
         advantages=advantages.detach().reshape(-1).to(dtype), reweight_mask=reweight_mask, **flat
     )
 
@@ -326,9 +320,9 @@ def fused_linear_rlsd_loss(
                 f"teacher_weight has {t_weight.shape[0]} rows but weight has {weight.shape[0]}; "
                 "student and teacher need one vocabulary."
             )
-    layout = head_layout(weight, tp_group)
+    shard = shard_of(weight, tp_group)
     if check_inputs:
-        check_ids(completion_ids, layout[1], force=True)
+        check_ids(completion_ids, shard.vocab, force=True)
         _check_finite(
             {"hidden": hidden, "weight": weight, "bias": bias, "teacher_hidden": teacher_hidden,
              "teacher_weight": teacher_weight}, tokens,
@@ -358,16 +352,14 @@ def fused_linear_rlsd_loss(
             **tokens._replace(teacher_log_probs=teacher)._asdict(),
         )
     else:
-        need = [needs_grad(x) for x in (rows, weight, bias)]
-        loss, log_probs, teacher, entropy, _, _, _, sums = _fused_op(
-            rows, weight, bias, ids, tokens.advantages, tokens.loss_weights, t_rows,
-            tokens.teacher_log_probs, t_weight, tokens.old_log_probs, tokens.ref_log_probs,
-            tokens.reweight_mask, lam, use_teacher, config.rlsd_reweight_clip_range,
-            config.rlsd_delta_source, config.rlsd_negative_only, config.epsilon,
-            config.epsilon_high, config.delta, config.beta, config.entropy_coef,
-            config.temperature, float(logit_scale), final_logit_softcapping, return_entropy,
-            *need, impl, layout, group_name(tp_group), workspace,
+        head = pipeline.Head(
+            weight, bias, config.temperature, float(logit_scale), final_logit_softcapping
         )
+        loss, log_probs, teacher, entropy, _, _, _, sums = _fused_op(*flatten(FusedInputs(
+            rows, head, ids, tokens, t_rows, t_weight, lam, use_teacher, _scalars(config),
+            return_entropy, Need(*(needs_grad(x) for x in (rows, weight, bias))), True, shard,
+            impl, workspace,
+        )))
     stats = token_stats(
         sums.detach(), (tokens.loss_weights != 0).sum(), lam, dtype,
         with_kl=ref_log_probs is not None,
@@ -433,13 +425,9 @@ def rlsd_loss(
         loss = ref.rlsd_loss(flat, entropy=flat_entropy, **arguments)
         sums = ref.token_sums(flat.detach(), entropy=flat_entropy, **arguments)
     else:
-        loss, _, _, sums = _loss_op(
-            flat, flat_entropy, tokens.advantages, tokens.loss_weights, tokens.teacher_log_probs,
-            tokens.old_log_probs, tokens.ref_log_probs, tokens.reweight_mask, lam,
-            config.rlsd_reweight_clip_range, config.rlsd_delta_source, config.rlsd_negative_only,
-            config.epsilon, config.epsilon_high, config.delta, config.beta, config.entropy_coef,
-            impl,
-        )
+        loss, _, _, sums = _loss_op(*flatten(LossInputs(
+            flat, flat_entropy, tokens, lam, _scalars(config), impl
+        )))
     stats = token_stats(
         sums.detach(), (tokens.loss_weights != 0).sum(), lam, dtype,
         with_kl=ref_log_probs is not None, with_entropy=entropy is not None,
@@ -483,6 +471,24 @@ def rlsd_advantages(
     ).reshape(shape)
 
 
+def _positive(name, value):
+    """A number, or a tensor of one element as 0-dim; any other shape would broadcast."""
+    if not isinstance(value, Real | Tensor):
+        raise TypeError(
+            f"{name} must be a number or a tensor of one element, but got {type(value).__name__}."
+        )
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} must be a number or a tensor of one element, but got shape "
+                f"{tuple(value.shape)}."
+            )
+        value = value.reshape(())
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, but got {value}.")
+    return value
+
+
 def aggregation_weights(
     mask, loss_type="dapo", *, num_items_in_batch=None, max_completion_length=None
 ):
@@ -508,16 +514,12 @@ def aggregation_weights(
     if loss_type == "dapo":
         if num_items_in_batch is None:
             return ones / ones.sum().clamp(min=1)
-        if not num_items_in_batch > 0:
-            raise ValueError(f"num_items_in_batch must be positive, but got {num_items_in_batch}.")
-        return ones / num_items_in_batch
+        return ones / _positive("num_items_in_batch", num_items_in_batch)
     if loss_type == "dr_grpo":
-        if max_completion_length is None or not max_completion_length > 0:
-            raise ValueError(
-                "loss_type='dr_grpo' needs max_completion_length > 0, but got "
-                f"{max_completion_length}."
-            )
-        return ones / (max(1, mask.shape[0]) * max_completion_length)
+        if max_completion_length is None:
+            raise ValueError("loss_type='dr_grpo' needs max_completion_length > 0, but got None.")
+        length = _positive("max_completion_length", max_completion_length)
+        return ones / (max(1, mask.shape[0]) * length)
     raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, but got {loss_type!r}.")
 
 

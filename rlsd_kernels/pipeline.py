@@ -14,7 +14,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from . import gemm, tuning
 from .config import (
@@ -23,7 +22,7 @@ from .config import (
     capturing,
     check_number,
     compute_dtype,
-    constant_when_compiled,
+    stored_dtype,
 )
 
 MAX_GUESS = 40.0  # the rollout's log-prob as a guess is trusted down to e^-40
@@ -34,8 +33,8 @@ FP16_SCALE = 2048.0  # times p (1 + |log p + H|) <= 14 stays below fp16's 65504
 class Head(NamedTuple):
     """z = softcap(logit_scale (h W^T + b)) / temperature; weight may be one rank's shard."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
     temperature: float
     logit_scale: float
     softcap: float | None
@@ -46,62 +45,27 @@ class Head(NamedTuple):
         return self.logit_scale / self.temperature
 
 
-class Shard:
-    """This rank's part of the vocabulary: its rows from `offset` on of `vocab`. Plans count with
-    `rows` of the largest shard, so that every rank joins the same collectives."""
+class Tokens(NamedTuple):
+    """Per-token inputs of the loss, each (N,) and, but for the mask, in compute dtype."""
 
-    def __init__(self, layout, group_name):
-        self.offset, self.vocab, self.rows = layout
-        self.sum = self.max = None
-        if group_name is not None:
-            self.sum = functools.partial(_all_reduce, group_name, dist.ReduceOp.SUM)
-            self.max = functools.partial(_all_reduce, group_name, dist.ReduceOp.MAX)
+    advantages: torch.Tensor
+    loss_weights: torch.Tensor  # a_t, 0 = masked
+    teacher_log_probs: torch.Tensor | None
+    old_log_probs: torch.Tensor | None
+    ref_log_probs: torch.Tensor | None
+    reweight_mask: torch.Tensor | None  # bool
 
-
-def _resolve(group_name):
-    return dist.distributed_c10d._resolve_process_group(group_name)
-
-
-def _all_reduce(group_name, op, x):
-    dist.all_reduce(x, op=op, group=_resolve(group_name))
-    return x
-
-
-_captured_layouts = {}
-
-
-@constant_when_compiled
-def shard_layout(group_name, rows, device):
-    """[offset, vocab, rows of the largest shard]; ranks hold the vocabulary in order.
-
-    It is asked anew each time, because any key that one rank remembers it by may stand for another
-    vocabulary; only a CUDA graph being captured, which cannot ask, takes the last answer.
-    """
-    key = group_name, rows
-    if torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing():
-        if key not in _captured_layouts:
-            raise ValueError("Run the step once with this tp_group before capturing a CUDA graph.")
-        return _captured_layouts[key]
-    group = _resolve(group_name)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
-    dist.all_gather(sizes, torch.full_like(sizes[0], rows), group=group)
-    sizes = torch.cat(sizes).tolist()
-    if 0 in sizes:
-        raise ValueError(
-            f"Every rank of tp_group must hold at least one row of weight, but they hold {sizes}; "
-            "use a smaller group."
-        )
-    layout = [sum(sizes[: group.rank()]), sum(sizes), max(sizes)]
-    _captured_layouts[key] = layout
-    return layout
+    def take(self, rows):
+        """Those of an index (or slice) of rows; all for None."""
+        return Tokens(*(_take(x, rows) for x in self))
 
 
 def full_precision(function):
-    """Runs a stage with autocast off: it would round logits and probabilities to 16 bits."""
+    """Runs a stage under gemm.full_precision."""
 
     @functools.wraps(function)
     def wrapped(kernels, hidden, *args, **kwargs):
-        with torch.autocast(hidden.device.type, enabled=False):
+        with gemm.full_precision(hidden.device):
             return function(kernels, hidden, *args, **kwargs)
 
     return wrapped
@@ -157,9 +121,10 @@ def gradient_source(weight, entropy_gradient):
 def _row_bytes(kernels, weight, vocab, keep, with_teacher=False):
     """Bytes per row held for the gradient, and bytes per row of a chunk being scored."""
     dtype, operand = compute_dtype(weight.dtype), gemm.operand_dtype(weight)
-    stored = 0 if keep is None else vocab * operand.itemsize
+    columns = kernels.padded(vocab)
+    stored = 0 if keep is None else columns * operand.itemsize
     if keep == "logits" and operand != dtype:
-        stored += vocab * dtype.itemsize
+        stored += columns * dtype.itemsize
     scratch = max(
         kernels.scratch_bytes(vocab, dtype.itemsize, kept, operand == dtype)
         for kept in ((keep, None) if with_teacher else (keep,))
@@ -197,16 +162,22 @@ class Rows:
                 max_workspace_bytes, tuning.max_chunk(weight.device.type),
             )
         self.group, self.chunk = self.plan = plan
-        self.e = self.z = None
+        self.padded_e = self.e = self.z = None
+        size, vocab = (self.group, kernels.padded(len(weight))), len(weight)
         if keep is not None:
-            self.e = weight.new_empty(self.group, len(weight), dtype=self.operand)
+            self.padded_e = weight.new_empty(size, dtype=self.operand)
+            self.e = self.padded_e[:, :vocab]
         if keep == "logits":
             in_place = self.operand == self.dtype
-            self.z = self.e if in_place else torch.empty_like(self.e, dtype=self.dtype)
+            self.z = self.e if in_place else weight.new_empty(size, dtype=self.dtype)[:, :vocab]
         self.scorer = kernels.Scorer(*head, self.chunk, shard.sum, shard.max)
 
-    def targets(self, h, local):
-        """z_y and the slope 1 - tanh^2 of its softcap (1 without one), each (M,)."""
+    def targets(
+        self,
+        h,  # (M, H)
+        local,  # (M,) ids as this shard counts
+    ):
+        """z_y, (M,), as an fp32 dot product."""
         head = self.head
         x = self.kernels.target_logits(h, head.weight, local)
         if head.bias is not None:
@@ -216,12 +187,18 @@ class Rows:
         if self.shard.sum is not None:
             x = self.shard.sum(x)
         if head.softcap is None:
-            return x * head.slope, torch.ones_like(x)
+            return x * head.slope
         tanh = torch.tanh(x * (head.logit_scale / head.softcap))
-        return tanh * (head.softcap / head.temperature), 1 - tanh * tanh
+        return tanh * (head.softcap / head.temperature)
 
-    def score(self, h, ids, old_log_probs, *, want_entropy=False):
-        """Scored of rows h (M, H), at most a group; E or logits stay in the buffers."""
+    def score(
+        self,
+        h,  # (M, H)
+        ids,  # (M,)
+        old_log_probs,  # (M,) or None
+        *, want_entropy=False,
+    ):
+        """Scored of rows h, at most a group; E or logits stay in the buffers."""
         stored = {None: None, "exp": self.e, "logits": self.z}[self.keep]
         return _concatenate(
             [
@@ -243,24 +220,43 @@ class Rows:
         )
 
     def _score(self, h, ids, old_log_probs, out, want_entropy):
-        z_y, slope = self.targets(h, ids - self.shard.offset)
+        head, local = self.head, ids - self.shard.offset
+        z_y = self.targets(h, local)
         if old_log_probs is None:
             c = z_y + NO_GUESS
         else:
             c = z_y - old_log_probs.clamp(-MAX_GUESS, 0).nan_to_num(nan=-NO_GUESS)
-        c, s, t = self.scorer.score(h, c, out=out, keep=self.keep, want_entropy=want_entropy)
+        # From here on z_y of the GEMM that s comes from: what tensor cores lose in summing H
+        # products (some 1e-4 nats at H = 4096) cancels where p is near 1.
+        c, s, t = self.scorer.score(
+            h, c, out=out, keep=self.keep, want_entropy=want_entropy, ids=local, z_y=z_y
+        )
+        slope = torch.ones_like(z_y)  # of the softcap, 1 - tanh^2
+        if head.softcap is not None:
+            slope -= (z_y * (head.temperature / head.softcap)).square()
         log_s = s.log()
         log_probs = ((z_y - c) - log_s).clamp_(max=0)
         log_probs.masked_fill_((ids < 0) | (ids >= self.shard.vocab), math.nan)
         entropy = log_s - t / s if want_entropy else s.new_empty(0)
         return Scored(log_probs, c + log_s, s, slope, entropy)
 
-    def fix_targets(self, e, ids, scored):
+    def fix_targets(
+        self,
+        e,  # (M, V)
+        ids,  # (M,)
+        scored,
+    ):
         """E_y := (p_y - 1) s, with the softcap's slope like the rest of the row."""
         at_target = torch.expm1(scored.log_probs) * scored.s * scored.slope
         self.kernels.fix_targets(e, ids - self.shard.offset, at_target)
 
-    def logit_gradient(self, ids, scored, g, g_entropy):
+    def logit_gradient(
+        self,
+        ids,  # (M,)
+        scored,
+        g,  # (M,) dL/dlog p(y)
+        g_entropy,  # (M,) dL/dH, or None
+    ):
         """The gradient at the raw logits of the rows just scored, as v (M,) and e (M, V): v e."""
         n, slope = len(ids), self.head.slope
         e = self.e[:n]
@@ -293,12 +289,18 @@ class Gradients:
         # One GEMM over all rows accumulates in fp32 by itself: no fp32 copy of dW.
         sums = operand if one_group and operand == torch.bfloat16 else dtype
         self.dx = hidden.new_zeros(hidden.shape if self.need_dx else 0, dtype=dx_dtype)
-        vocab, width = self.weight.shape
-        self.dw = self.weight.new_zeros((vocab, width) if self.need_dw else 0, dtype=sums)
-        self.db = self.weight.new_zeros(vocab if self.need_db else 0, dtype=dtype)
+        self.dw = self.weight.new_empty(self.weight.shape if self.need_dw else 0, dtype=sums)
+        self.db = self.weight.new_zeros(len(self.weight) if self.need_db else 0, dtype=dtype)
+        self.empty = True
 
-    def add(self, index, h, v, e):
-        """Rows h (M, H) of hidden[index] whose gradient at the raw logits is v e."""
+    def add(
+        self,
+        index,  # (M,) rows of hidden, or a slice
+        h,  # (M, H) those rows in the GEMMs' dtype
+        v,  # (M,)
+        e,  # (M, V)
+    ):
+        """Rows whose gradient at the raw logits is v e."""
         if self.need_dx:
             dx = gemm.dx(e, self.weight).mul_(v.unsqueeze(-1))
             if self.shard.sum is not None:
@@ -308,30 +310,32 @@ class Gradients:
         if self.size is not None:
             v = v / self.size
         if self.need_dw:
-            gemm.add_dw(self.dw, e, (v.unsqueeze(-1) * h).to(e.dtype))
+            gemm.add_dw(self.dw, e, (v.unsqueeze(-1) * h).to(e.dtype), first=self.empty)
         if self.need_db:
             # In two parts: v rounded to 16 bits alone would add 2^-9 to the error of E.
             high = v.to(e.dtype)
             parts = torch.stack([high, (v - high).to(e.dtype)], -1)
-            self.db += gemm.add_dw(self.db.new_zeros(len(self.db), 2), e, parts).sum(-1)
+            sums = self.db.new_empty(len(self.db), 2)
+            self.db += gemm.add_dw(sums, e, parts, first=True).sum(-1)
+        self.empty = False
 
     def cast(self, dw_dtype, db_dtype):
         dw, db = self.dw, self.db
+        if self.empty:
+            dw.zero_()
         if self.size is not None:
             dw, db = dw.mul_(self.size), db.mul_(self.size)
         return self.dx, dw.to(dw_dtype), db.to(db_dtype)
 
 
-def stored_dtype(dtype):
-    """Dtype of gradients formed before the upstream gradient is known: fp16 would flush those that
-    a loss scale is about to lift."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 @full_precision
 def linear_log_probs_fwd(
-    kernels, hidden, head, completion_ids, old_log_probs, shard, want_entropy, keep,
-    max_workspace_bytes,
+    kernels,
+    hidden,  # (N, H)
+    head,
+    completion_ids,  # (N,)
+    old_log_probs,  # (N,) or None
+    shard, want_entropy, keep, max_workspace_bytes,
 ):
     """log p(y) (N,), entropy (N,) or (0,), and if kept for backward E (N, V) and s (N,)."""
     n = len(hidden)
@@ -342,14 +346,22 @@ def linear_log_probs_fwd(
     scored = rows.score_all(hidden, completion_ids, old_log_probs, want_entropy=want_entropy)
     e, s = hidden.new_empty(0, dtype=rows.operand), hidden.new_empty(0, dtype=rows.dtype)
     if keep:
-        e, s = rows.e[:n], scored.s
-        rows.fix_targets(e, completion_ids, scored)
+        rows.fix_targets(rows.e[:n], completion_ids, scored)
+        e, s = rows.padded_e[:n], scored.s
     return scored.log_probs, scored.entropy, e, s
 
 
 @full_precision
 def linear_log_probs_bwd(
-    kernels, hidden, grad_log_probs, grad_entropy, head, completion_ids, log_probs, e, s,
+    kernels,
+    hidden,  # (N, H)
+    grad_log_probs,  # (N,)
+    grad_entropy,  # (N,) or None
+    head,
+    completion_ids,  # (N,)
+    log_probs,  # (N,)
+    e,  # (N, V or more, rows are padded) with fixed targets, or (0,)
+    s,  # (N,) or (0,)
     shard, need, max_workspace_bytes,
 ):
     """dh, dW, db of sum(grad_log_probs log p(y) + grad_entropy H), from E or by chunk anew."""
@@ -372,7 +384,7 @@ def linear_log_probs_bwd(
         v = -g / s * head.slope
         for r in _slices(0, n, step):
             i = r if index is None else index[r]
-            grads.add(i, hidden[i].to(e.dtype), v[i], e[i])
+            grads.add(i, hidden[i].to(e.dtype), v[i], e[i][:, : len(weight)])
         return grads.cast(weight.dtype, db_dtype)
     rows = Rows(
         kernels, head, shard, n, keep=gradient_source(weight, g_entropy is not None),
@@ -390,8 +402,15 @@ def linear_log_probs_bwd(
 
 @full_precision
 def linear_rlsd_loss(
-    kernels, hidden, head, completion_ids, advantages, loss_weights, *, teacher_hidden,
-    teacher_log_probs, teacher_weight, old_log_probs, ref_log_probs, reweight_mask, rlsd_lambda,
+    kernels,
+    hidden,  # (N, H)
+    head,
+    completion_ids,  # (N,)
+    tokens: Tokens,
+    *,
+    teacher_hidden,  # (N, H_t) or None
+    teacher_weight,  # (V, H_t) or None for the student's
+    rlsd_lambda,  # ()
     use_teacher, config: RLSDLossConfig, shard, want_entropy, need, max_workspace_bytes,
 ):
     """loss (), log_probs (N,), teacher_log_probs (N,), entropy (N,) or (0,), dh, dW, db, sums.
@@ -404,9 +423,9 @@ def linear_rlsd_loss(
     use_teacher = use_teacher and nonzero
     bonus = config.entropy_coef > 0
     want_entropy = want_entropy or bonus
-    live = loss_weights != 0
+    live = tokens.loss_weights != 0
     if config.beta == 0 and not bonus:
-        live = live & (advantages != 0)
+        live = live & (tokens.advantages != 0)
     index = _indices(live)
     n = len(hidden) if index is None else len(index)
     rows = Rows(
@@ -414,13 +433,14 @@ def linear_rlsd_loss(
         max_workspace_bytes=max_workspace_bytes,
         with_teacher=use_teacher and teacher_hidden is not None,
     )
-    teacher = torch.zeros_like(loss_weights)
+    teacher = torch.zeros_like(tokens.loss_weights)
     if use_teacher and teacher_hidden is None:
-        teacher = teacher_log_probs.clone()  # an op may not return its input
+        teacher = tokens.teacher_log_probs.clone()  # an op may not return its input
     elif use_teacher:
-        chosen = live & (advantages < 0 if config.rlsd_negative_only else advantages != 0)
-        if reweight_mask is not None:
-            chosen = chosen & reweight_mask
+        a = tokens.advantages
+        chosen = live & (a < 0 if config.rlsd_negative_only else a != 0)
+        if tokens.reweight_mask is not None:
+            chosen = chosen & tokens.reweight_mask
         i = _indices(chosen)
         # Chunks as tall as the student's and the same guesses: equal hidden states then give
         # equal bits.
@@ -428,24 +448,21 @@ def linear_rlsd_loss(
         scored = Rows(
             kernels, t_head, shard, n, keep=None, max_workspace_bytes=max_workspace_bytes,
             plan=rows.plan,
-        ).score_all(_take(teacher_hidden, i), _take(completion_ids, i), _take(old_log_probs, i))
+        ).score_all(
+            _take(teacher_hidden, i), _take(completion_ids, i), _take(tokens.old_log_probs, i)
+        )
         t_log_probs = scored.log_probs.to(dtype)
         if i is None:
             teacher = torch.where(chosen, t_log_probs, 0)
         else:
             teacher[i] = t_log_probs
 
-    tokens = {
-        "teacher_log_probs": teacher if use_teacher else None, "old_log_probs": old_log_probs,
-        "ref_log_probs": ref_log_probs, "reweight_mask": reweight_mask,
-    }
-    tokens = {name: _take(x, index) for name, x in tokens.items()}
-    advantages, loss_weights = _take(advantages, index), _take(loss_weights, index)
-    g_entropy = -config.entropy_coef * loss_weights if bonus else None
+    tokens = tokens._replace(teacher_log_probs=teacher if use_teacher else None).take(index)
+    g_entropy = -config.entropy_coef * tokens.loss_weights if bonus else None
     size = None
     if rows.operand == torch.float16:
-        size = loss_weights.abs() * (2 * advantages.abs() + config.beta + config.entropy_coef)
-        size = _largest(size)
+        size = 2 * tokens.advantages.abs() + config.beta + config.entropy_coef
+        size = _largest(tokens.loss_weights.abs() * size)
     grads = Gradients(
         hidden, head, shard, stored_dtype(hidden.dtype), need, rows.group >= n, size
     )
@@ -457,11 +474,11 @@ def linear_rlsd_loss(
         h, ids = hidden[i].to(rows.operand), completion_ids[i]
         if capturing(h):  # rows without effect are still there, and may hold anything
             h = torch.where(live[r].unsqueeze(-1), h, 0)
-        scored = rows.score(h, ids, _take(old_log_probs, i), want_entropy=want_entropy)
+        some = tokens.take(r)
+        scored = rows.score(h, ids, some.old_log_probs, want_entropy=want_entropy)
         token, g, token_sums = kernels.token_rows(
-            scored.log_probs, advantages[r], loss_weights[r], rlsd_lambda, config,
-            entropy=scored.entropy if want_entropy else None,
-            **{name: _take(x, r) for name, x in tokens.items()},
+            scored.log_probs, rlsd_lambda=rlsd_lambda, config=config,
+            entropy=scored.entropy if want_entropy else None, **some._asdict(),
         )
         if r.stop >= n and rows.keep == "exp":
             rows.scorer = None  # its chunk of logits, before the gradients take their memory
@@ -487,18 +504,23 @@ def linear_rlsd_loss(
 
 
 def rlsd_loss(
-    kernels, log_probs, advantages, loss_weights, *, teacher_log_probs, old_log_probs,
-    ref_log_probs, reweight_mask, entropy, rlsd_lambda, config: RLSDLossConfig,
+    kernels,
+    log_probs,  # (N,)
+    tokens: Tokens,
+    *,
+    entropy,  # (N,) or None
+    rlsd_lambda,  # ()
+    config: RLSDLossConfig,
 ):
     """loss (), its gradients by log_probs (N,) and by entropy (N,) or (0,), and the sums."""
     rlsd_lambda, nonzero = _lambda_here(rlsd_lambda, log_probs.device)
+    if not nonzero:
+        tokens = tokens._replace(teacher_log_probs=None)
     loss, g, sums = kernels.token_rows(
-        log_probs, advantages, loss_weights, rlsd_lambda, config,
-        teacher_log_probs=teacher_log_probs if nonzero else None, old_log_probs=old_log_probs,
-        ref_log_probs=ref_log_probs, reweight_mask=reweight_mask, entropy=entropy,
+        log_probs, rlsd_lambda=rlsd_lambda, config=config, entropy=entropy, **tokens._asdict()
     )
     if config.entropy_coef == 0:
         return loss, g, log_probs.new_empty(0), sums
-    slope = -config.entropy_coef * loss_weights
-    bonus = torch.where(loss_weights != 0, slope * entropy, 0).sum()
+    slope = -config.entropy_coef * tokens.loss_weights
+    bonus = torch.where(tokens.loss_weights != 0, slope * entropy, 0).sum()
     return loss + bonus, g, slope, sums

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from .config import LOG_FLOOR, MAX_LOG_RATIO, TOKEN_SUMS, compute_dtype
+from .config import LOG_FLOOR, MAX_LOG_RATIO, TAIL_FLOOR, TOKEN_SUMS, compute_dtype
 
 
 def linear_log_probs(
@@ -48,12 +48,18 @@ def token_weights(advantages, delta, *, rlsd_reweight_clip_range=0.2):
     return torch.exp((torch.sign(advantages) * delta).clamp(low, math.log1p(eps_w)))
 
 
+def evidence(teacher_log_probs, student_log_probs):
+    """delta_t; 0 where the two are equal, also at -inf, where their difference would be NaN."""
+    delta = (teacher_log_probs - student_log_probs).detach()
+    return torch.where(teacher_log_probs == student_log_probs, 0, delta)
+
+
 def rlsd_advantages(
     advantages, log_probs, teacher_log_probs, *, rlsd_lambda=0.5, rlsd_reweight_clip_range=0.2,
     rlsd_negative_only=False, reweight_mask=None,
 ):
     """A_hat_t, detached; `where` selects, so an infinite delta cannot leak into A = 0 tokens."""
-    delta = (teacher_log_probs - log_probs).detach()
+    delta = evidence(teacher_log_probs, log_probs)
     w = token_weights(advantages, delta, rlsd_reweight_clip_range=rlsd_reweight_clip_range)
     chosen = reweighted_tokens(
         advantages, rlsd_negative_only=rlsd_negative_only, reweight_mask=reweight_mask
@@ -100,7 +106,7 @@ def token_sums(
             advantages, rlsd_negative_only=config.rlsd_negative_only, reweight_mask=reweight_mask
         )
         student = old if config.rlsd_delta_source == "old_log_probs" else log_probs
-        delta = teacher_log_probs - student
+        delta = evidence(teacher_log_probs, student)
         a_hat = rlsd_advantages(
             advantages, student, teacher_log_probs, rlsd_lambda=rlsd_lambda,
             rlsd_reweight_clip_range=config.rlsd_reweight_clip_range,
@@ -208,14 +214,25 @@ def linear_rlsd_loss(
     return loss, log_probs, teacher, entropy
 
 
+def _buckets(log_p, add_tail):
+    """log-probs of some tokens as a distribution of their own."""
+    log_mass = log_p.logsumexp(-1, keepdim=True)
+    if not add_tail:
+        return log_p - log_mass
+    return torch.cat([log_p, torch.log(-torch.expm1(log_mass.clamp(max=-TAIL_FLOOR)))], -1)
+
+
 def linear_distillation_loss(
     hidden, weight, teacher_hidden, loss_weights, *, teacher_weight, bias, teacher_bias,
-    divergence, alpha, temperature, logit_scale, final_logit_softcapping,
+    divergence, alpha, temperature, logit_scale, final_logit_softcapping, topk=None,
+    add_tail=False,
 ):
     """sum_t a_t D(P_T, P_S) over the full vocabulary, gradient through the student only.
 
     D is KL(P_T||P_S), KL(P_S||P_T) or alpha KL(P_T||M) + (1 - alpha) KL(P_S||M) with
     M = alpha P_T + (1 - alpha) P_S. Without teacher_weight the teacher has the student's head.
+    With topk, over the student's topk most likely tokens: renormalised, or beside a bucket that
+    holds the rest.
     """
     live = loss_weights != 0
 
@@ -237,6 +254,9 @@ def linear_distillation_loss(
         if teacher_weight is None:
             teacher_weight, teacher_bias = weight, bias
         t = log_softmax(teacher_hidden, teacher_weight, teacher_bias).to(s.dtype)
+    if topk is not None:
+        index = s.topk(topk).indices
+        s, t = (_buckets(x.gather(-1, index), add_tail) for x in (s, t))
     if divergence == "forward_kl":
         value = kl(t, s)
     elif divergence == "reverse_kl":

@@ -18,7 +18,8 @@ STORE_NONE, STORE_EXP, STORE_LOGITS = 0, 1, 2
 
 
 def padded(vocab):
-    """Columns of the chunk: 16-byte aligned rows at any V, so that loads are vectors."""
+    """Columns of a matrix of logits or of E: rows are aligned at any V, so that kernels load and
+    store vectors and cuBLAS keeps its fast path."""
     return -(-vocab // 16) * 16
 
 
@@ -56,11 +57,20 @@ class StreamingScorer(abc.ABC):
         self.reduce_max = reduce_max or (lambda x: x)
         self._scratch = None
 
-    def score(self, h, c, *, out=None, keep=None, want_entropy=False):
-        """c, s, t of rows h (M, H): three or four passes over the chunk, no host sync.
+    def score(
+        self,
+        h,  # (M, H)
+        c,  # (M,)
+        *,
+        out=None,  # (M, V)
+        keep=None, want_entropy=False,
+        ids=None,  # (M,)
+        z_y=None,  # (M,)
+    ):
+        """c, s, t, each (M,): three or four passes over the chunk, no host sync.
 
-        t is None unless wanted; keep "exp" stores e times the softcap's slope in out (M, V),
-        "logits" stores z, in fp32.
+        t is None unless wanted; keep "exp" stores e times the softcap's slope in out, "logits"
+        stores z, in fp32. With ids, z_y becomes the logit there as this GEMM rounds it.
         """
         c = c.clone(memory_format=torch.contiguous_format)
         s = torch.empty_like(c)
@@ -70,6 +80,8 @@ class StreamingScorer(abc.ABC):
         in_place = keep is not None and out.dtype == torch.float32
         deferred = in_place and store == STORE_EXP
         x = gemm.logits(h, self.weight, out if in_place else self._chunk(len(h)))
+        if ids is not None:
+            self.reduce_sum(z_y.copy_(self._at(x, ids)))
         row = (self.bias, self.pre, self.post, self.capped)
         again = (None, 1.0, 1.0, False) if store == STORE_LOGITS else row  # x is z by then
         first = STORE_NONE if deferred else store
@@ -84,6 +96,15 @@ class StreamingScorer(abc.ABC):
         if deferred:
             self._exp(x, row, c, torch.empty_like(s), None, out, STORE_EXP)
         return c, s, self.reduce_sum(t) if want_entropy else None
+
+    def _at(self, x, ids):
+        """z at the ids, (M,), from raw logits x (M, V); 0 where this shard does not hold them."""
+        held, safe = (ids >= 0) & (ids < self.vocab), ids.clamp(0, self.vocab - 1)
+        z = x.gather(1, safe.unsqueeze(-1)).squeeze(-1)
+        if self.bias is not None:
+            z = z + self.bias[safe]
+        z = torch.tanh(z * self.pre) * self.post if self.capped else z * self.pre
+        return torch.where(held, z, 0)
 
     def _chunk(self, rows):
         if rows > self.chunk_rows:

@@ -16,6 +16,11 @@ from .config import LOG_FLOOR, MAX_LOG_RATIO, capturing, compute_dtype, trusted_
 from .tuning import SCORE_TILE
 
 
+def padded(vocab):
+    """Columns of E: on a CPU aligned rows gain nothing."""
+    return vocab
+
+
 def scratch_bytes(vocab, itemsize, keep, in_place):
     """Bytes per row that a Scorer holds beside what it stores: three tiles."""
     return 3 * min(vocab, SCORE_TILE) * itemsize
@@ -75,13 +80,17 @@ class Scorer:
         torch.mul(z, self.temperature / self.softcap, out=out)
         return out.square_().neg_().add_(1)
 
-    def _pass(self, h, c, out, keep, want_entropy):
-        """One pass with the levels c; s and t as `score` returns them."""
+    def _pass(self, h, c, out, keep, want_entropy, ids=None, z_y=None):
+        """One pass with the levels c; s and t as `score` returns them, z_y as it writes it."""
         s = c.new_zeros(len(c))
         t = torch.zeros_like(s) if want_entropy else None
         in_place = out is not None and out.dtype == self.dtype
         for columns, z, spare, level in self._tiles(h, out if in_place else None):
             slope = None
+            if ids is not None:
+                hit, safe = _in_shard(ids - columns.start, z.shape[1])
+                here = z.gather(1, safe.unsqueeze(-1)).squeeze(-1)
+                z_y.copy_(torch.where(hit, here, z_y))
             if keep == "logits":
                 if not in_place:
                     out[:, columns] = z
@@ -103,6 +112,8 @@ class Scorer:
                     out[:, columns] = e
         if self.reduce_sum is not None:
             self.reduce_sum(s)
+            if ids is not None:
+                self.reduce_sum(z_y)
             if want_entropy:
                 self.reduce_sum(t)
         return s, t
@@ -115,14 +126,26 @@ class Scorer:
             self.reduce_max(m)
         return torch.where(m.isfinite(), m, 0)
 
-    def score(self, h, c, *, out=None, keep=None, want_entropy=False):
+    def score(
+        self,
+        h,  # (M, H)
+        c,  # (M,)
+        *,
+        out=None,  # (M, V)
+        keep=None, want_entropy=False,
+        ids=None,  # (M,)
+        z_y=None,  # (M,)
+    ):
         """c, s, t, each (M,): the level used, sum e and (if wanted) sum e (z - c), e = exp(z - c).
 
-        keep "exp" stores e times the softcap's slope in out (M, V), "logits" stores z.
+        keep "exp" stores e times the softcap's slope in out, "logits" stores z. With ids, z_y
+        becomes the logit there as this GEMM rounds it.
         """
         if capturing(h):  # no host may look at the flags: take the true maximum of every row
             c = self._row_max(h)
-        s, t = self._pass(h, c, out, keep, want_entropy)
+        if ids is not None:
+            z_y.zero_()
+        s, t = self._pass(h, c, out, keep, want_entropy, ids, z_y)
         if capturing(h):
             return c, s, t
         rows = (~trusted_rows(s)).nonzero().squeeze(-1)
@@ -173,6 +196,11 @@ def fix_targets(e, ids, values):
     e[row, safe] = torch.where(hit, values.to(e.dtype), e[row, safe])
 
 
+def scale(x, factor):
+    """In place x *= factor, (1,)."""
+    x.mul_(factor)
+
+
 def token_rows(
     log_probs, advantages, loss_weights, rlsd_lambda, config, *, teacher_log_probs=None,
     old_log_probs=None, ref_log_probs=None, reweight_mask=None, entropy=None,
@@ -195,7 +223,8 @@ def token_rows(
         if reweight_mask is not None:
             chosen = chosen & reweight_mask
         student = old if config.rlsd_delta_source == "old_log_probs" else log_probs
-        delta = teacher_log_probs - student
+        # Equal contexts have weight 1, also where both log-probs are -inf.
+        delta = torch.where(teacher_log_probs == student, 0, teacher_log_probs - student)
         signed = torch.sign(advantages) * delta
         weight = signed.clamp(low_w, high_w).exp()
         mixed = advantages * ((1 - rlsd_lambda) + rlsd_lambda * weight)

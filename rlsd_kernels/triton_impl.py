@@ -15,9 +15,10 @@ import triton.language as tl
 
 from . import tuning
 from .config import MAX_LOG_RATIO, ROW_SUM_BOUNDS, TOKEN_SUMS, capturing, trusted_rows
-from .streaming import STORE_NONE, StreamingScorer, scratch_bytes, unit_stride
+from .streaming import STORE_NONE, StreamingScorer, padded, scratch_bytes, unit_stride
 
-__all__ = ["Scorer", "fix_targets", "scratch_bytes", "target_logits", "token_rows"]
+__all__ = ["Scorer", "fix_targets", "padded", "scale", "scratch_bytes", "target_logits",
+           "token_rows"]
 LOG_RATIO_LIMIT = tl.constexpr(MAX_LOG_RATIO)
 SUM_MIN, SUM_MAX = (tl.constexpr(x) for x in ROW_SUM_BOUNDS)
 
@@ -60,6 +61,16 @@ def _load_logits(x, bias, offs, V, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr)
         if HAS_BIAS:
             logits += tl.load(bias + offs).to(tl.float32)
     return logits
+
+
+@triton.jit
+def _ordered_sum(x):
+    """tl.sum of a power of two of elements in one order, halves added, where tl.sum's follows the
+    layout and so what a kernel stores: student and teacher get equal bits from equal logits."""
+    for _ in tl.static_range(16):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2]), 0)
+    return tl.sum(x, 0)
 
 
 @triton.jit
@@ -116,9 +127,9 @@ def _exp_kernel(
         sum_e += e
         if WANT_ENTROPY:
             sum_ed += ed
-    tl.store(s + row, tl.sum(sum_e, 0))
+    tl.store(s + row, _ordered_sum(sum_e))
     if WANT_ENTROPY:
-        tl.store(t + row, tl.sum(sum_ed, 0))
+        tl.store(t + row, _ordered_sum(sum_ed))
 
 
 @triton.jit
@@ -214,6 +225,16 @@ def _fix_targets_kernel(e, ids, values, M, V, stride_e, BLOCK_M: tl.constexpr):
     tl.store(e + rows * stride_e + target, value.to(e.dtype.element_ty), mask=held)
 
 
+@triton.jit(do_not_specialize=["M"])
+def _scale_kernel(x, factor, M, BLOCK: tl.constexpr):
+    value = tl.load(factor).to(tl.float32)
+    if value == 1.0:
+        return
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scaled = tl.load(x + offs, mask=offs < M, other=0.0).to(tl.float32) * value
+    tl.store(x + offs, scaled.to(x.dtype.element_ty), mask=offs < M)
+
+
 @triton.jit
 def _clamp(x, low, high):
     """NaN stays NaN, unlike with tl.minimum."""
@@ -273,8 +294,9 @@ def _token_kernel(
             chosen = neg if NEGATIVE_ONLY else a != 0.0
             if HAS_MASK:
                 chosen = chosen & (tl.load(mask + offs, mask=inside, other=0) != 0)
-            delta = tl.load(teacher + offs, mask=inside, other=0.0)
-            delta = delta - before if DELTA_FROM_OLD else delta - lp
+            scored = tl.load(teacher + offs, mask=inside, other=0.0)
+            student = before if DELTA_FROM_OLD else lp
+            delta = tl.where(scored == student, 0.0, scored - student)  # both may be -inf
             signed = tl.where(neg, -delta, delta)
             factor = (1.0 - lam) + lam * tl.exp(_clamp(signed, weight_low, weight_high))
             a_hat = tl.where(chosen, a * factor, a)
@@ -402,6 +424,15 @@ def fix_targets(e, ids, values):
             )
 
 
+def scale(x, factor):
+    """In place x *= factor, (1,); nothing is read or written where it is 1."""
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _scale_kernel[(triton.cdiv(x.numel(), 4096),)](
+                x, factor, x.numel(), BLOCK=4096, num_warps=8
+            )
+
+
 def token_rows(
     log_probs, advantages, loss_weights, rlsd_lambda, config, *, teacher_log_probs=None,
     old_log_probs=None, ref_log_probs=None, reweight_mask=None, entropy=None,
@@ -435,14 +466,17 @@ class Scorer(StreamingScorer):
         super().__init__(*head)
         self.tier, self.tiles = tier or tuning.SCORE_TIER, tiles
 
-    def score(self, h, c, *, out=None, keep=None, want_entropy=False):
-        # Tier B reads its flags back, and other shards of the head may have to take tier A.
+    def score(self, h, c, *, out=None, keep=None, want_entropy=False, ids=None, z_y=None):
+        # Tier B reads its flags back, and other shards of the head may have to take tier A; it
+        # leaves z_y as it came, for its logits never leave the registers.
         alone = not self.sharded and not capturing(h)
         if self.tier == "B" and alone and keep != "logits" and not want_entropy and len(h):
             tiles = self._gemm_tiles(h, out)
             if tiles is not None:
                 return self._score_in_gemm(h, c, out, tiles)
-        return super().score(h, c, out=out, keep=keep, want_entropy=want_entropy)
+        return super().score(
+            h, c, out=out, keep=keep, want_entropy=want_entropy, ids=ids, z_y=z_y
+        )
 
     def _gemm_tiles(self, h, out):
         """Tiles of the tier B kernel; None for what only tier A takes: fp32 weights, and sizes at
@@ -473,7 +507,7 @@ class Scorer(StreamingScorer):
                 s if total is None else total, self.vocab, x.stride(0), out.stride(0), pre, post,
                 HAS_BIAS=bias is not None, HAS_CAP=capped, WANT_ENTROPY=t is not None,
                 STORE=store, ONLY_FLAGGED=total is not None,
-                **tuning.exp_tiles(self.vocab, store=store != STORE_NONE),
+                **tuning.exp_tiles(self.vocab),
             )
 
     def _score_in_gemm(self, h, c, out, tiles):
@@ -516,7 +550,7 @@ class Scorer(StreamingScorer):
             _logit_gradient_kernel[(m,)](
                 z, out, *rows, vocab, z.stride(0), out.stride(0), scale, 1 / self.post,
                 HAS_CAP=self.capped, HAS_ENTROPY=has_entropy,
-                **tuning.exp_tiles(vocab, store=True),
+                **tuning.exp_tiles(vocab),
             )
 
 

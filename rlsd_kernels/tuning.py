@@ -42,17 +42,20 @@ def fits_at_once(num_rows, stored, scratch, max_workspace_bytes):
 
 def plan_rows(num_rows, stored, scratch, max_workspace_bytes, max_chunk):
     """Rows held at once for their gradient, and rows scored at once, from their bytes per row."""
-    group = num_rows
+    group, rest = num_rows, max_workspace_bytes - MIN_CHUNK * scratch
     if not fits_at_once(num_rows, stored, scratch, max_workspace_bytes):
         group = rows_per_chunk(num_rows, stored + scratch, max_workspace_bytes)
+        if rest >= MIN_CHUNK * stored:  # the fewest groups that leave room for a full chunk
+            group = rows_per_chunk(num_rows, stored, rest)
     left = max_workspace_bytes - group * stored
     return group, min(max_chunk, rows_per_chunk(group, scratch, left))
 
 
-def exp_tiles(vocab_size, *, store=False):
-    """Launch of a kernel that streams one row: 16 fp32 per thread are four 16-byte loads in flight;
-    a store halves that, so that the registers of two vectors fit four blocks on an SM."""
-    block = min(2048 if store else 4096, max(128, 1 << (vocab_size - 1).bit_length()))
+def exp_tiles(vocab_size):
+    """Launch of a kernel that streams one row: 16 fp32 per thread are four 16-byte loads in flight.
+    One size with and without a store, so that both add a row up in one order; the registers of a
+    store allow 2048."""
+    block = min(2048, max(128, 1 << (vocab_size - 1).bit_length()))
     return {"BLOCK_V": block, "num_warps": max(1, min(8, block // 512))}
 
 

@@ -601,6 +601,14 @@ def test_bad_reward_names_function_and_row(bad, tmp_path):
         trainer.train()
 
 
+def test_a_solution_that_no_reward_can_judge_stops_before_the_first_step(tmp_path):
+    pytest.importorskip("math_verify")
+    rows = [{"prompt": f"<q> {i} <a>", "solution": s} for i, s in enumerate(("1", "x^2", "$", "3"))]
+    path = write_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(UserError, match=r"^Row line 3 of .*bad.jsonl has the solution '\$'"):
+        make_trainer(tmp_path, train_dataset=path, eval_size=1, reward_funcs=["math_verify"])
+
+
 def test_a_failing_reward_loses_no_step(tmp_path):
     calls = []
 
@@ -624,6 +632,23 @@ def test_a_failing_reward_loses_no_step(tmp_path):
     whole = make_trainer(tmp_path, output_dir=str(tmp_path / "whole"), **common)
     assert without_times(whole.train()) == without_times(records)
     assert_same(parameters(whole.model), parameters(resumed.model))
+
+
+def test_a_reward_that_fails_in_an_evaluation_loses_no_step(tmp_path):
+    calls = []
+
+    def my_reward(completion_ids, **columns):
+        calls.append(1)
+        if len(calls) == 6:  # two of the evaluation before step 1, then two steps, then another
+            raise ConnectionError("the judge is away")
+        return [sum(ids) % 5 / 4 for ids in completion_ids]
+
+    trainer = make_trainer(tmp_path, reward=my_reward, max_steps=4, eval_steps=2)
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    saved = tmp_path / "run" / "checkpoint-2"
+    assert str(error.value).endswith(f"all 2 steps before are safe in {saved}.")
+    transformers.AutoModelForCausalLM.from_pretrained(saved)
 
 
 SECTION_5 = {

@@ -8,7 +8,7 @@ import torch
 
 from rlsd_kernels import RLSDLossConfig, available_impls
 
-from ..policy.objectives import CONTRACT, deviation_from_ref
+from ..policy.update import CONTRACT, deviation_from_ref
 
 FEATURES = {
     "plain": {},

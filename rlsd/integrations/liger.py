@@ -17,6 +17,24 @@ from rlsd_kernels import (
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
 
 
+def _check_shape(name, value, ids, allowed):
+    """Raise in one sentence unless value has one of the allowed shapes: others may broadcast."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, but got {type(value).__name__}.")
+    b, t = ids.shape
+    shapes = {"(B,)": (b,), "(B, 1)": (b, 1), "(B, T)": (b, t)}
+    if tuple(value.shape) not in [shapes[x] for x in allowed]:
+        raise ValueError(
+            f"{name} must have shape {' or '.join(allowed)} with B = {b} and T = {t}, but got "
+            f"{tuple(value.shape)}."
+        )
+
+
+def _columns(per_sequence):
+    """(B,) as (B, 1), which broadcasts over tokens and never over sequences."""
+    return per_sequence if per_sequence.dim() == 2 else per_sequence[:, None]
+
+
 class LigerFusedLinearRLSDLoss(nn.Module):
     """Fused LM head and RLSD loss with Liger's constructor and call.
 
@@ -88,7 +106,7 @@ class LigerFusedLinearRLSDLoss(nn.Module):
                 without old ones the ratio is 1 with its gradient.
             ref_input, teacher_input: (B, T, H) to score with ref_weight, teacher_weight (V, H),
                 by default lin_weight (the teacher with bias too).
-            vllm_is_ratio: (B, T) or (B, 1) factor >= 0 of the policy term.
+            vllm_is_ratio: (B, T), (B, 1) or (B,) factor >= 0 of the policy term.
             num_items_in_batch: tokens over all processes that dapo divides by; default: of this
                 batch, over all processes.
             rlsd_lambda: overrides the constructor's. reweight_mask: (B, T) bool.
@@ -96,7 +114,13 @@ class LigerFusedLinearRLSDLoss(nn.Module):
         metrics: ([KL,] share of clipped tokens), means over attention_mask; without the KL when
         beta is 0. Raises: TypeError or ValueError in one sentence.
         """
-        mask, ids = attention_mask.bool(), selected_token_ids
+        ids = selected_token_ids
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+            got = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise ValueError(f"selected_token_ids must be a tensor (B, T), but got {got}.")
+        _check_shape("attention_mask", attention_mask, ids, ("(B, T)",))
+        _check_shape("advantages", advantages, ids, ("(B,)", "(B, T)"))
+        mask = attention_mask.bool()
         if self.use_ref_model and ref_per_token_logps is None:
             if ref_input is None or ref_weight is None:
                 raise ValueError(
@@ -109,8 +133,8 @@ class LigerFusedLinearRLSDLoss(nn.Module):
                     temperature=self.config.temperature,
                 )
         if vllm_is_ratio is not None:  # the policy term is linear in |A|, and the KL free of A
-            advantages = advantages if advantages.dim() == 2 else advantages[:, None]
-            advantages = (advantages * vllm_is_ratio).expand(ids.shape)
+            _check_shape("vllm_is_ratio", vllm_is_ratio, ids, ("(B,)", "(B, 1)", "(B, T)"))
+            advantages = _columns(advantages) * _columns(vllm_is_ratio).expand(ids.shape)
         out = fused_linear_rlsd_loss(
             _input, lin_weight, ids, advantages, bias=bias, teacher_hidden=teacher_input,
             teacher_weight=teacher_weight, teacher_log_probs=teacher_per_token_logps,
@@ -147,7 +171,7 @@ class LigerFusedLinearRLSDLoss(nn.Module):
             metrics.append(torch.where(mask, gap.exp() - gap - 1, 0).sum() / count)
         clipped = torch.zeros_like(mask)
         if old is not None:
-            a = advantages if advantages.dim() == 2 else advantages[:, None]
+            a = _columns(advantages)
             ratio = (log_probs - old).exp()
             clipped = (ratio < 1 - self.config.epsilon) & (a < 0)
             clipped |= (ratio > 1 + self.config.epsilon_high) & (a > 0)

@@ -52,7 +52,8 @@ def plain(x, *, beta=0.0, epsilon_low=0.2, epsilon_high=0.2, loss_type="dapo", d
     rho = (lp - (lp.detach() if old is None else old)).exp()
     clipped = rho.clamp(1 - epsilon_low, 1 + epsilon_high)
     loss = -torch.min((rho if delta is None else rho.clamp(max=delta)) * a, clipped * a)
-    loss = loss * x.get("vllm_is_ratio", 1)
+    ratio = x.get("vllm_is_ratio", torch.ones(()))
+    loss = loss * (ratio[:, None] if ratio.dim() == 1 else ratio)
     metrics = []
     if beta:
         gap = x["ref_per_token_logps"] - lp
@@ -84,6 +85,7 @@ CASES = {
     "token-ratio": ({"vllm_is_ratio": lambda draw, _: draw(B, T).abs()}, {}),
     "sequence-ratio-kl": ({"vllm_is_ratio": lambda draw, _: draw(B, 1).abs(),
                            "ref_per_token_logps": near}, {"beta": 0.3}),
+    "flat-sequence-ratio": ({"vllm_is_ratio": lambda draw, _: draw(B).abs()}, {}),
     "per-token": ({"advantages": lambda draw, _: draw(B, T), "old_per_token_logps": near}, {}),
 }
 
@@ -173,3 +175,42 @@ def test_needs_a_reference():
         LigerFusedLinearRLSDLoss(rlsd_lambda=0.0)(**problem())
     loss = LigerFusedLinearRLSDLoss(rlsd_lambda=0.0, use_ref_model=False)
     assert [m.item() for m in loss(**problem())[1]] == [0, 0]
+
+
+@pytest.mark.parametrize("rlsd_lambda", [0.0, 0.5], ids=["grpo", "rlsd"])
+def test_a_ratio_per_sequence_where_batch_and_length_agree(rlsd_lambda):
+    """(B,) broadcast over the last dimension would be taken for (T,)."""
+    x = problem(teacher_per_token_logps=near)
+    square = {n: v[:, :B] if v.dim() > 1 and v.shape[:2] == (B, T) else v for n, v in x.items()}
+    loss = LigerFusedLinearRLSDLoss(beta=0.0, rlsd_lambda=rlsd_lambda)
+    ratio = torch.tensor([0.3, 1.7, 0.9, 2.0], dtype=torch.float64)
+    got, want = (loss(**square, vllm_is_ratio=r)[0] for r in (ratio, ratio[:, None].expand(B, B)))
+    assert got.item() == want.item() != loss(**square)[0].item()
+
+
+@pytest.mark.parametrize("name, shapes", [
+    ("vllm_is_ratio", [(), (1,), (T,), (1, T), (1, 1), (B, 2), (B, T, 1)]),
+    ("advantages", [(), (T,), (B, 1), (1, T), (1, 1)]),
+    ("attention_mask", [(), (B,), (T,), (B, 1), (1, T)]),
+    ("num_items_in_batch", [(B,), (T,), (B, 1), (1, T)]),
+    ("old_per_token_logps", [(), (B,), (B, 1), (1, T)]),
+    ("ref_per_token_logps", [(), (B,), (B, 1), (1, T)]),
+    ("teacher_per_token_logps", [(), (B,), (B, 1), (1, T)]),
+])
+@pytest.mark.parametrize("ratio", [False, True], ids=["", "ratio"])
+def test_a_shape_that_would_broadcast_is_refused(name, shapes, ratio):
+    """Also where B == T, at which (B,) and (T,) cannot be told apart by a later check."""
+    for t in (T, B):
+        x = problem(old_per_token_logps=near, ref_per_token_logps=near,
+                    teacher_per_token_logps=near)
+        x = {n: v[:, :t] if v.dim() > 1 and v.shape[:2] == (B, T) else v for n, v in x.items()}
+        if ratio and name != "vllm_is_ratio":
+            x["vllm_is_ratio"] = torch.ones(B, 1, dtype=torch.float64)
+        for shape in shapes:
+            shape = tuple(t if size == T else size for size in shape)
+            if t == B and shape == (B,) and name in ("vllm_is_ratio", "advantages"):
+                continue  # per sequence
+            bad = torch.ones(shape, dtype=torch.float64)
+            with pytest.raises((TypeError, ValueError), match="must have shape|one element") as e:
+                LigerFusedLinearRLSDLoss(beta=0.1)(**{**x, name: bad})
+            assert str(e.value).endswith(".") and "\n" not in str(e.value), (t, shape)

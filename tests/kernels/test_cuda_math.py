@@ -162,7 +162,8 @@ def test_tokens_at_the_extremes(fp, options):
     assert (loss[~live] == 0).all() and (g[~live] == 0).all()
     assert not any(terms[name][(a == 0) | (weight == 0)].any() for name in TOKEN_SUMS)
     chosen = (a != 0) & mask & ((a < 0) | (not config.rlsd_negative_only))
-    delta = teacher - (old if config.rlsd_delta_source == "old_log_probs" else lp)
+    student = old if config.rlsd_delta_source == "old_log_probs" else lp
+    delta = torch.where(teacher == student, 0, teacher - student)
     log_ratio, d = lp - old, prior - lp
     poisoned = (chosen & delta.isnan()) | log_ratio.isnan()
     # An infinite k3 estimate is an infinite loss; a = 0 has no surrogate to poison.

@@ -10,6 +10,9 @@ from problems import DTYPES, NAMES, assert_as_accurate, cast, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsd_kernels import distillation, gemm, linear_distillation_loss
+from rlsd_kernels.ops import Need, flatten
+from rlsd_kernels.pipeline import Head
+from rlsd_kernels.shards import Shard
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 GRADS = ("hidden", "weight", "bias")
@@ -431,11 +434,12 @@ def test_logits_stay_within_the_workspace(divergence, options, monkeypatch):
             return out
 
     with Count():
+        head = Head(p["weight"], None, 1.0, 1.0, options.get("final_logit_softcapping"))
         distillation.distill(
-            p["hidden"], p["weight"], None, p["teacher_hidden"], p["weight"], None,
-            p["loss_weights"], divergence=divergence, alpha=0.5, temperature=1.0, logit_scale=1.0,
-            softcap=options.get("final_logit_softcapping"), need_dx=True, need_dw=True,
-            need_db=True, max_workspace_bytes=2 * rows * vocab * 4,
+            p["hidden"], head, p["teacher_hidden"], head, p["loss_weights"],
+            divergence=divergence, alpha=0.5, topk=0, add_tail=False, need=Need(True, True, True),
+            shard=Shard([0, vocab, vocab], None), impl="torch",
+            max_workspace_bytes=2 * rows * vocab * 4,
         )
     chunks = 2 * 15 * vocab * 4  # 57 live rows: four even chunks
     assert chunks < peak <= chunks + 10 * vocab * 4
@@ -601,10 +605,14 @@ def test_opcheck(case, divergence):
     b = torch.randn(7).to(dtype).requires_grad_() if bias else None
     torch.library.opcheck(
         torch.ops.rlsd.linear_distillation_loss.default,
-        (p["hidden"].requires_grad_(dx), p["weight"].requires_grad_(dw), b, p["teacher_hidden"],
-         p.get("teacher_weight"), torch.randn(7).to(dtype) if own and bias else None,
-         p["loss_weights"], torch.tensor(0.3, dtype=torch.float64), divergence, 1.3, 0.7, softcap,
-         dx, dw, bias, 2**20),
+        flatten(distillation.DistillationInputs(
+            p["hidden"].requires_grad_(dx),
+            Head(p["weight"].requires_grad_(dw), b, 1.3, 0.7, softcap), p["teacher_hidden"],
+            p.get("teacher_weight"), torch.randn(7).to(dtype) if own and bias else None,
+            p["loss_weights"], torch.tensor(0.3, dtype=torch.float64), divergence,
+            0, False, Need(dx, dw, bias), False, Shard([0, 7, 7], None), "torch",
+            2**20,
+        )),
     )
 
 
@@ -692,9 +700,8 @@ ERRORS = [
     ({"max_workspace_bytes": 0}, ValueError, r"^max_workspace_bytes must be a finite number in"),
     ({"max_workspace_bytes": 1e6}, TypeError, r"^max_workspace_bytes must be an int or None"),
     ({"max_workspace_bytes": True}, TypeError, r"^max_workspace_bytes must be an int or None"),
-    ({"tp_group": object()}, ValueError, r"^tp_group .* is not supported by linear_distillation"),
+    ({"tp_group": object()}, TypeError, r"^tp_group must be a torch.distributed.ProcessGroup"),
     ({"impl": "numpy"}, ValueError, r"^impl must be one of auto, cuda, triton, torch, ref, but"),
-    ({"impl": "triton"}, ValueError, r"^impl='triton' cannot run: linear_distillation_loss has no"),
     ({"impl": "cuda"}, ValueError, r"^impl='cuda' cannot run: linear_distillation_loss has no"),
     ({"hidden": NAN, "check_inputs": True}, ValueError, r"^hidden has non-finite values"),
     ({"bias": INF, "check_inputs": True}, ValueError, r"^bias has non-finite values"),

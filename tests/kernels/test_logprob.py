@@ -1,5 +1,6 @@
 import logging
 import math
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from rlsd_kernels import (
     fused_linear_rlsd_loss,
     linear_log_probs,
     logprob,
+    loss,
     pipeline,
     rlsd_loss,
 )
+from rlsd_kernels.ops import Need, flatten, unflatten
+from rlsd_kernels.pipeline import Head, Tokens
+from rlsd_kernels.shards import Shard
 
 RUNNING = [x for x, status in logprob.available_impls(torch.empty(0)).items() if status == "ok"]
 HEADS = {
@@ -263,8 +268,10 @@ def test_opcheck_log_probs(case, keep):
     b = torch.randn(7).to(dtype).requires_grad_() if bias else None
     torch.library.opcheck(
         torch.ops.rlsd.linear_log_probs.default,
-        (hidden, weight, b, ids, None, 1.3, 0.7, softcap, entropy, keep, "torch", [0, 7, 7],
-         None, 2**20),
+        flatten(logprob.LogProbsInputs(
+            hidden, Head(weight, b, 1.3, 0.7, softcap), ids, None, entropy, keep,
+            Shard([0, 7, 7], None), "torch", 2**20,
+        )),
     )
 
 
@@ -277,12 +284,14 @@ def test_opcheck_log_probs_backward(case, need):
     out = torch.float64 if dtype == torch.float64 else torch.float32
     torch.library.opcheck(
         torch.ops.rlsd.linear_log_probs_backward.default,
-        (torch.randn(n, dtype=out), torch.randn(n, dtype=out) if entropy else None, hidden, weight,
-         torch.randn(7).to(dtype) if bias else None, ids, -torch.ones(n, dtype=out),
-         *((torch.rand(n, 7, dtype=out), torch.ones(n, dtype=out)) if need[0] else
-           (torch.empty(0, dtype=out), torch.empty(0, dtype=out))),
-         1.3, 0.7, softcap, need[0], need[1], bias and need[2], "torch", [0, 7, 7], None,
-         2**20),
+        flatten(logprob.LogProbsBackwardInputs(
+            torch.randn(n, dtype=out), torch.randn(n, dtype=out) if entropy else None, hidden,
+            Head(weight, torch.randn(7).to(dtype) if bias else None, 1.3, 0.7, softcap), ids,
+            -torch.ones(n, dtype=out),
+            *((torch.rand(n, 7, dtype=out), torch.ones(n, dtype=out)) if need[0] else
+              (torch.empty(0, dtype=out), torch.empty(0, dtype=out))),
+            Need(need[0], need[1], bias and need[2]), Shard([0, 7, 7], None), "torch", 2**20,
+        )),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -297,13 +306,17 @@ def test_opcheck_fused(case, teacher):
     per_token = [torch.randn(n, dtype=wide) for _ in range(4)]
     torch.library.opcheck(
         torch.ops.rlsd.fused_linear_rlsd_loss.default,
-        (hidden, weight, b, ids, per_token[0], per_token[1].abs(),
-         hidden.detach().clone() if teacher == "hidden" else None,
-         per_token[3] if teacher == "log-probs" else None, None, per_token[2], None,
-         torch.rand(n) < 0.5, torch.tensor(0.5, dtype=wide), teacher != "none", 0.2, "current",
-         False, 0.2, 0.28,
-         3.0, 0.0, 0.1 if entropy else 0.0, 1.3, 0.7, softcap, entropy, True, True, bias,
-         "torch", [0, 7, 7], None, 2**20),
+        flatten(loss.FusedInputs(
+            hidden, Head(weight, b, 1.3, 0.7, softcap), ids,
+            Tokens(
+                per_token[0], per_token[1].abs(), per_token[3] if teacher == "log-probs" else None,
+                per_token[2], None, torch.rand(n) < 0.5,
+            ),
+            hidden.detach().clone() if teacher == "hidden" else None, None,
+            torch.tensor(0.5, dtype=wide), teacher != "none",
+            loss.Scalars(*astuple(RLSDLossConfig(entropy_coef=0.1 if entropy else 0.0))), entropy,
+            Need(True, True, bias), False, Shard([0, 7, 7], None), "torch", 2**20,
+        )),
     )
 
 
@@ -314,11 +327,27 @@ def test_opcheck_rlsd_loss(dtype, entropy_coef):
     per_token = [torch.randn(5, dtype=dtype) for _ in range(4)]
     torch.library.opcheck(
         torch.ops.rlsd.rlsd_loss.default,
-        (lp, entropy.requires_grad_() if entropy_coef else None, per_token[0],
-         torch.rand(5, dtype=dtype), per_token[1], per_token[2], per_token[3], None,
-         torch.tensor(0.5, dtype=dtype), 0.2, "current", False, 0.2, 0.28, None, 0.3, entropy_coef,
-         "torch"),
+        flatten(loss.LossInputs(
+            lp, entropy.requires_grad_() if entropy_coef else None,
+            Tokens(per_token[0], torch.rand(5, dtype=dtype), *per_token[1:], None),
+            torch.tensor(0.5, dtype=dtype),
+            loss.Scalars(*astuple(RLSDLossConfig(delta=None, beta=0.3, entropy_coef=entropy_coef))),
+            "torch",
+        )),
     )
+
+
+def test_an_op_is_called_by_the_names_of_its_arguments():
+    """One class gives schema and call, in one order, and what is flattened comes back."""
+    names = [a.name for a in torch.ops.rlsd.fused_linear_rlsd_loss.default._schema.arguments]
+    assert names[:5] == ["hidden", "head_weight", "head_bias", "head_temperature",
+                         "head_logit_scale"]
+    assert len(set(names)) == len(names)
+    config = loss.Scalars(*astuple(RLSDLossConfig()))
+    inputs = loss.LossInputs(torch.ones(1), None, Tokens(*range(6)), torch.ones(()), config, "ref")
+    flat = flatten(inputs)
+    assert unflatten(loss.LossInputs, flat) == inputs and len(flat) == 2 + 6 + 1 + 10 + 1
+    assert RLSDLossConfig(*loss.Scalars(*astuple(RLSDLossConfig(beta=0.5)))).beta == 0.5
 
 
 @pytest.fixture

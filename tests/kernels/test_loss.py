@@ -15,6 +15,7 @@ from rlsd_kernels import (
     aggregation_weights,
     fused_linear_rlsd_loss,
     gemm,
+    linear_distillation_loss,
     linear_log_probs,
     logprob,
     ref,
@@ -417,8 +418,12 @@ def test_aggregation_defaults():
         (([[1]],), {}, r"^mask must be a tensor of shape \(B, T\), but got list"),
         ((torch.ones(2, 2), "mean"), {}, r"^loss_type must be one of grpo, bnpo, dapo, dr_grpo"),
         ((torch.ones(2, 2), "dr_grpo"), {}, r"^loss_type='dr_grpo' needs max_completion_length"),
-        ((torch.ones(2, 2), "dr_grpo"), {"max_completion_length": 0}, r"max_completion_length > 0"),
+        ((torch.ones(2, 2), "dr_grpo"), {"max_completion_length": 0}, "^max_completion"),
         ((torch.ones(2, 2),), {"num_items_in_batch": 0}, r"^num_items_in_batch must be positive"),
+        # would broadcast over tokens, or over sequences
+        ((torch.ones(2, 2),), {"num_items_in_batch": torch.ones(2)}, r"^num_.* element.*\(2,\)\.$"),
+        ((torch.ones(2, 2),), {"num_items_in_batch": torch.ones(2, 1)}, r"^num_.*\(2, 1\)\.$"),
+        ((torch.ones(2, 2), "dr_grpo"), {"max_completion_length": torch.ones(2)}, r"one element"),
     ],
 )
 def test_aggregation_errors(args, kwargs, message):
@@ -478,3 +483,101 @@ def test_output_fields():
     assert all(torch.is_tensor(v) and v.dim() == 0 for v in out.stats.values())
     dead = (p["loss_weights"] == 0) | (p["advantages"] == 0)
     assert (out.log_probs[dead] == 0).all() and (out.log_probs[~dead] < 0).all()
+
+
+SHAPED = {
+    "advantages", "loss_weights", "teacher_log_probs", "old_log_probs", "ref_log_probs",
+    "reweight_mask", "entropy", "log_probs", "completion_ids",
+}
+
+
+# A square batch, in which (B,) and (T,) cannot be told apart, and another.
+@pytest.mark.parametrize("b, t", [(4, 4), (3, 5)], ids=lambda n: f"{n}")
+@pytest.mark.parametrize("call", [fused, log_probs, loss, a_hat, "distill"],
+                         ids=lambda f: getattr(f, "__name__", f))
+def test_no_per_token_argument_broadcasts(call, b, t):
+    lp = -torch.ones(b, t)
+    hidden, ids = torch.randn(b, t, H), torch.zeros(b, t, dtype=torch.int64)
+    config = RLSDLossConfig(beta=0.1, entropy_coef=0.1)
+    own = {"advantages": torch.randn(b, t), "teacher_log_probs": lp - 1, "reweight_mask": lp < 0}
+    more = {"loss_weights": torch.rand(b, t), "old_log_probs": lp, "ref_log_probs": lp}
+    function, inputs, options = {
+        fused: (fused_linear_rlsd_loss, {"completion_ids": ids, **own, **more},
+                {"hidden": hidden, "weight": WEIGHT, "config": config}),
+        log_probs: (linear_log_probs, {"completion_ids": ids, "old_log_probs": lp},
+                    {"hidden": hidden, "weight": WEIGHT}),
+        loss: (rlsd_loss, {**own, **more, "entropy": -lp}, {"log_probs": lp, "config": config}),
+        a_hat: (rlsd_advantages, own, {"log_probs": lp}),
+        "distill": (linear_distillation_loss, {"loss_weights": more["loss_weights"]},
+                    {"hidden": hidden, "weight": WEIGHT, "teacher_hidden": hidden}),
+    }[call]
+    function(**inputs, **options)
+    for name, value in inputs.items():
+        assert name in SHAPED
+        shapes = [(), (1,), (t,), (b,), (b, 1), (1, t), (1, 1), (t, b), (1, b, t)]
+        for shape in {x for x in shapes if x != (b, t)}:
+            if name == "advantages" and shape == (b,):
+                continue
+            bad = value.flatten()[0].expand(shape)
+            with pytest.raises(ValueError, match=rf"^{name} must have shape .*\.$"):
+                function(**inputs | {name: bad}, **options)
+
+
+@pytest.mark.parametrize("call", [fused, loss, a_hat], ids=lambda f: f.__name__)
+def test_advantages_of_a_square_batch_belong_to_sequences(call):
+    per_sequence, hidden = torch.tensor([1.0, -2.0, 0.5]), torch.randn(3, 3, H)
+    lp, teacher = (-torch.rand(2, 3, 3)).unbind()
+    changes = {
+        fused: {"hidden": hidden, "teacher_hidden": hidden + 1,
+                "completion_ids": torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8]])},
+        loss: {"log_probs": lp, "teacher_log_probs": teacher},
+        a_hat: {"log_probs": lp, "teacher_log_probs": teacher},
+    }[call]
+    got, want = (
+        call(**changes, advantages=a) for a in (per_sequence, per_sequence[:, None].expand(3, 3))
+    )
+    got, want = (x if call is a_hat else x.loss for x in (got, want))
+    assert torch.equal(got, want)
+
+
+def test_equal_infinite_log_probs_are_no_evidence():
+    """-inf minus -inf is NaN; the multiplier there is 1, and at one -inf the clip's."""
+    student = torch.tensor([-math.inf, -math.inf, -1.0, -1.0, -2.0])
+    teacher = torch.tensor([-math.inf, -1.0, -math.inf, -1.0, math.nan])
+    for sign in (1.0, -1.0):
+        got = a_hat(log_probs=student, teacher_log_probs=teacher, advantages=sign * torch.ones(5))
+        up, down = (1.1, 0.9) if sign > 0 else (0.9, 1.1)
+        torch.testing.assert_close(got[:4], sign * torch.tensor([1, up, down, 1]))
+        assert got[4].isnan()  # not an answer where there is none
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_handed_over_without_a_copy(dtype, monkeypatch):
+    """The gradients formed in forward become .grad, unless the graph is kept for another pass."""
+    formed, real = [], loss_module.pipeline.linear_rlsd_loss
+    monkeypatch.setattr(
+        loss_module.pipeline, "linear_rlsd_loss",
+        lambda *a, **k: formed.append(real(*a, **k)) or formed[-1],
+    )
+    grads = {}
+    for upstream, retain in ((1.0, False), (3.0, False), (1.0, True), (3.0, True)):
+        p = make_problem(N, V, H, dtype)
+        hidden, weight = p["hidden"].requires_grad_(), p["weight"].requires_grad_()
+        out = fused_linear_rlsd_loss(
+            hidden, weight, p["completion_ids"], p["advantages"], teacher_hidden=hidden,
+            impl="torch",
+        )
+        (out.loss * upstream).backward(retain_graph=retain)
+        own = [x.data_ptr() for x in formed.pop()[4:6]]
+        shared = [x.grad.data_ptr() == y for x, y in zip((hidden, weight), own, strict=True)]
+        assert shared == [not retain and dtype != torch.float16] * 2
+        grads[upstream, retain] = [hidden.grad.clone(), weight.grad.clone()]
+        if retain:
+            (out.loss * upstream).backward()
+            for x, once in zip((hidden, weight), grads[upstream, retain], strict=True):
+                torch.testing.assert_close(x.grad, 2 * once)
+    for upstream in (1.0, 3.0):
+        for x, y in zip(grads[upstream, False], grads[upstream, True], strict=True):
+            assert torch.equal(x, y)
+        for x, one in zip(grads[upstream, False], grads[1.0, False], strict=True):
+            torch.testing.assert_close(x, upstream * one)

@@ -25,6 +25,8 @@ from rlsd_kernels import (
     rlsd_loss,
     tuning,
 )
+from rlsd_kernels.ops import Need
+from rlsd_kernels.shards import Shard
 
 KERNELS = [name for name in ("torch", "triton") if available_impls()[name] == "ok"]
 PER_TOKEN = ("hidden", "weight", "completion_ids", "advantages", "loss_weights", "teacher_hidden")
@@ -109,9 +111,9 @@ def gpu_operands(monkeypatch):
         assert e.dtype == weight.dtype
         return e.float() @ weight.float()
 
-    def add_dw(dw, e, x):
+    def add_dw(dw, e, x, *, first=False):
         assert e.dtype == x.dtype
-        return dw.copy_(dw.float() + e.float().T @ x.float())
+        return dw.copy_((0 if first else dw.float()) + e.float().T @ x.float())
 
     monkeypatch.setattr(gemm, "operand_dtype", lambda weight: weight.dtype)
     for function in (logits, dx, add_dw):
@@ -258,6 +260,24 @@ def test_a_live_nan_is_in_loss_and_gradient(impl):
     assert got["d_hidden"][1].isnan().all() and not got["d_hidden"][0].isnan().any()
 
 
+@pytest.mark.parametrize("source", ["current", "old_log_probs"])
+@pytest.mark.parametrize("impl", [*KERNELS, "cuda", "ref"])
+def test_equal_infinite_log_probs_have_weight_one(impl, source):
+    """Where both contexts give -inf, in every implementation's token stage and its metrics."""
+    lp, old = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.0, -math.inf])
+    teacher = torch.tensor([-1.0, -1.5, -math.inf])
+    if source == "current":
+        lp, old = old, lp
+    out = rlsd_loss(
+        lp, torch.tensor([1.0, -1.0, 2.0]), teacher_log_probs=teacher, old_log_probs=old,
+        impl=impl, config=RLSDLossConfig(1.0, 0.2, source),
+    )
+    torch.testing.assert_close(out.stats["rlsd/weight_mean_pos"], torch.tensor(1.0))
+    torch.testing.assert_close(out.stats["rlsd/delta_mean_pos"], torch.tensor(0.0))
+    torch.testing.assert_close(out.stats["rlsd/weight_mean_neg"], torch.tensor(0.8))
+    assert out.loss.isfinite()
+
+
 @pytest.mark.parametrize("impl", [*KERNELS, "ref"])
 def test_a_masked_bad_id_stays_in_its_row(impl, monkeypatch):
     """Ids are not checked on a GPU, and -100 is everybody's padding."""
@@ -317,20 +337,21 @@ def test_logits_held_at_once_fit_the_workspace(impl, case, guess):
     p, _ = make("off-policy", torch.float32, n=64, v=v, h=h)
     if guess == "bad":
         p["old_log_probs"] -= 30
-    tokens = {k: None for k in ("teacher_log_probs", "teacher_weight", "ref_log_probs",
-                                "reweight_mask")}
     room = 40 * v * 4
     held = Held(v * h * 4 + 1)  # larger than W and dW
     with held:
         pipeline.linear_rlsd_loss(
             logprob.load_impl(impl), p["hidden"],
             pipeline.Head(p["weight"], None, 1.0, 1.0, 5.0 if case == "softcap" else None),
-            p["completion_ids"], p["advantages"], p["loss_weights"], **tokens,
-            teacher_hidden=p["teacher_hidden"], old_log_probs=p["old_log_probs"],
+            p["completion_ids"],
+            pipeline.Tokens(
+                p["advantages"], p["loss_weights"], None, p["old_log_probs"], None, None
+            ),
+            teacher_hidden=p["teacher_hidden"], teacher_weight=None,
             rlsd_lambda=torch.tensor(0.5), use_teacher=True,
             config=RLSDLossConfig(entropy_coef=0.1 if case == "entropy" else 0.0),
-            shard=pipeline.Shard([0, v, v], None), want_entropy=False,
-            need=(True, case != "frozen head", False), max_workspace_bytes=room,
+            shard=Shard([0, v, v], None), want_entropy=False,
+            need=Need(True, case != "frozen head", False), max_workspace_bytes=room,
         )
     # Rows of a bad guess are copied, an eighth of a chunk at a time.
     assert 0.5 * room < held.most <= (1 if guess == "good" else 1.15) * room

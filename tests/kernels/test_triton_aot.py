@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "aot_report.py"
 REPORT = ROOT / "bench" / "results" / "aot"
 # One build of each family; the whole matrix takes a minute.
-FEW = ["exp-store-bf16-bias-softcap-entropy", "token-all", "gemm-exp-bf16-store"]
+FEW = ["exp-store-bf16-bias-softcap-entropy", "token-all", "gemm-exp-bf16-store",
+       "distill-gradient-jsd-bf16-odd-V-biases-softcap"]
 
 
 def run(tmp_path, *arguments):
@@ -38,7 +39,7 @@ def check(rows):
             wanted = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[arch]
             limit = {"sm_80": 99, "sm_90": 227, "sm_100": 227}[arch]  # KiB; 99 on sm_86 and sm_89
             assert row["shared"] <= limit * 1024, row
-        elif name.startswith(("exp", "row-max", "gradient")):
+        elif name.startswith(("exp", "row-max", "gradient", "distill")):
             assert row["registers"] <= 128, row  # two blocks of 256 threads on an SM
         assert row["matrix"] == wanted, row
 
@@ -74,15 +75,15 @@ def test_the_report_covers_every_kernel(tmp_path):
     code = """
 import json
 from triton.runtime import JITFunction
-from rlsd_kernels import triton_impl
+from rlsd_kernels import triton_distillation, triton_impl
 from bench import aot_report
-kernels = {n for n, f in vars(triton_impl).items()
+kernels = {n: f for m in (triton_impl, triton_distillation) for n, f in vars(m).items()
            if isinstance(f, JITFunction) and n.endswith("_kernel")}
 built = {parts[0].__name__ for parts in aot_report.builds(90).values()}
-sizes = {p.name: p.do_not_specialize for n in kernels for p in getattr(triton_impl, n).params
+sizes = {p.name: p.do_not_specialize for f in kernels.values() for p in f.params
          if p.name == "M"}
 print(json.dumps([sorted(kernels), sorted(built), sizes]))
 """
     kernels, built, sizes = json.loads(run(tmp_path, "-c", code))
-    assert kernels == built and len(kernels) == 7
+    assert kernels == built and len(kernels) == 11
     assert sizes == {"M": True}  # else a batch of one token, or of 16, would compile anew

@@ -50,3 +50,12 @@ def test_the_default_workspace_of_a_gpu_holds_8192_rows_of_a_qwen_head_in_bf16()
 
 def test_an_unknown_device_gets_the_smaller_workspace():
     assert default_workspace_bytes("xpu") == min(WORKSPACE_BYTES.values())
+
+
+def test_what_does_not_fit_at_once_goes_in_the_fewest_groups():
+    """32768 rows of a Qwen head in bf16: E of 8192 beside a full chunk, not of 4096 beside as many
+    rows of logits."""
+    plan = plan_rows(32768, 151936 * 2, 151936 * 4, default_workspace_bytes("cuda"), 8192)
+    assert plan == (8192, 2048)
+    # where not even a chunk's rows of E fit beside it, both are as tall as they can be
+    assert plan_rows(32768, 2, 4, 6 * 1000, 8192) == (993, 993)

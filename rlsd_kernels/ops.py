@@ -1,0 +1,90 @@
+"""torch.library custom ops that take one nested NamedTuple.
+
+Its class is the only list of an op's arguments: schema, call, fake implementation and autograd all
+read them by name. The dispatcher sees the fields flat and in order.
+"""
+
+import functools
+from typing import NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+from .config import compute_dtype, stored_dtype
+
+_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "SymInt", float: "float",
+    float | None: "float?", str: "str", str | None: "str?", list[int]: "SymInt[]",
+}
+
+
+class Need(NamedTuple):
+    """Which gradients are formed."""
+
+    dx: bool
+    dw: bool
+    db: bool
+
+
+@functools.cache
+def _fields(kind):
+    """Types of a NamedTuple's fields, by name."""
+    return get_type_hints(kind)
+
+
+def _parameters(kind, prefix=""):
+    """The schema's flat parameters: "Tensor head_weight"."""
+    for name, field in _fields(kind).items():
+        if field in _TYPES:
+            yield f"{_TYPES[field]} {prefix}{name}"
+        else:
+            yield from _parameters(field, f"{prefix}{name}_")
+
+
+def flatten(arguments):
+    """The list of what an op is called with."""
+    flat = []
+    for x in arguments:
+        flat += flatten(x) if isinstance(x, tuple) else [x]
+    return flat
+
+
+def unflatten(kind, flat):
+    """The NamedTuple `kind` whose flattened fields these are; also of an op's input gradients."""
+    flat = iter(flat)
+
+    def build(kind):
+        return kind(*(next(flat) if x in _TYPES else build(x) for x in _fields(kind).values()))
+
+    return build(kind)
+
+
+def custom_op(name, kind, *, outputs, fake):
+    """Decorates function(kind) -> `outputs` tensors; the op is called with *flatten(kind(...)).
+
+    fake(kind) returns empty tensors of the outputs' shapes and dtypes.
+    """
+    def decorate(function):
+        op = torch.library.custom_op(
+            name, lambda *flat: function(unflatten(kind, flat)), mutates_args=(),
+            schema=f"({', '.join(_parameters(kind))}) -> ({', '.join(['Tensor'] * outputs)})",
+        )
+        op.register_fake(lambda *flat: fake(unflatten(kind, flat)))
+        return op
+
+    return decorate
+
+
+def empty_gradients(hidden, head, need, *, stored=False):
+    """Fake dh, dW, db: what the real ops return, an empty tensor for each that is not needed."""
+    weight, bias = head.weight, head.bias
+    db_dtype = compute_dtype(hidden.dtype) if bias is None else bias.dtype
+    shapes = (
+        (hidden.shape if need.dx else 0, hidden.dtype),
+        (weight.shape if need.dw else 0, weight.dtype),
+        (weight.shape[:1] if need.db else 0, db_dtype),
+    )
+    return tuple(
+        hidden.new_empty(shape, dtype=stored_dtype(dtype) if stored else dtype)
+        for shape, dtype in shapes
+    )
