@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import textwrap
 import typing
 from pathlib import Path
@@ -245,7 +246,7 @@ def evaluate(arguments):
     from .policy.distributed import Processes
     from .sampling.evaluation import evaluate as run
     from .sampling.evaluation import summary
-    from .sampling.rollout import choose_sampler
+    from .sampling.rollout import choose_sampler, require_room
     from .tasks.data import load_data
     from .tasks.rewards import load_reward_funcs, require_scorable
 
@@ -264,6 +265,7 @@ def evaluate(arguments):
         str(path), config.device, dtype=dtype, attn_implementation=config.attn_implementation
     )
     config = dataclasses.replace(config, use_vllm=False)
+    require_room(model, held_out, config)
     sample = choose_sampler(model, tokenizer, config, processes)
     metrics = run(model, tokenizer, held_out, config, functions, config.seed, processes, sample)
     if not processes.main:
@@ -332,6 +334,7 @@ def doctor(arguments):
         except importlib.metadata.PackageNotFoundError:
             state = "missing"
         print(f"  {name:<16}{state:<16}{use}")
+    print(f"  {'LoRA':<16}{lora_state()}")
     print("\nDevice")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -349,6 +352,35 @@ def doctor(arguments):
     for name, tested in TESTED_HOSTS.items():
         print(f"  {name:<16}{host_state(name, tested)}")
     return 0
+
+
+def lora_state():
+    """Whether transformers and peft, two releases that need not fit, train, save and load LoRA."""
+    try:
+        _quiet()
+        from .demo import tiny_model
+        from .policy.checkpoint import load_model, save_weights
+        from .policy.models import STUDENT, adapter_weights, add_lora, using_adapter
+
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_model(64, seed=0, hidden=16, layers=1).save_pretrained(folder)
+            model, ids = load_model(folder, "cpu"), torch.arange(8)[None]
+            base = model(input_ids=ids).logits
+            add_lora(model, TrainConfig(use_peft=True, lora_r=2))
+            for p in adapter_weights(model, STUDENT).values():
+                torch.nn.init.ones_(p)
+            adapted = model(input_ids=ids).logits
+            adapted.sum().backward()
+            with using_adapter(model, None):
+                without = model(input_ids=ids).logits
+            save_weights(model, Path(folder) / "adapter", model.state_dict())
+            loaded = load_model(str(Path(folder) / "adapter"), "cpu")(input_ids=ids).logits
+        right = torch.equal(base, without) and torch.equal(adapted, loaded)
+        return "works" if right else "does not work: its passes are not those of its weights"
+    except ImportError as error:
+        return f"needs {error.name}"
+    except Exception as error:  # whatever two releases that do not fit each other raise
+        return f"does not work: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def host_state(name, tested):

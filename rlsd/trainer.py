@@ -118,12 +118,13 @@ class Trainer:
         self.policy = open_policy(self.model, self.tokenizer.pad_token_id, config)
         require_room(self.model, rows, config)
         self.sample = choose_sampler(self.model, self.tokenizer, config, self.processes, log)
-        self.flops, self.peak_flops = Flops(self.model), peak_flops(self.model.device)
-        shard = self.processes.shard
+        self.flops, shard = Flops(self.model), self.processes.shard
         if self.processes.sharded:  # layer by layer its shards go back to the device
             self.weights.undo()
             self.model.to("cpu")
         self.teacher = teacher_of(config, self.policy, self.tokenizer, shard)
+        if config.teacher_model_name_or_path:
+            require_room(self.teacher.model, self.rows, config)
         self.reference = Teacher(self.model, "base", shard=shard) if config.beta > 0 else None
         if config.gradient_checkpointing:  # after the copies: they never see a backward pass
             checkpoint_layers(self.model)
@@ -141,7 +142,7 @@ class Trainer:
         self.parts = checkpoint.Parts(
             self.optimizer, self.scheduler, self.weights, self.teacher, self.reference
         )
-        self.clock = Clock(self.model.device)
+        self.clock, self.peak_flops = Clock(self.model.device), peak_flops(self.model.device)
         self.step = self.parts.load(resume_from) if resume_from else 0
 
     def train(self):

@@ -1,7 +1,6 @@
 """The command line: what each command prints, and one sentence for every mistake."""
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ import rlsd.demo
 import rlsd.reports.report
 import rlsd.trainer
 from rlsd import __version__
-from rlsd.cli import COMMANDS, TESTED_HOSTS, main, parse_options
+from rlsd.cli import COMMANDS, main, parse_options
 from rlsd.config import TrainConfig
 from rlsd.policy import checkpoint
 from rlsd_kernels import torch_impl
@@ -524,45 +523,6 @@ def test_validate_fails_on_a_wrong_implementation(capsys, monkeypatch, no_interp
     out = capsys.readouterr().out
     assert len(re.findall(r"^torch .*FAILED$", out, re.MULTILINE)) == 20
     assert "20 rows broke the contract" in out and not re.search(r"^ref .*FAILED", out, re.M)
-
-
-def test_doctor_says_what_is_installed_and_what_runs(capsys):
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert f"rlsd {__version__}, Python 3." in out
-    assert re.search(rf"^  transformers +{re.escape(transformers.__version__)} ", out, re.M)
-    assert re.search(r"^  torch +ok$", out, re.M)
-    assert re.search(r"^  impl='auto' runs '\w+'", out, re.M)
-
-
-@pytest.mark.parametrize("versions, lines", [
-    ({}, ["trl +missing", "ms-swift +missing", "verl +missing"]),
-    ({"trl": "1.16.3", "ms-swift": "4.5.0", "verl": "0.9.1"},
-     ["trl +1.16.3 +tested", "ms-swift +4.5.0 +outside the tested range, 4.6.x",
-      "verl +0.9.1 +tested"]),
-], ids=["missing", "installed"])
-def test_doctor_says_which_integrations_load(capsys, monkeypatch, versions, lines):
-    installed = importlib.metadata.version
-
-    def version(name):
-        if name not in TESTED_HOSTS:
-            return installed(name)
-        if name not in versions:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return versions[name]
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out.split("\nIntegrations\n")[1].splitlines()
-    assert len(out) == len(lines)
-    for line, pattern in zip(out, lines, strict=True):
-        assert re.fullmatch(f"  {pattern}", line), line
-
-
-def test_doctor_and_the_hooks_name_the_same_versions():
-    for name, tested in TESTED_HOSTS.items():
-        hook = Path(rlsd.__file__).parent / "integrations" / f"{name.replace('-', '_')}.py"
-        assert f'"{tested}"' in hook.read_text()
 
 
 def test_help_and_version(capsys):

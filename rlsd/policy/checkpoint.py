@@ -138,7 +138,7 @@ def save(run_dir, step, model, tokenizer, parts, processes, *, sharded=False, li
     state = whole(state, keep=processes.main)
 
     def write(partial):
-        model.save_pretrained(partial, state_dict=weights)
+        save_weights(model, partial, weights)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if sharded:
@@ -146,6 +146,25 @@ def save(run_dir, step, model, tokenizer, parts, processes, *, sharded=False, li
         torch.save({"step": step, "rng": rng_state(), **state}, partial / "trainer_state.pt")
 
     return processes.once(lambda: _write_whole(run_dir, step, write, limit))
+
+
+def save_weights(model, folder, weights):
+    """The model's files, or those of its adapter alone, which transformers writes only with some
+    releases of peft."""
+    if not getattr(model, "peft_config", None):
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    from peft.functional import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    own = get_peft_model_state_dict(model, state_dict=weights)
+    save_file(
+        {f"base_model.model.{name}": w.contiguous() for name, w in own.items()},
+        folder / "adapter_model.safetensors", metadata={"format": "pt"},
+    )
+    model.peft_config["default"].save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 def _unsaved(run_dir, step, error):
@@ -277,6 +296,11 @@ def load_tokenizer(path):
         raise UserError(
             f"Cannot load the model {path!r} (its tokenizer: {reason(error)})."
         ) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {path!r} names neither a pad nor an EOS token, so nothing can fill "
+            "a batch or end a completion; set eos_token in its tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -325,6 +349,12 @@ def load_model(path, device, *, dtype=torch.float32, attn_implementation=None):
             f"The model {path!r} is not whole: its files lack {len(absent)} of the weights that "
             f"{type(model).__name__} has, first {absent[0]}."
         )
+    for name, p in model.named_parameters():  # a sum, which needs no memory, keeps NaN and inf
+        if p.dtype.itemsize > 1 and not p.detach().sum().isfinite():
+            raise UserError(
+                f"The model {path!r} has weights that are not finite, first {name}: its run "
+                "diverged or its files are damaged; take an earlier checkpoint or fetch it anew."
+            )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -20,7 +20,7 @@ from rlsd_kernels import (
 
 from ..config import UserError
 from ..objectives import policy_gradient
-from ..tasks.prompts import encode, insert_hint
+from ..tasks.prompts import control_token, encode, insert_hint
 from .packing import completion_hidden
 
 # Largest deviation from fp64 that each input dtype may show: log-probs absolute, gradients
@@ -190,11 +190,13 @@ def teacher_prompts(rollout, advantages, rlsd_lambda, step, tokenizer, config):
 def sibling_prompts(rollout, step, tokenizer, config):
     """Each question with another completion of its group that succeeded as the hint.
 
-    Which one is drawn by seed and step; None without one, or where the prompt gets over-long.
+    Which one is drawn by seed and step, none that spells a control token, which would end its turn;
+    None without one, or where the prompt gets over-long.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     good = [
         reward >= config.success_reward_threshold and bool(text.strip())
+        and control_token(text, tokenizer) is None
         for reward, text in zip(rollout.rewards.tolist(), rollout.texts, strict=True)
     ]
     size, limit, prompts = config.num_generations, config.max_teacher_prompt_length, []
@@ -205,7 +207,9 @@ def sibling_prompts(rollout, step, tokenizer, config):
             prompts.append(None)
             continue
         chosen = siblings[int(torch.randint(len(siblings), (1,), generator=generator))]
-        hinted = insert_hint(row["prompt"], rollout.texts[chosen], config.privileged_template)
+        hinted = insert_hint(
+            row["prompt"], rollout.texts[chosen], config.privileged_template, tokenizer.bos_token
+        )
         ids = encode(hinted, tokenizer, row)
         prompts.append(ids if limit is None or len(ids) <= limit else None)
     return prompts

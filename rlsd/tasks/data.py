@@ -16,7 +16,13 @@ import torch
 from ..config import UserError
 from .answers import last_boxed
 from .images import PromptImages
-from .prompts import encode_pair, is_chat, require_template_options, template_options
+from .prompts import (
+    encode_pair,
+    is_chat,
+    require_plain,
+    require_template_options,
+    template_options,
+)
 
 SOURCE = "_source"
 GENERATED = " of reasoning-gym:"  # in the source of rows that reasoning-gym made
@@ -405,6 +411,8 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
             asked = ("prompt", "_images", "_template_options")
             read = row if need_hint else {k: row[k] for k in asked if k in row}
             student, teacher = encode_pair(read, tokenizer, config.privileged_template)
+            if need_reference:
+                require_plain({"privileged_context": row["privileged_context"]}, tokenizer)
         except UserError as error:
             raise UserError(f"Row {source} cannot be used: {error}.") from None
         reference = None

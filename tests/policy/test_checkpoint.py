@@ -1,7 +1,9 @@
-"""Checkpoints survive a kill, a full disk and damage: whole, or not there at all."""
+"""Checkpoints survive a kill, a full disk and damage: whole, or not there at all. Loading."""
 
 import errno
 import hashlib
+import json
+import math
 import os
 import random
 import signal
@@ -10,6 +12,7 @@ import numpy
 import pytest
 import torch
 import transformers
+from families import FAMILIES, build
 from runs import (
     assert_same,
     child,
@@ -21,10 +24,12 @@ from runs import (
     without_times,
     write_config,
 )
+from safetensors.torch import load_file, save_file
 
 import rlsd.reports.report
 from rlsd import UserError
 from rlsd.cli import main
+from rlsd.demo import word_tokenizer
 from rlsd.policy import checkpoint
 
 
@@ -275,3 +280,68 @@ def test_interrupt_while_saving_leaves_no_partial_folder(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert names(tmp_path / "run") == []
+
+
+# Loading
+
+
+def test_unknown_architecture_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
+    with pytest.raises(UserError, match="^Cannot load the model .*nonesuch.*\\.$") as error:
+        checkpoint.load_model(str(tmp_path), "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "nonesuch"])
+def test_attention_that_cannot_run_is_one_sentence(name, tmp_path):
+    build("llama3").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="^Cannot load the model .*\\.$") as error:
+        checkpoint.load_model(str(tmp_path), "cpu", attn_implementation=name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["missing", "shape"])
+def test_weights_that_do_not_fit_are_refused(how, tmp_path):
+    build("llama3").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if how == "missing":
+        del weights[name]
+    else:
+        weights[name] = weights[name][:-1].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(str(tmp_path), "cpu")
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+    if how == "missing":
+        assert "lack 1 of the weights" in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    model = build("llama3")
+    with torch.no_grad():  # of a token that no check at the start would meet
+        model.model.embed_tokens.weight[50, 3] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="not finite, first model.embed_tokens.weight: its run div"):
+        checkpoint.load_model(str(tmp_path), "cpu")
+
+
+def test_a_tokenizer_without_pad_and_eos_is_refused(tmp_path):
+    tokenizer = word_tokenizer(["a"])
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert checkpoint.load_tokenizer(str(tmp_path)).pad_token == "<eos>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="names neither a pad nor an EOS token.*set eos_token"):
+        checkpoint.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_models_load(family, tmp_path):
+    model = build(family)
+    model.save_pretrained(tmp_path)
+    loaded = checkpoint.load_model(str(tmp_path), "cpu")
+    for (name, p), q in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p, q), name
