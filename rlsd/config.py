@@ -10,6 +10,7 @@ import os
 import re
 import types
 import typing
+import warnings
 from dataclasses import dataclass, field
 
 from rlsd_kernels import RLSDLossConfig
@@ -19,6 +20,10 @@ from .objectives import OBJECTIVES
 
 class UserError(ValueError):
     """A mistake the user can fix, told in one sentence; the command line prints it and exits 2."""
+
+
+class Stopped(UserError):
+    """Raised in every process of a run, before an update: nothing need be lost."""
 
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -317,10 +322,15 @@ class TrainConfig:
                     raise UserError(
                         f"{name} must be one of {', '.join(allowed)}, but got {item!r}."
                     )
+        for f in dataclasses.fields(self):  # torch, numpy and the operating system count in 64 bits
+            most = 2**32 - 1 if f.name in ("seed", "dataset_seed") else 2**63 - 1
+            value = getattr(self, f.name)
+            if isinstance(value, int) and value > most:
+                raise UserError(f"{f.name} must be at most {most}, but got {_shown(value)}.")
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise UserError(f"{name} must be at least {low}, but got {value}.")
+                raise UserError(f"{name} must be at least {low}, but got {_shown(value)}.")
         self._fill_in_sizes()
         if self.generation_batch_size % self.num_generations:
             raise UserError(
@@ -399,7 +409,7 @@ class TrainConfig:
 
     def _check_split_and_format(self):
         share = self.eval_split_size
-        if share is not None and not (0 < share < 1 or share >= 1 and share == int(share)):
+        if share is not None and not (0 < share < 1 or share >= 1 and share % 1 == 0):
             raise UserError(
                 "eval_split_size must be a whole number of rows or a share between 0 and 1, but "
                 f"got {share}."
@@ -414,7 +424,9 @@ class TrainConfig:
             )
         pattern = self.format_pattern
         try:
-            re.compile(pattern)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+                re.compile(pattern)
             known = pattern in FORMATS or not re.fullmatch(r"\w*", pattern)
         except re.error:
             known = False
@@ -546,10 +558,21 @@ def _coerce(name, value, hint):
             pass
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name} must not contain a null byte, but got {_shown(value)}.")
     nan = isinstance(value, float) and math.isnan(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not nan:
         return value
-    raise UserError(f"{name} must be {KINDS.get(hint, hint)}, but got {value!r}.")
+    raise UserError(f"{name} must be {KINDS.get(hint, hint)}, but got {_shown(value)}.")
+
+
+def _shown(value):
+    """A value as it stands in a sentence."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python prints no integer of 4,300 digits
+        return f"a value of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 KINDS = {
@@ -578,7 +601,7 @@ def load_yaml(path):
             options = yaml.safe_load(file)
     except OSError as error:
         raise UserError(f"Cannot read the config {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes, dates, nesting
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise UserError(f"The config {path} is not valid YAML{line}.") from None
