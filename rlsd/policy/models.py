@@ -552,7 +552,7 @@ def peak_flops(device):
 
 
 @contextlib.contextmanager
-def memory_named(doing, lower, run_dir):
+def memory_named(doing, lower):
     """Out of memory becomes a sentence that says what to lower."""
     try:
         yield
@@ -560,6 +560,4 @@ def memory_named(doing, lower, run_dir):
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not full and "DefaultCPUAllocator" not in str(error):
             raise
-        raise UserError(
-            f"Out of memory while {doing}; lower {lower}; {checkpoint.standing(run_dir)}."
-        ) from error
+        raise UserError(f"Out of memory while {doing}; lower {lower}.") from error

@@ -28,7 +28,14 @@ from rlsd.demo import save_model, tiny_model, word_tokenizer
 from rlsd.objectives import OBJECTIVES
 from rlsd.policy.models import Policy, head_of, open_forward
 from rlsd.policy.packing import Layout
-from rlsd.policy.update import Batch, has_signal, sibling_prompts, student_terms, teacher_inputs
+from rlsd.policy.update import (
+    Batch,
+    has_signal,
+    require_contract,
+    sibling_prompts,
+    student_terms,
+    teacher_inputs,
+)
 from rlsd.sampling.rollout import Rollout
 from rlsd_kernels import RLSDLossConfig, aggregation_weights
 
@@ -135,7 +142,8 @@ def ours(student, teacher, batch, config, parts):
             given = teacher_inputs(
                 policy._replace(model=teacher), part, loss_config, full_vocabulary=distilling
             )
-        terms = student_terms(policy, part, given, lam, loss_config, config, check_at=1)
+        terms = student_terms(policy, part, given, lam, loss_config, config, check=True)
+        require_contract(*terms.deviation, 1)
         terms.out.loss.backward()
         loss += terms.out.loss.item()
     return loss, {n: p.grad.clone() for n, p in student.named_parameters()}, terms
