@@ -169,8 +169,7 @@ class Trainer:
                     metrics, samples = self.train_step(self.step + 1)
                     self.step += 1
                     try:
-                        if self._due(config.eval_steps):
-                            evaluated = self.evaluate()
+                        evaluated = self.evaluate() if self._due(config.eval_steps) else {}
                     finally:
                         record = report.log(self.step, metrics | evaluated)
                 except UserError as error:
@@ -201,8 +200,7 @@ class Trainer:
         if together and math.isfinite(whole(get_total_norm(self.weights.masters)).item()):
             if self.saved < self.step:
                 self.save()
-            where = self.run_dir / f"checkpoint-{self.step}"
-            safe = f"all {self.step} steps before are safe in {where}"
+            safe = f"all {self.step} steps before are safe in {checkpoint.latest(self.run_dir)}"
         return UserError(f"{str(error).rstrip('.')}; {safe}.")
 
     def _due(self, every):
@@ -375,19 +373,17 @@ class Trainer:
                 if out.teacher_log_probs is not None:
                     teacher_log_probs[rows, : out.log_probs.shape[1]] = out.teacher_log_probs
         self.processes.sum_(losses)
-        errors = {}
         if check:
             self.processes.everywhere(lambda: [require_contract(*d, step) for d in deviations])
-            errors = {f"validate/{name}": e for found, _ in deviations for name, e in found.items()}
+        errors = {f"validate/{name}": e for found, _ in deviations for name, e in found.items()}
         return Passed(*losses.tolist(), log_probs, teacher_log_probs, stats, errors)
 
     def optimizer_step(self, step, loss):
         """One step on the gradients of all processes; returns their norm."""
         with self.clock("optim"):
             self.processes.sum_gradients(self.weights.masters)
-            grad_norm = whole(
-                clip_grad_norm_(self.weights.masters, self.config.max_grad_norm)
-            ).item()
+            norm = clip_grad_norm_(self.weights.masters, self.config.max_grad_norm)
+            grad_norm = whole(norm).item()
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise Stopped(
                     f"Step {step}: loss is {loss} and the gradient norm {grad_norm}, so training "
@@ -399,11 +395,10 @@ class Trainer:
 
     def save(self):
         """Write checkpoint-<step> of the run, whole or not at all."""
-        path = checkpoint.save(
+        self.saved = self.step
+        return checkpoint.save(
             self.run_dir, self.step, self.model, self.processor or self.tokenizer, self.parts,
             self.processes, sharded=self.config.sharded_checkpoints,
             limit=self.config.save_total_limit,
             card=self.processes.once(lambda: write_card(self.run_dir, self.config, self.step)),
         )
-        self.saved = self.step
-        return path
