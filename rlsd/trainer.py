@@ -200,7 +200,7 @@ class Trainer:
         if together and math.isfinite(whole(get_total_norm(self.weights.masters)).item()):
             if self.saved < self.step:
                 self.save()
-            safe = f"all {self.step} steps before are safe in {checkpoint.latest(self.run_dir)}"
+            safe = f"all {self.step} steps before are safe in {self.run_dir}/checkpoint-{self.step}"
         return UserError(f"{str(error).rstrip('.')}; {safe}.")
 
     def _due(self, every):
