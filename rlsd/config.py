@@ -10,7 +10,6 @@ import os
 import re
 import types
 import typing
-import warnings
 from dataclasses import dataclass, field
 
 from rlsd_kernels import RLSDLossConfig
@@ -20,10 +19,6 @@ from .objectives import OBJECTIVES
 
 class UserError(ValueError):
     """A mistake the user can fix, told in one sentence; the command line prints it and exits 2."""
-
-
-class Stopped(UserError):
-    """Raised in every process of a run, before an update: nothing need be lost."""
 
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -319,12 +314,10 @@ class TrainConfig:
             value = getattr(self, name)
             for item in value if isinstance(value, list) else [value]:
                 if item not in allowed:
-                    raise UserError(
-                        f"{name} must be one of {', '.join(allowed)}, but got {item!r}."
-                    )
+                    known = ", ".join(allowed)
+                    raise UserError(f"{name} must be one of {known}, but got {_shown(item)}.")
         for f in dataclasses.fields(self):  # torch, numpy and the operating system count in 64 bits
-            most = 2**32 - 1 if f.name in ("seed", "dataset_seed") else 2**63 - 1
-            value = getattr(self, f.name)
+            value, most = getattr(self, f.name), 2**(32 if f.name.endswith("seed") else 63) - 1
             if isinstance(value, int) and value > most:
                 raise UserError(f"{f.name} must be at most {most}, but got {_shown(value)}.")
         for name, low in _AT_LEAST.items():
@@ -366,9 +359,8 @@ class TrainConfig:
             )
         for name in ("reward_timeout", "verify_timeout"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(
-                    f"{name} must be a positive number of seconds, but got {getattr(self, name)}."
-                )
+                got = getattr(self, name)
+                raise UserError(f"{name} must be a positive number of seconds, but got {got}.")
         self._check_split_and_format()
         self._check_sampler()
         self._check_objective()
@@ -400,8 +392,7 @@ class TrainConfig:
         self.generation_batch_size = size
 
     def steps_over(self, count):
-        """Rollout steps of a run over so many training questions; the last may begin a new epoch.
-        """
+        """Rollout steps over so many training questions; the last may begin a new epoch."""
         if self.max_steps is not None:
             return self.max_steps
         questions = self.generation_batch_size // self.num_generations
@@ -424,9 +415,7 @@ class TrainConfig:
             )
         pattern = self.format_pattern
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what a later Python may read otherwise
-                re.compile(pattern)
+            re.compile(pattern)
             known = pattern in FORMATS or not re.fullmatch(r"\w*", pattern)
         except re.error:
             known = False
@@ -570,8 +559,8 @@ def _shown(value):
     """A value as it stands in a sentence."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # Python prints no integer of 4,300 digits
-        return f"a value of type {type(value).__name__} that is too large to show"
+    except ValueError:  # Python prints no integer of 4,300 digits
+        text = f"a value of type {type(value).__name__} that is too large to show"
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 

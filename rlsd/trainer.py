@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from rlsd_kernels import available_impls, merge_stats
 
-from .config import Stopped, TrainConfig, UserError
+from .config import TrainConfig, UserError
 from .policy import checkpoint
 from .policy.advantages import group_advantages, lambda_of
 from .policy.distributed import Processes, whole
@@ -34,6 +34,7 @@ from .policy.models import (
 from .policy.packing import micro_batches
 from .policy.teacher import Teacher, teacher_of
 from .policy.update import (
+    Stopped,
     live_batch,
     log_probs_under,
     require_contract,
@@ -164,9 +165,8 @@ class Trainer:
             if self.step == 0 and config.eval_steps:
                 report.progress(0, report.log(0, self.evaluate()))
             while self.step < self.max_steps:
-                evaluated = {}
                 try:
-                    metrics, samples = self.train_step(self.step + 1)
+                    (metrics, samples), evaluated = self.train_step(self.step + 1), {}
                     self.step += 1
                     try:
                         evaluated = self.evaluate() if self._due(config.eval_steps) else {}
@@ -384,7 +384,7 @@ class Trainer:
             self.processes.sum_gradients(self.weights.masters)
             norm = clip_grad_norm_(self.weights.masters, self.config.max_grad_norm)
             grad_norm = whole(norm).item()
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            if not math.isfinite(loss + grad_norm):
                 raise Stopped(
                     f"Step {step}: loss is {loss} and the gradient norm {grad_norm}, so training "
                     "stopped before this update; lower learning_rate or look at the rewards."

@@ -329,11 +329,6 @@ def test_a_null_byte_is_one_sentence():
             make_config(options)
 
 
-def test_a_pattern_that_python_may_read_otherwise_is_not_warned_of(recwarn):
-    make_config({"format_pattern": "[[]]"})
-    assert not recwarn
-
-
 def test_the_largest_seed_reaches_every_generator():
     config = make_config({"seed": 2**32 - 1})
     assert len(rows_of_step([{}] * 5, 3, 10**6, config.seed)) == 3

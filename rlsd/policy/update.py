@@ -19,7 +19,7 @@ from rlsd_kernels import (
     rlsd_advantages,
 )
 
-from ..config import Stopped
+from ..config import UserError
 from ..objectives import policy_gradient
 from ..tasks.prompts import control_token, encode, insert_hint
 from .packing import completion_hidden
@@ -34,6 +34,10 @@ CONTRACT = {
 # eps |z|; H hardly matters. In that unit, for |z| of 5 to 100, H of 64 to 4096, spiky activations
 # too: plain fp32 PyTorch up to 4.2 (4.6 on SmolLM2-135M, |z| = 46), ours 3.5; bf16 logits 12,000.
 ROUNDINGS = 8
+
+
+class Stopped(UserError):
+    """Raised in every process of a run, before an update: nothing need be lost."""
 
 
 class Batch(NamedTuple):

@@ -6,13 +6,14 @@ import torch
 import transformers
 
 import rlsd.objectives
-from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE, Stopped
+from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE
 from rlsd.demo import tiny_model, word_tokenizer
 from rlsd.policy.models import Policy, head_of, open_forward
 from rlsd.policy.packing import Layout, completion_hidden
 from rlsd.policy.update import (
     ROUNDINGS,
     Batch,
+    Stopped,
     batch_inputs,
     deviation_from_ref,
     importance_ratio,
