@@ -10,7 +10,6 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -34,6 +33,7 @@ from .policy.models import (
 from .policy.packing import micro_batches
 from .policy.teacher import Teacher, teacher_of
 from .policy.update import (
+    Passed,
     Stopped,
     live_batch,
     log_probs_under,
@@ -70,17 +70,6 @@ from .sampling.rollout import (
 )
 from .tasks import rewards
 from .tasks.data import load_data, rows_of_step
-
-
-class Passed(NamedTuple):
-    """What one pass over a batch gave: sums of all processes, (B, T) outputs of this one's rows."""
-
-    loss: float
-    aux_loss: float
-    log_probs: torch.Tensor
-    teacher_log_probs: torch.Tensor
-    stats: list  # of each micro-batch
-    errors: dict
 
 
 class Trainer:

@@ -266,6 +266,17 @@ class Terms(NamedTuple):
     deviation: tuple | None  # deviation_from_ref, if it was asked for
 
 
+class Passed(NamedTuple):
+    """What one pass over a batch gave: sums of all processes, (B, T) outputs of this one's rows."""
+
+    loss: float
+    aux_loss: float
+    log_probs: torch.Tensor
+    teacher_log_probs: torch.Tensor
+    stats: list  # of each micro-batch
+    errors: dict
+
+
 def student_terms(
     policy, batch, teacher, rlsd_lambda, loss_config, options, *, totals=None, check=False
 ):
