@@ -30,7 +30,7 @@ ROOMS = {
     "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"],
                ["distributed"], ["advantages"]],
     "sampling": [["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
-    "checks": [["validate"], ["bench"], ["measure"]],
+    "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],
     "integrations": [["trl", "liger", "ms_swift", "verl"], ["head"]],
     "reports": [["tables"], ["report"]],
 }
