@@ -193,6 +193,10 @@ def check_logit_scalars(temperature, logit_scale, final_logit_softcapping):
         check_number("final_logit_softcapping", final_logit_softcapping, 0, low_open=True)
 
 
+def check_tolerance(gradient_tolerance):
+    check_number("gradient_tolerance", gradient_tolerance, 0, 1, high_open=True)
+
+
 def check_workspace(max_workspace_bytes, tensor):
     """The bound in bytes, the device's default for None."""
     if max_workspace_bytes is None:
