@@ -419,7 +419,7 @@ def linear_log_probs_bwd(
     log_probs,  # (N,)
     e,  # (N, V or more, rows are padded) with fixed targets, or (0,)
     s,  # (N,) or (0,)
-    shard, need, max_workspace_bytes,
+    shard, need, max_workspace_bytes, gradient_tolerance=0.0,
 ):
     """dh, dW, db of sum(grad_log_probs log p(y) + grad_entropy H), from E or by chunk anew."""
     dtype, weight = log_probs.dtype, head.weight
@@ -437,7 +437,11 @@ def linear_log_probs_bwd(
         if index is not None:  # copies of rows beside E: what it leaves free, or an eighth
             free = max(max_workspace_bytes - len(e) * row_bytes, max_workspace_bytes // 8)
             step = tuning.rows_per_chunk(n, row_bytes, free)
-        grads = Gradients(kernels, hidden, head, shard, hidden.dtype, need, step >= n, size)
+        if gradient_tolerance:
+            step = min(step, tuning.max_chunk(weight.device.type))
+        grads = Gradients(
+            kernels, hidden, head, shard, hidden.dtype, need, step >= n, size, gradient_tolerance
+        )
         v = -g / s * head.slope
         for r in _slices(0, n, step):
             i = r if index is None else index[r]
@@ -445,10 +449,12 @@ def linear_log_probs_bwd(
         return grads.cast(weight.dtype, db_dtype)
     rows = Rows(
         kernels, head, shard, n, keep=gradient_source(weight, g_entropy is not None),
-        max_workspace_bytes=max_workspace_bytes,
+        max_workspace_bytes=max_workspace_bytes, by_chunk=gradient_tolerance > 0,
     )
-    grads = Gradients(kernels, hidden, head, shard, hidden.dtype, need, rows.group >= n, size)
-    for r in _slices(0, n, rows.group):
+    grads = Gradients(
+        kernels, hidden, head, shard, hidden.dtype, need, rows.held >= n, size, gradient_tolerance
+    )
+    for r in _slices(0, n, rows.held):
         i = r if index is None else index[r]
         h, ids = hidden[i].to(rows.operand), completion_ids[i]
         scored = rows.score(h, ids, log_probs[i], want_entropy=g_entropy is not None)

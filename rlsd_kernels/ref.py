@@ -50,9 +50,9 @@ class _ToleratedHead(torch.autograd.Function):
     def backward(ctx, d):
         hidden, weight = ctx.saved_tensors
         rows, columns = left_out(d, ctx.tolerance)
+        share = d.norm(dim=0).masked_fill(~columns, 0)
         d = d.masked_fill(rows[:, None], 0)
         kept, dropped = d.masked_fill(columns, 0), d.masked_fill(~columns, 0)
-        share = dropped.norm(dim=0)
         mean = (share / share.sum().clamp(min=torch.finfo(d.dtype).tiny)) @ weight
         dh = kept @ weight + dropped.sum(1, keepdim=True) * mean
         return dh, kept.T @ hidden, kept.sum(0) if ctx.needs_input_grad[2] else None, None
