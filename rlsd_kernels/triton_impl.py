@@ -434,7 +434,7 @@ def _energies_kernel(
 
 
 def energies(e, v):
-    """Sums of (v_i e_ij)^2 down the columns (V,) and along the rows (M,); one read of e, in fp32."""
+    """Sums of (v_i e_ij)^2 down the columns (V,) and along the rows (M,): one read of e."""
     m, vocab = e.shape
     block = 128
     columns = torch.zeros(vocab, dtype=torch.float32, device=e.device)
