@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import gemm, tolerance, tuning
+from . import gemm, tuning
 from .config import (
     TOKEN_SUMS,
     RLSDLossConfig,
@@ -24,10 +24,10 @@ from .config import (
     compute_dtype,
     stored_dtype,
 )
+from .gradients import FP16_SCALE, Gradients
 
 MAX_GUESS = 40.0  # the rollout's log-prob as a guess is trusted down to e^-40
 NO_GUESS = 8.0  # without one the target is taken to lie 8 nats below the log-sum-exp
-FP16_SCALE = 2048.0  # times p (1 + |log p + H|) <= 14 stays below fp16's 65504
 
 
 class Head(NamedTuple):
@@ -277,112 +277,6 @@ class Rows:
             None if g_entropy is None else scored.entropy, scale,
         )
         return size * (slope / scale), e
-
-
-class Gradients:
-    """dh by rows; dW and db summed over groups of rows and rounded once, at the end."""
-
-    def __init__(
-        self, kernels, hidden, head, shard, dx_dtype, need, one_group, size=None,
-        gradient_tolerance=0.0,
-    ):
-        """size: 0-dim, the rough size of the rows' coefficients where e comes in fp16."""
-        self.kernels, self.tolerance = kernels, gradient_tolerance
-        self.weight, self.shard, self.size = head.weight, shard, None
-        self.capped, self.work = head.softcap is not None, 0.0
-        if size is not None:
-            self.size = torch.where(size > 0, size, 1) / FP16_SCALE
-        self.need_dx, self.need_dw, self.need_db = need
-        dtype, operand = compute_dtype(self.weight.dtype), gemm.operand_dtype(self.weight)
-        # One GEMM over all rows accumulates in fp32 by itself: no fp32 copy of dW.
-        one_group = one_group and not gradient_tolerance
-        sums = operand if one_group and operand == torch.bfloat16 else dtype
-        self.dx = hidden.new_zeros(hidden.shape if self.need_dx else 0, dtype=dx_dtype)
-        self.dw = self.weight.new_empty(self.weight.shape if self.need_dw else 0, dtype=sums)
-        self.db = self.weight.new_zeros(len(self.weight) if self.need_db else 0, dtype=dtype)
-        self.empty = True
-        if gradient_tolerance:  # columns are added where they are kept
-            self.dw.zero_()
-            self.empty = False
-
-    def add(
-        self,
-        index,  # (M,) rows of hidden, or a slice
-        h,  # (M, H) those rows in the GEMMs' dtype
-        v,  # (M,)
-        e,  # (M, V)
-    ):
-        """Rows whose gradient at the raw logits is v e."""
-        if self.tolerance and not capturing(h):
-            largest = v.abs().amax()  # whose square may be no number of fp32
-            columns, rows = self.kernels.energies(e, v / torch.where(largest > 0, largest, 1))
-            if self.shard.sum is not None:
-                rows = self.shard.sum(rows)
-            chosen = self._agreed(tolerance.selection(columns, rows, self.tolerance))
-            if chosen is not None:
-                return self._add_kept(index, h, v, e, columns, *chosen)
-        self.work += len(h)
-        if self.need_dx:
-            dx = gemm.dx(e, self.weight).mul_(v.unsqueeze(-1))
-            if self.shard.sum is not None:
-                dx = self.shard.sum(dx)
-            self.dx[index] = dx.to(self.dx.dtype)
-            del dx  # a chunk of it in fp32, before dW takes its own
-        if self.size is not None:
-            v = v / self.size
-        if self.need_dw:
-            gemm.add_dw(self.dw, e, (v.unsqueeze(-1) * h).to(e.dtype), first=self.empty)
-        if self.need_db:
-            # In two parts: v rounded to 16 bits alone would add 2^-9 to the error of E.
-            high = v.to(e.dtype)
-            parts = torch.stack([high, (v - high).to(e.dtype)], -1)
-            sums = self.db.new_empty(len(self.db), 2)
-            self.db += gemm.add_dw(sums, e, parts, first=True).sum(-1)
-        self.empty = False
-
-    def _agreed(self, chosen):
-        """The selection, None for all ranks of a sharded head where one takes the whole matrix."""
-        if self.shard.sum is None:
-            return chosen
-        whole = self.weight.new_full((), chosen is None, dtype=torch.float32)
-        return None if self.shard.sum(whole).item() else chosen
-
-    def _add_kept(self, index, h, v, e, energy, i, j):
-        """`add` of rows i and columns j alone, with the rank-one term for what is left out."""
-        self.work += len(i) * len(j) / e.shape[1]
-        if len(i) == 0:
-            return
-        d = e.index_select(1, j).index_select(0, i)  # kept rows x kept columns, to be scaled by v
-        h, v = h[i], v[i]
-        if self.need_dx:
-            dx = v.new_zeros(len(e), self.weight.shape[1])
-            lost = -d.sum(1, dtype=v.dtype)  # rows of the whole D sum to 0
-            if self.capped or self.shard.sum is not None:
-                lost += e.sum(1, dtype=v.dtype)[i]
-            w = tolerance.dropped_direction(self.weight, energy, j)
-            part = torch.outer(lost, w)
-            if len(j):
-                part += gemm.dx(d, self.weight[j])
-            dx[i] = part.mul_(v.unsqueeze(-1))
-            if self.shard.sum is not None:
-                dx = self.shard.sum(dx)
-            self.dx[index] = dx.to(self.dx.dtype)
-        if self.size is not None:
-            v = v / self.size
-        if self.need_dw and len(j):
-            x = (v.unsqueeze(-1) * h).to(e.dtype)
-            part = self.dw.new_empty(len(j), self.dw.shape[1])
-            self.dw[j] += gemm.add_dw(part, d, x, first=True)
-        if self.need_db:
-            self.db[j] += (d.to(v.dtype) * v.unsqueeze(-1)).sum(0)
-
-    def cast(self, dw_dtype, db_dtype):
-        dw, db = self.dw, self.db
-        if self.empty:
-            dw.zero_()
-        if self.size is not None:
-            dw, db = dw.mul_(self.size), db.mul_(self.size)
-        return self.dx, dw.to(dw_dtype), db.to(db_dtype)
 
 
 @full_precision

@@ -14,7 +14,7 @@ IMPLS = {"ref", "torch_impl", "triton_impl", "cuda_impl"}
 # A file imports only files of a later row.
 KERNEL_ORDER = [
     ["distillation", "loss"], ["logprob"], ["metrics"], ["pipeline"], ["triton_distillation"],
-    sorted(IMPLS), ["streaming"],
+    sorted(IMPLS), ["streaming"], ["gradients"],
     ["gemm"], ["ops", "shards"], ["config"], ["tuning"], ["extension"],
 ]
 # Folders, and files beside them, import only what stands in a later row; folders of one row know

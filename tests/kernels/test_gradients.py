@@ -12,10 +12,10 @@ from rlsd_kernels import (
     FusedLinearRLSDLoss,
     RLSDLossConfig,
     fused_linear_rlsd_loss,
+    gradients,
     linear_log_probs,
     ref,
     streaming,
-    tolerance,
     torch_impl,
 )
 from rlsd_kernels.logprob import load_impl
@@ -119,7 +119,7 @@ def test_the_rank_one_term_takes_up_what_dropped_rows_of_the_head_share():
     got = run_fused(problem, "torch", gradient_tolerance=2e-2)["d_hidden"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            tolerance, "dropped_direction", lambda weight, *_: weight.new_zeros(weight.shape[1])
+            gradients, "dropped_direction", lambda weight, *_: weight.new_zeros(weight.shape[1])
         )
         without = run_fused(problem, "torch", gradient_tolerance=2e-2)["d_hidden"]
     assert relative(got, truth) < 0.25 * relative(without, truth)
@@ -151,7 +151,7 @@ def test_the_bound_holds_at_the_logits():
     torch.manual_seed(0)
     d = torch.randn(64, 300, dtype=torch.float64) * torch.rand(300, dtype=torch.float64) ** 9
     for allowed in (1e-4, 1e-2, 0.3, 0.9):
-        i, j = tolerance.selection(d.square().sum(0), d.square().sum(1), allowed) or (
+        i, j = gradients.selection(d.square().sum(0), d.square().sum(1), allowed) or (
             torch.arange(64), torch.arange(300))
         left = d.clone()
         left[i[:, None], j] = 0
@@ -203,7 +203,7 @@ def test_edges(shape):
 def test_all_energy_in_one_column():
     e = torch.zeros(8, 100)
     e[:, 7] = 1.0
-    i, j = tolerance.selection(*torch_impl.energies(e, torch.ones(8)), 1e-3)
+    i, j = gradients.selection(*torch_impl.energies(e, torch.ones(8)), 1e-3)
     assert i.tolist() == list(range(8)) and j.tolist() == [7]
 
 
