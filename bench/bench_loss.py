@@ -220,15 +220,19 @@ def main(argv=None):
     parser.add_argument("--probe", metavar="NAME", help="only say whether this provider runs")
     args = parser.parse_args(argv)
     on_gpu = args.device == "cuda"
+    everyone = providers_for(args.device)
+    names = [p.name for p in everyone]
+    for name in (*args.without, *([args.probe] if args.probe else [])):
+        if name not in names:
+            parser.error(f"there is no provider {name!r}, only: {'; '.join(names)}")
     if args.probe:
-        provider = next(p for p in providers_for(args.device) if p.name == args.probe)
+        provider = everyone[names.index(args.probe)]
         print(f"probe: {provider.obstacle(args.device) or 'ok'}", flush=True)
         return
     if args.out is None:
         parser.error("--out is needed")
     rounds = ROUNDS[args.device] if args.rounds is None else args.rounds
     warmup_s = (0.5 if on_gpu else 1.0) if args.warmup is None else args.warmup
-    everyone = providers_for(args.device)
     if on_gpu:
         reasons = probe(everyone, args.device)
     else:

@@ -7,7 +7,7 @@
 # nothing; afterwards `python -m bench.plot FOLDER` draws them anywhere.
 #
 # SECONDS_TOTAL (540)  time for all parts; BENCH_ARGS  more arguments for bench.bench_loss, such as
-# --full or --without "verl Triton"; PYTHON (python3).
+# '--full' or '--without "verl Triton" TRL'; PYTHON (python3). Exit status 0 if every part was well.
 # WHEELS  folders with wheels of peers, installed without a network for this run alone. A peer whose
 # wheel is not there is left out with its reason. For CPython 3.12 on x86-64 Linux, in MB:
 #   trl 1.16.0 (0.9, any); its backward imports datasets 5.2.0 (0.6, any), which needs dill 0.4.1
@@ -26,6 +26,16 @@ PYTHON=${PYTHON:-python3}
 total=${SECONDS_TOTAL:-540}
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(environment build tests stages bench)
+for name in "${parts[@]}"; do
+    case $name in
+        environment | build | tests | kernels | sanitize | stages | bench) ;;
+        *)
+            echo "There is no part $name, only: environment build tests kernels sanitize stages bench."
+            exit 2
+            ;;
+    esac
+done
+eval "bench_args=(${BENCH_ARGS:-})"  # names in it have spaces
 if [ -z "${OUT:-}" ]; then
     device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower())' | tr ' /' '__')
     OUT=bench/results/${device:-unknown}
@@ -51,6 +61,7 @@ if [ -n "${WHEELS:-}" ]; then
     export PYTHONPATH="$site/lib:$site/lib/nvidia_cutlass_dsl/dsl_packages:$PYTHONPATH"
 fi
 
+failed=0
 # part NAME SECONDS COMMAND...: run under a limit of its own, output to $OUT/log.txt.
 part() {
     local name=$1 limit=$2 left=$((total - SECONDS)) log=$OUT/log.txt
@@ -58,13 +69,16 @@ part() {
     [ "$limit" -lt "$left" ] || limit=$left
     if [ "$limit" -lt 10 ]; then
         echo "== $name: no time left"
+        failed=1
         return
     fi
     echo "== $name (at most $limit s)" | tee -a "$log"
     local before status
     before=$(wc -l < "$log")
-    timeout --kill-after=10 "$limit" "$@" >> "$log" 2>&1
+    # INT lets pytest sum up and the benchmark write; a shell in the background would have it ignored.
+    timeout --signal=INT --kill-after=15 "$limit" env --default-signal=INT "$@" >> "$log" 2>&1
     status=$?
+    [ $status -eq 0 ] || failed=1
     tail -n "+$((before + 1))" "$log" | tail -n "${TAIL:-25}"
     echo "== $name: status $status after $SECONDS s in all" | tee -a "$log"
 }
@@ -88,14 +102,15 @@ for name in "${parts[@]}"; do
         environment) part environment 40 bash -c about ;;
         build) part build 150 "$PYTHON" -m bench.bench_loss --device cuda \
             --probe "RLSD fused, cuda" ;;
-        tests) part tests 200 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider --durations=10 ;;
+        tests) part tests 200 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider --durations=10 \
+            -o faulthandler_timeout=60 ;;  # where a test hangs
         kernels) part kernels 200 "$PYTHON" -m pytest tests/kernels/test_triton_impl.py \
             tests/kernels/test_pipeline.py -q -p no:cacheprovider ;;
         sanitize) SANITIZE_SECONDS=$((left / 2)) part sanitize "$left" tests/gpu/sanitize.sh ;;
         stages) part stages 100 "$PYTHON" -m bench.stages --device cuda --out "$OUT" --seconds 85 ;;
         bench) part bench "$left" "$PYTHON" -m bench.bench_loss --device cuda --out "$OUT" \
-            --seconds $((left - 30)) ${BENCH_ARGS:-} ;;
-        *) echo "unknown part $name; there are environment build tests kernels sanitize stages bench" ;;
+            --seconds $((left - 30)) "${bench_args[@]}" ;;
     esac
 done
 ls -l "$OUT"
+exit $failed

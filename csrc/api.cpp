@@ -25,7 +25,7 @@ class Launch {
  public:
 #ifdef USE_CUDA
   explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
   }
 #else

@@ -5,11 +5,13 @@ A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exi
 
 import dataclasses
 import importlib.metadata
+import io
 import math
 import os
 import platform
 import shutil
 import sys
+import tempfile
 import textwrap
 import typing
 from pathlib import Path
@@ -68,7 +70,7 @@ def parse_options(arguments):
             options[key] = yaml.safe_load(value) if value and key not in TEXTS else value
             if options[key] in ("None", "none") and key not in TEXTS | NAMING_NONE:
                 options[key] = None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             options[key] = value
         i += 1
     return options
@@ -165,7 +167,9 @@ def train(arguments):
             )
         if options.get("model_name_or_path") == "scratch":
             del options["model_name_or_path"]
-        options = run_options(run_dir, {**options, "output_dir": str(run_dir)})
+        was = run_options(run_dir, {})
+        options = {**was, **options, "output_dir": str(run_dir)}
+        require_same_model(make_config(was), make_config(options))
     config = make_config(options)
     if config.model_name_or_path == "scratch" and resume is None:
         if several:
@@ -175,10 +179,12 @@ def train(arguments):
             )
         from .demo import scratch_model
 
-        require_new_folder(config.output_dir)
-        warm = f"{config.output_dir.rstrip('/')}-warm-start"
-        require_new_folder(warm)
+        warm = f"{Path(config.output_dir).resolve()}-warm-start"
+        lock = checkpoint.RunLock(warm)
+        for path in (config.output_dir, warm):
+            checkpoint.require_new_run(path)
         config = dataclasses.replace(config, model_name_or_path=scratch_model(config, warm))
+        del lock
     trainer = Trainer(config, resume_from=resume_from)
     main = trainer.processes.main
     if main and config.max_steps and config.num_train_epochs:
@@ -195,22 +201,32 @@ def train(arguments):
         safe = checkpoint.standing(config.output_dir)
         raise KeyboardInterrupt(f" after step {trainer.step}; {safe}") from None
     if main:
-        curves = Path(config.output_dir) / "curves.png"
-        print(f"Done: {checkpoint.latest(config.output_dir)}, {curves}")
+        curves = f", {Path(config.output_dir) / 'curves.png'}" if config.plot_curves else ""
+        print(f"Done: {checkpoint.latest(config.output_dir)}{curves}")
     return 0
 
 
-def require_new_folder(path):
-    if Path(path).exists() and any(Path(path).iterdir()):
-        raise UserError(f"The run folder {path} already exists; choose another --output_dir.")
+def require_same_model(was, now):
+    """The weights of a resumed run are its checkpoint's; an option must not name others."""
+    for name in ("model_name_or_path", "lora_target_modules"):
+        before, given = getattr(was, name), getattr(now, name)
+        if given != before and not (
+            name == "model_name_or_path" and Path(given).resolve() == Path(before).resolve()
+        ):
+            raise UserError(
+                "A resumed run goes on with the model of its checkpoint, which was made with "
+                f"{name} {before}, but {name} is {given}; leave it out."
+            )
 
 
 def check_demo_options(options):
     for name in ("seed", "max_steps", "num_seeds"):
-        low = 0 if name == "seed" else 1
+        low, most = (0, 2**31) if name == "seed" else (1, 2**63 - 1)
         value = options.get(name, low)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise UserError(f"--{name} must be a whole number of at least {low}, but got {value}.")
+        if value > most:
+            raise UserError(f"--{name} must be at most {most}.")
     options["output_dir"] = str(options.get("output_dir", "runs/demo"))
 
 
@@ -241,13 +257,13 @@ def evaluate(arguments):
         raise UserError("rlsd eval needs a run folder, a checkpoint or a model: rlsd eval RUN.")
     path, config = to_evaluate(arguments[0].rstrip("/"), parse_options(arguments[1:]))
     _quiet()
-    from .policy.checkpoint import load_model, load_processor, load_tokenizer
+    from .policy.checkpoint import load_model, load_processor, load_tokenizer, verify
     from .policy.distributed import Processes
     from .sampling.evaluation import evaluate as run
     from .sampling.evaluation import summary
-    from .sampling.rollout import choose_sampler
+    from .sampling.rollout import choose_sampler, require_room
     from .tasks.data import load_data
-    from .tasks.rewards import load_reward_funcs
+    from .tasks.rewards import load_reward_funcs, require_scorable
 
     functions = load_reward_funcs(config.reward_funcs, config)
     tokenizer = load_tokenizer(str(path))
@@ -257,12 +273,15 @@ def evaluate(arguments):
             "There is nothing to evaluate: eval_size is 0, and neither eval_dataset nor "
             "eval_split_size is set."
         )
+    require_scorable(functions, held_out)
     processes = Processes(config)  # it chooses the GPU
+    processes.once(lambda: verify(path))
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model = load_model(
         str(path), config.device, dtype=dtype, attn_implementation=config.attn_implementation
     )
     config = dataclasses.replace(config, use_vllm=False)
+    require_room(model, held_out, config)
     sample = choose_sampler(model, tokenizer, config, processes)
     metrics = run(model, tokenizer, held_out, config, functions, config.seed, processes, sample)
     if not processes.main:
@@ -307,8 +326,10 @@ def validate(arguments):
 
 def bench(arguments):
     from .checks.bench import run
+    from .policy.models import memory_named
 
-    run(parse_options(arguments))
+    with memory_named("timing a step", "--rows, --hidden_size or --vocab_size"):
+        run(parse_options(arguments))
     return 0
 
 
@@ -331,6 +352,7 @@ def doctor(arguments):
         except importlib.metadata.PackageNotFoundError:
             state = "missing"
         print(f"  {name:<16}{state:<16}{use}")
+    print(f"  {'LoRA':<16}{lora_state()}")
     print("\nDevice")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -348,6 +370,35 @@ def doctor(arguments):
     for name, tested in TESTED_HOSTS.items():
         print(f"  {name:<16}{host_state(name, tested)}")
     return 0
+
+
+def lora_state():
+    """Whether transformers and peft, two releases that need not fit, train, save and load LoRA."""
+    try:
+        _quiet()
+        from .demo import tiny_model
+        from .policy.checkpoint import load_model, save_weights
+        from .policy.models import STUDENT, adapter_weights, add_lora, using_adapter
+
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_model(64, seed=0, hidden=16, layers=1).save_pretrained(folder)
+            model, ids = load_model(folder, "cpu"), torch.arange(8)[None]
+            base = model(input_ids=ids).logits
+            add_lora(model, TrainConfig(use_peft=True, lora_r=2))
+            for p in adapter_weights(model, STUDENT).values():
+                torch.nn.init.ones_(p)
+            adapted = model(input_ids=ids).logits
+            adapted.sum().backward()
+            with using_adapter(model, None):
+                without = model(input_ids=ids).logits
+            save_weights(model, Path(folder) / "adapter", model.state_dict())
+            loaded = load_model(str(Path(folder) / "adapter"), "cpu")(input_ids=ids).logits
+        right = torch.equal(base, without) and torch.equal(adapted, loaded)
+        return "works" if right else "does not work: its passes are not those of its weights"
+    except ImportError as error:
+        return f"needs {error.name}"
+    except Exception as error:  # whatever two releases that do not fit each other raise
+        return f"does not work: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def host_state(name, tested):
@@ -372,9 +423,34 @@ COMMANDS = {
 }
 
 
+class Output(io.FileIO):
+    """A standard stream whose reader may go away: what is written after that is lost, no more."""
+
+    def write(self, data):
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def outlive_the_terminal():
+    """Put an Output under sys.stdout and sys.stderr, which also show any text in any locale."""
+    for handle, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the start
+            os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
+        raw = io.BufferedWriter(Output(handle, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(
+            raw, encoding=stream.encoding if stream else "utf-8", errors="backslashreplace",
+            line_buffering=raw.isatty() or handle == 2,
+        ))
+
+
 def main(arguments=None):
     """Entry point; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:  # from a shell
+        outlive_the_terminal()
+        arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE.format(version=__version__))
         return 0 if arguments else 2
@@ -401,9 +477,6 @@ def main(arguments=None):
             file=sys.stderr,
         )
         return 2
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        sys.stdout = None
-        return 0
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(

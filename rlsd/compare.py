@@ -258,10 +258,12 @@ def run_one(config, threads):
         os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = log
         quiet_libraries()
-        began, resume = time.monotonic(), checkpoint.latest(folder)
+        began, resume = time.monotonic(), None
         try:
+            lock = checkpoint.RunLock(folder)  # noqa: F841  (before anything is removed)
+            resume = checkpoint.latest(folder)
             if resume is None:
-                shutil.rmtree(folder, ignore_errors=True)
+                checkpoint.clear(folder)
             Trainer(config, resume_from=resume).train()
         except BaseException as error:
             traceback.print_exc()

@@ -164,10 +164,11 @@ class TrainConfig:
     )
     reward_weights: list[float] | None = option(None, "one per reward function; default: all 1")
     reward_timeout: float = option(
-        300.0, "seconds until a call of a reward function counts as hung and stops the run"
+        300.0, "seconds until a call of a reward function counts as hung and ends the run"
     )
     verify_timeout: float = option(
-        6.0, "seconds for one answer in math_verify and one test in code_tests; then it scores 0"
+        6.0, "seconds for one answer in math_verify, reasoning_gym and under your own "
+        "format_pattern, and for one test in code_tests; then it scores 0"
     )
     format_pattern: str = option(
         "think_answer", "of format_reward: think_answer, think, boxed, or a regular expression "
@@ -313,13 +314,16 @@ class TrainConfig:
             value = getattr(self, name)
             for item in value if isinstance(value, list) else [value]:
                 if item not in allowed:
-                    raise UserError(
-                        f"{name} must be one of {', '.join(allowed)}, but got {item!r}."
-                    )
+                    known = ", ".join(allowed)
+                    raise UserError(f"{name} must be one of {known}, but got {_shown(item)}.")
+        for f in dataclasses.fields(self):  # torch, numpy and the operating system count in 64 bits
+            value, most = getattr(self, f.name), 2**(32 if f.name.endswith("seed") else 63) - 1
+            if isinstance(value, int) and value > most:
+                raise UserError(f"{f.name} must be at most {most}, but got {_shown(value)}.")
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise UserError(f"{name} must be at least {low}, but got {value}.")
+                raise UserError(f"{name} must be at least {low}, but got {_shown(value)}.")
         self._fill_in_sizes()
         if self.generation_batch_size % self.num_generations:
             raise UserError(
@@ -355,9 +359,8 @@ class TrainConfig:
             )
         for name in ("reward_timeout", "verify_timeout"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(
-                    f"{name} must be a positive number of seconds, but got {getattr(self, name)}."
-                )
+                got = getattr(self, name)
+                raise UserError(f"{name} must be a positive number of seconds, but got {got}.")
         self._check_split_and_format()
         self._check_sampler()
         self._check_objective()
@@ -389,8 +392,7 @@ class TrainConfig:
         self.generation_batch_size = size
 
     def steps_over(self, count):
-        """Rollout steps of a run over so many training questions; the last may begin a new epoch.
-        """
+        """Rollout steps over so many training questions; the last may begin a new epoch."""
         if self.max_steps is not None:
             return self.max_steps
         questions = self.generation_batch_size // self.num_generations
@@ -398,7 +400,7 @@ class TrainConfig:
 
     def _check_split_and_format(self):
         share = self.eval_split_size
-        if share is not None and not (0 < share < 1 or share >= 1 and share == int(share)):
+        if share is not None and not (0 < share < 1 or share >= 1 and share % 1 == 0):
             raise UserError(
                 "eval_split_size must be a whole number of rows or a share between 0 and 1, but "
                 f"got {share}."
@@ -545,10 +547,21 @@ def _coerce(name, value, hint):
             pass
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name} must not contain a null byte, but got {_shown(value)}.")
     nan = isinstance(value, float) and math.isnan(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not nan:
         return value
-    raise UserError(f"{name} must be {KINDS.get(hint, hint)}, but got {value!r}.")
+    raise UserError(f"{name} must be {KINDS.get(hint, hint)}, but got {_shown(value)}.")
+
+
+def _shown(value):
+    """A value as it stands in a sentence."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of 4,300 digits
+        text = f"a value of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 KINDS = {
@@ -577,7 +590,7 @@ def load_yaml(path):
             options = yaml.safe_load(file)
     except OSError as error:
         raise UserError(f"Cannot read the config {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes, dates, nesting
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise UserError(f"The config {path} is not valid YAML{line}.") from None

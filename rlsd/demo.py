@@ -287,10 +287,13 @@ def run_demo(output_dir="runs/demo", seed=0, num_seeds=3, max_steps=80, warm_up_
     """
     torch.set_num_threads(1)
     began, folder, copies = time.monotonic(), Path(output_dir), 1
-    while folder.exists():
-        copies += 1
-        folder = Path(f"{output_dir}-{copies}")
-    folder.mkdir(parents=True)
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            copies += 1
+            folder = Path(f"{output_dir}-{copies}")
     print(f"RLSD demo: chain arithmetic mod 10, seed {seed}; everything goes to {folder}\n")
     print("1. Warm start: a 0.1 M parameter Qwen3-architecture model from random weights")
     chain_start(folder, seed, warm_up_steps)

@@ -1,6 +1,6 @@
 """The built-in reward functions, for trainers that take them as objects or by dotted path."""
 
-from .tasks.rewards import (
+from .tasks.scorers import (
     code_tests,
     exact_match,
     format_reward,

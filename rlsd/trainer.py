@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from rlsd_kernels import available_impls, merge_stats
 
@@ -33,8 +34,10 @@ from .policy.models import (
 from .policy.packing import micro_batches
 from .policy.teacher import Teacher, teacher_of
 from .policy.update import (
+    Stopped,
     live_batch,
     log_probs_under,
+    require_contract,
     router_totals,
     sampling_metrics,
     student_terms,
@@ -46,13 +49,13 @@ from .reports.report import (
     Clock,
     Reporter,
     hub_repository,
-    model_card,
     plot_runs,
     print_samples,
     push,
     read_metrics,
     require_packages,
     samples_of,
+    write_card,
     write_completions,
 )
 from .sampling.evaluation import evaluate
@@ -65,8 +68,8 @@ from .sampling.rollout import (
     roll_out,
     rollout_metrics,
 )
+from .tasks import rewards
 from .tasks.data import load_data, rows_of_step
-from .tasks.rewards import RewardError, load_reward_funcs, reward_metrics
 
 
 class Passed(NamedTuple):
@@ -93,14 +96,14 @@ class Trainer:
             if not getattr(config, name):
                 raise UserError(f"{name} is not set; give it in the config or as --{name}.")
         self.run_dir = Path(config.output_dir)
-        if resume_from is None:
-            self.processes.once(lambda: checkpoint.require_new_run(self.run_dir))
+        self.inside = []  # of the main process: what keeps other runs out, to the end of train()
+        self.processes.once(lambda: self.inside.append(checkpoint.enter(self.run_dir, resume_from)))
         self.loss_config = config.loss_config()
         on_gpu = torch.cuda.is_available() and not config.device.startswith("cpu")
         why_not = available_impls(None if on_gpu else torch.empty(0)).get(config.impl, "ok")
         if why_not != "ok":
             raise UserError(f"impl={config.impl!r} cannot run: {why_not}")
-        self.reward_funcs = load_reward_funcs(reward_funcs or config.reward_funcs, config)
+        self.reward_funcs = rewards.load_reward_funcs(reward_funcs or config.reward_funcs, config)
         require_packages(config)
         weights = str(resume_from or config.model_name_or_path)
         self.tokenizer = checkpoint.load_tokenizer(weights)
@@ -108,20 +111,23 @@ class Trainer:
         self.rows, self.held_out = load_data(
             config, self.tokenizer, log if self.processes.main else lambda *_: None, self.processor
         )
+        rows = [*self.rows, *self.held_out]
+        self.processes.once(lambda: rewards.require_scorable(self.reward_funcs, rows))
         self.questions = config.generation_batch_size // config.num_generations
         self.max_steps = config.steps_over(len(self.rows))
-        self.processes.require_room_for(self.questions, [*self.rows, *self.held_out])
+        self.processes.require_room_for(self.questions, rows)
         self.model = load_student(config, weights, resuming=resume_from is not None)
         self.weights = MasterWeights(self.model, config.bf16)
         self.policy = open_policy(self.model, self.tokenizer.pad_token_id, config)
-        require_room(self.model, [*self.rows, *self.held_out], config)
+        require_room(self.model, rows, config)
         self.sample = choose_sampler(self.model, self.tokenizer, config, self.processes, log)
-        self.flops, self.peak_flops = Flops(self.model), peak_flops(self.model.device)
-        shard = self.processes.shard
+        self.flops, shard = Flops(self.model), self.processes.shard
         if self.processes.sharded:  # layer by layer its shards go back to the device
             self.weights.undo()
             self.model.to("cpu")
         self.teacher = teacher_of(config, self.policy, self.tokenizer, shard)
+        if config.teacher_model_name_or_path:
+            require_room(self.teacher.model, self.rows, config)
         self.reference = Teacher(self.model, "base", shard=shard) if config.beta > 0 else None
         if config.gradient_checkpointing:  # after the copies: they never see a backward pass
             checkpoint_layers(self.model)
@@ -139,8 +145,8 @@ class Trainer:
         self.parts = checkpoint.Parts(
             self.optimizer, self.scheduler, self.weights, self.teacher, self.reference
         )
-        self.clock = Clock(self.model.device)
-        self.step = self.parts.load(resume_from) if resume_from else 0
+        self.clock, self.peak_flops = Clock(self.model.device), peak_flops(self.model.device)
+        self.step = self.saved = self.parts.load(resume_from) if resume_from else 0
 
     def train(self):
         """Run to the last step; returns the records of metrics.jsonl in the main process."""
@@ -153,26 +159,29 @@ class Trainer:
         with Reporter(
             self.run_dir, dataclasses.asdict(config), config.report_to, self.max_steps, self.step,
             silent=not self.processes.main,
-        ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)):
+        ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)), \
+                rewards.rescued_by(lambda error: self._saved(self.processes.told(error))):
             self.processes.once(report.start_trackers)
             if self.step == 0 and config.eval_steps:
-                report.log(0, self.evaluate())
+                report.progress(0, report.log(0, self.evaluate()))
             while self.step < self.max_steps:
                 try:
-                    metrics, samples = self.train_step(self.step + 1)
-                except RewardError as error:  # raised before the update: nothing need be lost
+                    (metrics, samples), evaluated = self.train_step(self.step + 1), {}
+                    self.step += 1
+                    try:
+                        evaluated = self.evaluate() if self._due(config.eval_steps) else {}
+                    finally:
+                        record = report.log(self.step, metrics | evaluated)
+                except UserError as error:
                     raise self._saved(error) from error.__cause__
-                self.step += 1
-                if self._due(config.eval_steps):
-                    metrics |= self.evaluate()
-                record = report.log(self.step, metrics)
-                if self._due(config.logging_steps):
+                if evaluated or self._due(config.logging_steps):
                     report.progress(self.step, record)
                 if samples and self.processes.main:
                     write_completions(self.run_dir, self.step, samples)
                     print_samples(samples, self.step)
                 if self._due(config.save_steps) or self.step == self.max_steps:
                     self.save()
+        self.inside.clear()
         if not self.processes.main:
             return []
         if config.plot_curves:
@@ -182,12 +191,17 @@ class Trainer:
         return read_metrics(self.run_dir)
 
     def _saved(self, error):
-        """The error, and where all steps before it are safe."""
-        where = self.run_dir / f"checkpoint-{self.step}"
-        if self.step and not self.processes.once(where.exists):
-            self.save()
-        said = f"{str(error).rstrip('.')}; all {self.step} steps before are safe in {where}."
-        return UserError(said) if self.step else error
+        """The error, and where all steps so far are safe: here they are saved, if they can be."""
+        if not self.step:
+            return error
+        together = self.processes.size == 1 or isinstance(error, rewards.RewardError | Stopped)
+        safe = checkpoint.standing(self.run_dir)
+        # A last update may have made NaN of the weights, and a save removes older checkpoints.
+        if together and math.isfinite(whole(get_total_norm(self.weights.masters)).item()):
+            if self.saved < self.step:
+                self.save()
+            safe = f"all {self.step} steps before are safe in {self.run_dir}/checkpoint-{self.step}"
+        return UserError(f"{str(error).rstrip('.')}; {safe}.")
 
     def _due(self, every):
         return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
@@ -197,7 +211,7 @@ class Trainer:
         if not self.held_out:
             return {}
         began = time.monotonic()
-        with memory_named("evaluating", "rollout_batch_size", self.run_dir):
+        with memory_named("evaluating", "rollout_batch_size"):
             metrics = evaluate(
                 self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
                 self.config.seed, self.processes, self.sample,
@@ -215,7 +229,7 @@ class Trainer:
         rows = rows_of_step(self.rows, self.questions, step, config.seed)
         rows = [row for row in rows for _ in range(size)]
         with self.clock("rollout"), memory_named(
-            "sampling", "rollout_batch_size or max_completion_length", self.run_dir
+            "sampling", "rollout_batch_size or max_completion_length"
         ):
             if supervised:
                 rollout = references(
@@ -233,7 +247,7 @@ class Trainer:
 
         with memory_named(
             "training", "per_device_train_batch_size or max_tokens_per_micro_batch, or set "
-            "gradient_checkpointing, bf16 or use_peft", self.run_dir,
+            "gradient_checkpointing, bf16 or use_peft",
         ):
             batch, live = self.make_batch(rollout, advantages, step)
             metrics, outputs = self.update(batch, step)
@@ -247,7 +261,7 @@ class Trainer:
             self.flops.update(batch, config) / self.processes.size, self.peak_flops,
         )
         if not supervised:
-            metrics |= reward_metrics(self.reward_funcs, rollout.rewards_per_func)
+            metrics |= rewards.reward_metrics(self.reward_funcs, rollout.rewards_per_func)
             metrics |= leak_metrics(rollout, config, "leak_rate")
         samples = None
         if config.log_completions_steps and step % config.log_completions_steps == 0:
@@ -330,7 +344,7 @@ class Trainer:
         config, parts = self.config, self._micro_batches(batch)
         log_probs, teacher_log_probs = (torch.zeros_like(batch.loss_weights) for _ in range(2))
         losses = torch.zeros(2, dtype=torch.float64, device=batch.mask.device)
-        totals, stats, errors = None, [], {}
+        totals, stats, deviations = None, [], []
         if self.policy.router and (len(parts) > 1 or self.processes.size > 1):
             with self.clock("loss"):
                 totals = router_totals(self.policy, batch, parts)
@@ -345,52 +359,46 @@ class Trainer:
                         full_vocabulary=config.method.distils, sharded=self.processes.sharded,
                     )
             with self.clock("loss"):
-                out, aux, found = student_terms(
+                out, aux, deviation = student_terms(
                     self.policy, part, teacher, lam, loss_config, config, totals=totals,
-                    check_at=step if check and k == 0 else None,
+                    check=check and k == 0,
                 )
                 aux = aux * bool(rows)
                 ((out.loss + aux) * self.processes.loss_scale()).backward()
                 losses += torch.stack([out.loss.detach(), aux.detach()])
-            errors |= {f"validate/{name}": error for name, error in found.items()}
+            deviations += [deviation] if deviation else []
             if rows:
                 stats.append(out.stats)
                 log_probs[rows, : out.log_probs.shape[1]] = out.log_probs
                 if out.teacher_log_probs is not None:
                     teacher_log_probs[rows, : out.log_probs.shape[1]] = out.teacher_log_probs
         self.processes.sum_(losses)
+        if check:
+            self.processes.everywhere(lambda: [require_contract(*d, step) for d in deviations])
+        errors = {f"validate/{name}": e for found, _ in deviations for name, e in found.items()}
         return Passed(*losses.tolist(), log_probs, teacher_log_probs, stats, errors)
 
     def optimizer_step(self, step, loss):
         """One step on the gradients of all processes; returns their norm."""
         with self.clock("optim"):
             self.processes.sum_gradients(self.weights.masters)
-            grad_norm = whole(torch.nn.utils.clip_grad_norm_(
-                self.weights.masters, self.config.max_grad_norm
-            )).item()
-            self._require_finite(loss, grad_norm, step)
+            norm = clip_grad_norm_(self.weights.masters, self.config.max_grad_norm)
+            grad_norm = whole(norm).item()
+            if not math.isfinite(loss + grad_norm):
+                raise Stopped(
+                    f"Step {step}: loss is {loss} and the gradient norm {grad_norm}, so training "
+                    "stopped before this update; lower learning_rate or look at the rewards."
+                )
             self.optimizer.step()
             self.weights.publish()
         return grad_norm
 
-    def _require_finite(self, loss, grad_norm, step):
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        raise UserError(
-            f"Step {step}: loss is {loss} and the gradient norm {grad_norm}, so training stopped "
-            "before this update; lower learning_rate or look at the rewards; "
-            f"{checkpoint.standing(self.run_dir)}."
-        )
-
     def save(self):
         """Write checkpoint-<step> of the run, whole or not at all."""
-        def card():
-            text = model_card(self.config, self.step, read_metrics(self.run_dir))
-            (self.run_dir / "README.md").write_text(text, encoding="utf-8")
-            return text
-
+        self.saved = self.step
         return checkpoint.save(
             self.run_dir, self.step, self.model, self.processor or self.tokenizer, self.parts,
             self.processes, sharded=self.config.sharded_checkpoints,
-            limit=self.config.save_total_limit, card=self.processes.once(card),
+            limit=self.config.save_total_limit,
+            card=self.processes.once(lambda: write_card(self.run_dir, self.config, self.step)),
         )

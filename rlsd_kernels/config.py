@@ -144,3 +144,12 @@ class RLSDLossConfig:
             1 + self.epsilon_high, math.inf if self.delta is None else float(self.delta),
             float(self.beta),
         )
+
+
+def check_config(config):
+    """Raise TypeError in one sentence unless config is what the losses read."""
+    if not isinstance(config, RLSDLossConfig):
+        raise TypeError(
+            f"config must be an RLSDLossConfig, but got {type(config).__name__}; leave it out for "
+            "the defaults."
+        )

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -97,14 +98,25 @@ def _torch_folder():
 
 
 def command(compiler, output, archs, sources, *options):
-    """The one nvcc command. libtorch.so brings in libtorch_cuda.so where torch has it."""
+    """The one nvcc command. libtorch.so brings in libtorch_cuda.so where torch has it, and defines
+    nothing itself: linkers that drop such a library by default, as Ubuntu's, are told not to."""
     torch = _torch_folder()
     return [
         compiler, "-shared", "-std=c++17", "-O3", "-Xcompiler", "-fPIC",
         "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", f"-I{torch / 'include'}",
-        *_arch_flags(archs), *options, *map(str, sources), f"-L{torch / 'lib'}", "-ltorch",
-        "-ltorch_cpu", "-o", str(output),
+        *_arch_flags(archs), *options, *map(str, sources), "-Xlinker", "--no-as-needed",
+        f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-o", str(output),
     ]
+
+
+def _did_not_compile(archs, log):
+    """What to raise, by the output that a failed build left in log."""
+    lines = log.read_text().splitlines()
+    errors = [x for x in lines if re.search(r"\berror\b|fatal", x, re.I)] or lines[-1:]
+    return Unavailable(
+        f"The CUDA extension did not compile for {';'.join(archs)}: "
+        f"{errors[0].strip() if errors else 'no output'} (all of it in {log})."
+    )
 
 
 def build(output, archs):
@@ -131,12 +143,7 @@ def build(output, archs):
     log.write_text(done.stdout)
     if done.returncode != 0:
         part.unlink(missing_ok=True)
-        lines = done.stdout.splitlines()
-        errors = [x for x in lines if re.search(r"\berror\b|fatal", x, re.I)] or lines[-1:]
-        raise Unavailable(
-            f"The CUDA extension did not compile for {';'.join(archs)}: "
-            f"{errors[0].strip() if errors else 'no output'} (all of it in {log})."
-        )
+        raise _did_not_compile(archs, log)
     log.unlink()
     major, minor = nvcc_version(compiler)
     info = {"archs": archs, "sources": source_hash(), "cuda": [major, minor]}
@@ -271,14 +278,21 @@ def _find():
     return cached, None if cached.exists() else archs
 
 
+_failed = []  # why this process could not build or load it: it is not tried again
+
+
 @functools.cache
-def status():
-    """"ok", or in one sentence why impl='cuda' cannot run here. Compiles and loads nothing."""
+def _found():
     try:
         _find()
     except Unavailable as reason:
         return str(reason)
     return "ok"
+
+
+def status():
+    """"ok", or in one sentence why impl='cuda' cannot run here. Compiles and loads nothing."""
+    return _failed[0] if _failed else _found()
 
 
 @contextlib.contextmanager
@@ -291,19 +305,45 @@ def _locked(path):
         yield
 
 
-@functools.cache
-def load():
-    """torch.ops.rlsd_cuda, built if it must be."""
+def _build_once(path, archs):
+    """Build into the cache unless another process does so meanwhile, or has just failed to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, log = path.with_suffix(".lock"), path.with_suffix(".log")
+    began = time.time_ns()
+    with _locked(lock):
+        if path.exists():
+            return
+        if log.exists() and log.stat().st_mtime_ns >= began:
+            raise _did_not_compile(archs, log)
+        build(path, archs)
+
+
+def _build_and_load():
     import torch
 
     path, archs = _find()
     if archs is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            if not path.exists():
-                build(path, archs)
+        try:
+            _build_once(path, archs)
+        except OSError as error:
+            raise Unavailable(
+                f"The CUDA extension cannot be built in {path.parent}: {error}; set XDG_CACHE_HOME "
+                "to a folder that can be written."
+            ) from None
     try:
         torch.ops.load_library(path)
     except OSError as error:
         raise Unavailable(f"The CUDA extension {path} does not load: {error}.") from None
     return torch.ops.rlsd_cuda
+
+
+@functools.cache
+def load():
+    """torch.ops.rlsd_cuda, built if it must be. A failure is final for this process."""
+    if status() != "ok":
+        raise Unavailable(status())
+    try:
+        return _build_and_load()
+    except Unavailable as error:
+        _failed.append(str(error))
+        raise

@@ -132,6 +132,8 @@ def check_tensor(name, value, *, shape=None, like=None, kind="float", why=""):
             f"{name} is a DTensor; call this inside the module's forward, where FSDP2 has gathered "
             "it, or pass full_tensor(), or a vocabulary shard's to_local() with tp_group."
         )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, but its layout is {value.layout}; call to_dense().")
     kinds = {
         "float": value.is_floating_point(),
         "int64": value.dtype == torch.int64,
@@ -205,7 +207,7 @@ def check_workspace(max_workspace_bytes, tensor):
         raise TypeError(
             f"max_workspace_bytes must be an int or None, but got {max_workspace_bytes!r}."
         )
-    check_number("max_workspace_bytes", max_workspace_bytes, 1)
+    check_number("max_workspace_bytes", max_workspace_bytes, 1, 2**63 - 1)
     return max_workspace_bytes
 
 
@@ -228,6 +230,11 @@ def check_weight(name, weight, hidden, hidden_name="hidden"):
         raise ValueError(
             f"{name} must have shape (V, {hidden.shape[-1]}) to match {hidden_name} "
             f"{tuple(hidden.shape)}, but got {tuple(weight.shape)}{sharded}."
+        )
+    if 0 in weight.shape:
+        raise ValueError(
+            f"{name} must have at least one row and one column, but its shape is "
+            f"{tuple(weight.shape)}."
         )
     if weight.dtype != hidden.dtype:
         raise ValueError(

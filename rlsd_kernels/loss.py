@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import pipeline, ref
-from .config import TOKEN_SUMS, RLSDLossConfig, check_number, compute_dtype
+from .config import TOKEN_SUMS, RLSDLossConfig, check_config, check_number, compute_dtype
 from .logprob import (
     autocast_head,
     check_finite,
@@ -285,6 +285,7 @@ def fused_linear_rlsd_loss(
         or a missing teacher or reference.
     Source: arXiv 2604.03128, equations 13 to 15 and algorithm 1.
     """
+    check_config(config)
     hidden, weight, bias, teacher_hidden, teacher_weight = autocast_head(
         hidden, weight, bias, teacher_hidden, teacher_weight
     )
@@ -408,6 +409,7 @@ def rlsd_loss(
     config.temperature is not used: log-probs are taken as they come.
     Source: arXiv 2604.03128, equations 13 to 15 and algorithm 1.
     """
+    check_config(config)
     check_tensor("log_probs", log_probs)
     dtype, shape = compute_dtype(log_probs.dtype), log_probs.shape
     lam, use_teacher = _effective_lambda(
@@ -545,6 +547,7 @@ class FusedLinearRLSDLoss(nn.Module):
 
     def __init__(self, config=RLSDLossConfig(), **fixed):  # noqa: B008
         super().__init__()
+        check_config(config)
         self.config, self.fixed = config, fixed
 
     def forward(self, hidden, weight, completion_ids, advantages, **per_call):

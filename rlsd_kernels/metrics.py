@@ -80,6 +80,10 @@ def merge_stats(many):
     many: non-empty list of RLSDLossOutput.stats. Every mean is weighted by its own token count;
     counts add up; a mean over no token is NaN. Returns a dict of 0-dim tensors.
     """
+    if not isinstance(many, list | tuple) or not many or not all(
+        isinstance(s, dict) and s.keys() >= set(_COUNTS) for s in many
+    ):
+        raise ValueError("many must be a list of RLSDLossOutput.stats, with at least one.")
     merged = {name: sum(s[name] for s in many) for name in _COUNTS}
     for name, count in _MEAN_OVER.items():
         if name in many[0]:

@@ -40,7 +40,7 @@ def _compile(name, sources, options, headers):
     return path
 
 
-def _cuda_headers():
+def cuda_headers():
     nvcc = extension.nvcc()
     if nvcc is None:
         pytest.skip("the CUDA toolkit, whose headers csrc includes, is not installed")
@@ -55,7 +55,7 @@ def operators():
     folder, stable = extension.source_folder(), Path(torch.__file__).parent
     headers = [*sorted(folder.iterdir()), TESTS / "cuda_emulation.h"]
     options = [
-        "-isystem", str(_cuda_headers()), "-isystem", str(stable / "include"),
+        "-isystem", str(cuda_headers()), "-isystem", str(stable / "include"),
         f"-DTORCH_TARGET_VERSION={extension.TARGET_TORCH}", "-include",
         str(TESTS / "cuda_emulation.h"), f"-L{stable / 'lib'}", "-Wl,--no-as-needed", "-ltorch",
         "-ltorch_cpu",

@@ -129,8 +129,11 @@ def worst(got, truth):
     return float(error.flatten()[i]), f"worst element {where}: got {g:.9g}, expected {t:.9g}"
 
 
-def assert_as_accurate(got, same_dtype, truth):
-    """err(got, truth) <= 2 err(same_dtype, truth) + the reference's rounding noise, per output."""
+def assert_as_accurate(got, same_dtype, truth, *, terms=1):
+    """err(got, truth) <= 2 err(same_dtype, truth) + the reference's rounding noise, per output.
+
+    terms: of a sum that the implementation may form one term after another and the reference not.
+    """
     assert got.keys() == truth.keys() == same_dtype.keys()
     for name, value in got.items():
         expected = truth[name]
@@ -145,7 +148,8 @@ def assert_as_accurate(got, same_dtype, truth):
         eps = torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps
         # Gradients are sums over V or N, whose order depends on the chunk's height, times a ratio
         # exp(log p - log p_old), whose relative error is eps |log p|, |log p| up to 16 here.
-        noise = ((32 if gradient else 4) * eps + 32 * torch.finfo(torch.float64).eps) * scale
+        units = max(32, 2 * (terms / 2) ** 0.5) if gradient else 4
+        noise = (units * eps + 32 * torch.finfo(torch.float64).eps) * scale
         noise += own.smallest_normal * own.eps  # the spacing of fp16 below 6e-5
         allowed = 2 * peer + noise
         assert error <= allowed, (

@@ -1,7 +1,6 @@
 """The command line: what each command prints, and one sentence for every mistake."""
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ import rlsd.demo
 import rlsd.reports.report
 import rlsd.trainer
 from rlsd import __version__
-from rlsd.cli import COMMANDS, TESTED_HOSTS, main, parse_options
+from rlsd.cli import COMMANDS, main, parse_options
 from rlsd.config import TrainConfig
 from rlsd.policy import checkpoint
 from rlsd_kernels import torch_impl
@@ -122,6 +121,9 @@ def test_bad_option(arguments, words, tmp_path, capsys):
         (["plot", "nowhere", "--colour", "red"], "Usage: rlsd plot RUN"),
         (["validate", "fast"], "rlsd validate takes no arguments, but got fast"),
         (["bench", "--columns", "7"], "rlsd bench has no option --columns"),
+        (["bench", "--rows", "9" * 30], "--rows must be less than 2147483648"),
+        (["bench", "--rows", "2000000000", "--vocab_size", "2000000000"], "Out of memory while"),
+        (["train", "--seed", "9" * 30], "--seed must be at most 2147483648"),
         (["doctor", "--verbose", "1"], "rlsd doctor takes no arguments, but got --verbose 1"),
         (["train", "--resume_from_checkpoint", "nowhere"], "There is no run folder"),
         (["train", "--resume_from_checkpoint", "2024"], "There is no run folder"),
@@ -526,45 +528,6 @@ def test_validate_fails_on_a_wrong_implementation(capsys, monkeypatch, no_interp
     assert "20 rows broke the contract" in out and not re.search(r"^ref .*FAILED", out, re.M)
 
 
-def test_doctor_says_what_is_installed_and_what_runs(capsys):
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert f"rlsd {__version__}, Python 3." in out
-    assert re.search(rf"^  transformers +{re.escape(transformers.__version__)} ", out, re.M)
-    assert re.search(r"^  torch +ok$", out, re.M)
-    assert re.search(r"^  impl='auto' runs '\w+'", out, re.M)
-
-
-@pytest.mark.parametrize("versions, lines", [
-    ({}, ["trl +missing", "ms-swift +missing", "verl +missing"]),
-    ({"trl": "1.16.3", "ms-swift": "4.5.0", "verl": "0.9.1"},
-     ["trl +1.16.3 +tested", "ms-swift +4.5.0 +outside the tested range, 4.6.x",
-      "verl +0.9.1 +tested"]),
-], ids=["missing", "installed"])
-def test_doctor_says_which_integrations_load(capsys, monkeypatch, versions, lines):
-    installed = importlib.metadata.version
-
-    def version(name):
-        if name not in TESTED_HOSTS:
-            return installed(name)
-        if name not in versions:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return versions[name]
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out.split("\nIntegrations\n")[1].splitlines()
-    assert len(out) == len(lines)
-    for line, pattern in zip(out, lines, strict=True):
-        assert re.fullmatch(f"  {pattern}", line), line
-
-
-def test_doctor_and_the_hooks_name_the_same_versions():
-    for name, tested in TESTED_HOSTS.items():
-        hook = Path(rlsd.__file__).parent / "integrations" / f"{name.replace('-', '_')}.py"
-        assert f'"{tested}"' in hook.read_text()
-
-
 def test_help_and_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
@@ -674,3 +637,88 @@ def test_helpers_write_what_the_tests_read(tmp_path):
     # The tests above mean nothing if the plain configuration were not accepted.
     assert main(["train", "--config", write_config(tmp_path, max_steps=1)]) == 0
     assert set(options(tmp_path)) <= set(TrainConfig.__dataclass_fields__)
+
+
+def test_training_outlives_its_terminal(tmp_path):
+    """`rlsd train | head -1`: what is printed is lost, the run and its exit status are not."""
+    process = child(
+        "-m", "rlsd.cli", "train", "--config", write_config(tmp_path, max_steps=3, eval_steps=1)
+    )
+    assert process.stdout.readline()
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(timeout=120) == 0 and stderr == ""
+    run = tmp_path / "run"
+    assert checkpoint.latest(run).name == "checkpoint-3"
+    assert [json.loads(x)["step"] for x in open(run / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def reward_that_fails(prompts, completions, **columns):
+    print("\ud800 and \u221e", flush=True)
+    reward_that_fails.calls = getattr(reward_that_fails, "calls", 0) + 1
+    if reward_that_fails.calls == 2:
+        raise ConnectionError("the judge is away")
+    return [float(i % 3) for i in range(len(completions))]
+
+
+@pytest.mark.parametrize("closed", ["reader", "both-readers", "from-the-start"])
+def test_the_exit_status_is_true_without_a_terminal(closed, tmp_path):
+    config = write_config(tmp_path, max_steps=3, reward_funcs=["test_cli.reward_that_fails"])
+    arguments = ["-m", "rlsd.cli", "train", "--config", config]
+    if closed == "from-the-start":
+        arguments = ["-c", "import os, sys; os.close(1); os.close(2); os.execv(sys.executable, "
+                     "[sys.executable, *sys.argv[1:]])", *arguments]
+    process = child(*arguments, environment={"PYTHONIOENCODING": "ascii"})
+    process.stdout.close()
+    if closed == "both-readers":
+        process.stderr.close()
+    elif closed == "reader":
+        assert "the judge is away" in one_sentence(process.stderr.read())
+    assert process.wait(timeout=120) == 2
+    assert checkpoint.latest(tmp_path / "run").name == "checkpoint-1"
+
+
+def test_the_baseline_is_shown(tmp_path, capsys):
+    config = write_config(tmp_path, max_steps=4, eval_steps=3, logging_steps=10)
+    assert main(["train", "--config", config]) == 0
+    shown = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step ")]
+    # Every evaluation is shown, whether or not a progress line is due.
+    assert [x.split("  ")[0] for x in shown] == ["step 0/4", "step 3/4", "step 4/4"]
+    assert all("pass@1_sampled " in x for x in shown) and "s/step" not in shown[0]
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_only_curves_that_are_drawn_are_announced(drawn, tmp_path, capsys):
+    assert main(["train", "--config", write_config(tmp_path, plot_curves=drawn)]) == 0
+    assert ("curves.png" in capsys.readouterr().out) is drawn
+
+
+def test_a_resumed_run_keeps_the_name_of_its_model(tmp_path, capsys):
+    make_trainer(tmp_path, max_steps=1).train()
+    run, model = tmp_path / "run", str(tmp_path / "model")
+    before = (run / "config.yaml").read_bytes()
+    message = fails(
+        capsys, "train", "--resume_from_checkpoint", run, "--model_name_or_path", tmp_path / "other"
+    )
+    assert message == (
+        "rlsd: A resumed run goes on with the model of its checkpoint, which was made with "
+        f"model_name_or_path {model}, but model_name_or_path is {tmp_path}/other; leave it out."
+    )
+    message = fails(
+        capsys, "train", "--resume_from_checkpoint", run, "--lora_target_modules", "q_proj"
+    )
+    assert "made with lora_target_modules ['all-linear'], but" in message
+    assert (run / "config.yaml").read_bytes() == before
+    assert main(["train", "--resume_from_checkpoint", str(run), "--max_steps", "2",
+                 "--model_name_or_path", f"{tmp_path}/run/../model",
+                 "--lora_target_modules", "all-linear"]) == 0
+
+
+def test_a_second_scratch_run_cannot_use_the_first_s_warm_start(tmp_path, capsys):
+    lock = checkpoint.RunLock(tmp_path / "run-warm-start")
+    code = ("import sys; from rlsd.cli import main; "
+            "sys.exit(main(['train', '--config', sys.argv[1], '--scratch_steps', '1']))")
+    process = child("-c", code, write_config(tmp_path, model_name_or_path="scratch"))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2 and f"in use by process {os.getpid()}" in one_sentence(stderr)
+    assert lock and not (tmp_path / "run").exists()

@@ -25,8 +25,8 @@ FLOORS = [
     ["objectives"],
 ]
 ROOMS = {
-    "tasks": [["rewards"], ["data"], ["grader"], ["math_judge"], ["sandbox"], ["prompts"],
-              ["images"]],
+    "tasks": [["rewards"], ["scorers"], ["data"], ["grader"], ["judges"], ["deadline"], ["sandbox"],
+              ["prompts"], ["images"], ["answers"]],
     "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"],
                ["distributed"], ["advantages"]],
     "sampling": [["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],

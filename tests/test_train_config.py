@@ -5,6 +5,7 @@ import pytest
 
 from rlsd import TrainConfig, UserError, load_yaml, make_config
 from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE, LR_SCHEDULERS, TEACHER_MODEL_KINDS
+from rlsd.tasks.data import rows_of_step
 
 # option -> values that must be refused
 BAD = {
@@ -301,3 +302,51 @@ def test_missing_yaml_names_the_file(tmp_path):
         with pytest.raises(UserError) as error:
             load_yaml(path)
         one_sentence(error, path)
+
+
+@pytest.mark.parametrize("name, value, most", [
+    ("seed", 2**32, 2**32 - 1), ("seed", 2**70, 2**32 - 1), ("dataset_seed", 10**5000, 2**32 - 1),
+    ("max_steps", 2**63, 2**63 - 1), ("generation_batch_size", 10**5000, 2**63 - 1),
+], ids=["seed", "huge-seed", "dataset-seed", "steps", "batch"])
+def test_numbers_beyond_the_machine_s_are_one_sentence(name, value, most):
+    with pytest.raises(UserError) as error:
+        make_config({name: value})
+    assert str(error.value).startswith(f"{name} must be at most {most}, but got ")
+    one_sentence(error)
+    with pytest.raises(UserError, match=f"^{name} must be at least "):
+        make_config({name: -value})
+
+
+@pytest.mark.parametrize("value", ["1e400", math.inf, 1.5])
+def test_a_split_that_is_no_number_of_rows(value):
+    with pytest.raises(UserError, match="^eval_split_size must be a whole number of rows or a sh"):
+        make_config({"eval_split_size": value})
+
+
+def test_a_null_byte_is_one_sentence():
+    for options in ({"output_dir": "a\0b"}, {"reward_funcs": ["a\0"]}):
+        with pytest.raises(UserError, match=f"^{next(iter(options))} must not contain a null byte"):
+            make_config(options)
+
+
+def test_the_largest_seed_reaches_every_generator():
+    config = make_config({"seed": 2**32 - 1})
+    assert len(rows_of_step([{}] * 5, 3, 10**6, config.seed)) == 3
+    assert 2**32 * 1_000_003 + 10**6 < 2**63  # the largest that torch is seeded with
+
+
+def test_a_wrong_value_of_any_length_stays_one_line():
+    for value in ("x" * 5000, [10**5000], {"a": "b\nc" * 900}):
+        with pytest.raises(UserError) as error:
+            make_config({"learning_rate": value})
+        assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 5000, f"seed: {'9' * 5000}", "date: 2024-13-45", "a: !!int x", "a: !!python/none",
+], ids=lambda text: text[:12])
+def test_yaml_that_python_cannot_hold_is_one_sentence(text, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^The config {path} is not valid YAML"):
+        load_yaml(path)

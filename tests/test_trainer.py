@@ -35,8 +35,10 @@ import rlsd.trainer
 from rlsd import UserError
 from rlsd.cli import main
 from rlsd.config import make_config
+from rlsd.policy import checkpoint
 from rlsd.policy.models import STUDENT, TEACHER, adapter_weights
 from rlsd.tasks.data import rows_of_step
+from rlsd.tasks.rewards import RewardError
 from rlsd_kernels import torch_impl
 
 # Measured over the cases below: 1e-6, once 1e-4 where Adam normalises a gradient that is nearly 0;
@@ -437,7 +439,7 @@ def test_bf16_micro_batches_agree_and_masters_are_saved(tmp_path):
     ("student_terms", "training; lower per_device_train_batch_size"),
 ])
 def test_out_of_memory_names_what_to_lower(phase, hint, tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, max_steps=3, save_steps=1)
+    trainer = make_trainer(tmp_path, max_steps=3)
     real_step = trainer.train_step
 
     def full(*args, **kwargs):
@@ -452,7 +454,9 @@ def test_out_of_memory_names_what_to_lower(phase, hint, tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         trainer.train()
     assert str(error.value).startswith(f"Out of memory while {hint}")
-    assert str(error.value).endswith("checkpoint-1.") and "\n" not in str(error.value)
+    saved = tmp_path / "run" / "checkpoint-1"
+    assert str(error.value).endswith(f"; all 1 steps before are safe in {saved}.")
+    assert "\n" not in str(error.value) and checkpoint.load_state(saved)["step"] == 1
 
 
 def test_time_is_split_and_throughput_logged(tmp_path):
@@ -535,7 +539,7 @@ def test_validate_every_stops_a_wrong_implementation(wrong, tmp_path, monkeypatc
         out[wrong] = out[wrong] * 1.01
         return out
 
-    trainer = make_trainer(tmp_path, max_steps=3, validate_every=2, save_steps=1)
+    trainer = make_trainer(tmp_path, max_steps=3, validate_every=2)
     real_step = trainer.train_step
 
     def train_step(step):
@@ -545,7 +549,9 @@ def test_validate_every_stops_a_wrong_implementation(wrong, tmp_path, monkeypatc
 
     trainer.train_step = train_step
     name = ("loss", "dh")[wrong]
-    with pytest.raises(UserError, match=f"^Step 2: {name} of the fused loss deviates .*\\.$"):
+    with pytest.raises(UserError, match=(
+        f"^Step 2: {name} of the fused loss deviates .*; all 1 steps before are safe in .*\\.$"
+    )):
         trainer.train()
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1")
     assert_same(parameters(model), parameters(trainer.model))
@@ -565,22 +571,72 @@ def poisoned_reward(trainer_of, at_call):
     return reward
 
 
-def test_nan_in_the_loss_stops_before_the_update(tmp_path):
+def test_nan_in_the_weights_is_not_saved(tmp_path):
+    """Over the last good checkpoint, save_total_limit would put one that is worth nothing."""
     box = []
     box.append(make_trainer(
-        tmp_path, max_steps=4, save_steps=1, reward=poisoned_reward(box, at_call=3)
+        tmp_path, max_steps=4, save_steps=2, save_total_limit=1,
+        reward=poisoned_reward(box, at_call=4),
     ))
     with pytest.raises(UserError) as error:
         box[0].train()
     run = tmp_path / "run"
     message = str(error.value)
-    assert message.startswith("Step 3: loss is nan") and message.endswith(f"{run}/checkpoint-2.")
+    assert message.startswith("Step 4: loss is nan")
+    assert message.endswith(f"; the last good checkpoint is {run}/checkpoint-2.")
     saved = parameters(transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint-2"))
+    assert all(p.isfinite().all() for p in saved.values())
     now = parameters(box[0].model)
-    poisoned = [name for name in saved if not torch.equal(saved[name], now[name])]
-    assert poisoned == ["model.norm.weight"]
-    assert torch.equal(saved["model.norm.weight"][1:], now["model.norm.weight"][1:])
-    assert [json.loads(line)["step"] for line in open(run / "metrics.jsonl")] == [1, 2]
+    assert [name for name in now if not now[name].isfinite().all()] == ["model.norm.weight"]
+    assert [json.loads(line)["step"] for line in open(run / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
+def test_a_step_that_is_not_finite_loses_no_step(what, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=5)
+    real_accumulate, real_norm = trainer.accumulate, rlsd.trainer.clip_grad_norm_
+
+    def accumulate(batch, step, *args):
+        passed = real_accumulate(batch, step, *args)
+        return passed._replace(loss=math.inf) if step == 4 and what == "loss" else passed
+
+    def norm(weights, most):
+        found = real_norm(weights, most)
+        return found * math.nan if trainer.step == 3 and what == "grad_norm" else found
+
+    monkeypatch.setattr(trainer, "accumulate", accumulate)
+    monkeypatch.setattr(rlsd.trainer, "clip_grad_norm_", norm)
+    saved = tmp_path / "run" / "checkpoint-3"
+    with pytest.raises(UserError, match=(
+        f"^Step 4: loss is .*so training stopped before this update; .*; all 3 steps before are "
+        f"safe in {saved}\\.$"
+    )):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = make_trainer(tmp_path, max_steps=5, resume_from=saved)
+    records = resumed.train()
+    whole = make_trainer(tmp_path, max_steps=5, output_dir=str(tmp_path / "whole"))
+    assert without_times(whole.train()) == without_times(records)
+    assert_same(parameters(whole.model), parameters(resumed.model))
+
+
+def test_a_failing_evaluation_loses_no_step(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=5, eval_steps=2)
+
+    def away(*args):
+        if trainer.step == 4:
+            raise RewardError("The reward function judge is away.")
+        return {"eval/pass@1": 0.5}
+
+    monkeypatch.setattr(rlsd.trainer, "evaluate", away)
+    run = tmp_path / "run"
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    assert str(error.value) == (
+        f"The reward function judge is away; all 4 steps before are safe in {run}/checkpoint-4."
+    )
+    assert checkpoint.load_state(run / "checkpoint-4")["step"] == 4
+    assert [json.loads(line)["step"] for line in open(run / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_nan_weights_stop_the_rollout_in_one_sentence(tmp_path):
@@ -599,6 +655,14 @@ def test_bad_reward_names_function_and_row(bad, tmp_path):
     trainer = make_trainer(tmp_path, reward=my_reward)
     with pytest.raises(UserError, match=r"my_reward returned .* for row line \d+ of .*jsonl"):
         trainer.train()
+
+
+def test_a_solution_that_no_reward_can_judge_stops_before_the_first_step(tmp_path):
+    pytest.importorskip("math_verify")
+    rows = [{"prompt": f"<q> {i} <a>", "solution": s} for i, s in enumerate(("1", "x^2", "$", "3"))]
+    path = write_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(UserError, match=r"^Row line 3 of .*bad.jsonl has the solution '\$'"):
+        make_trainer(tmp_path, train_dataset=path, eval_size=1, reward_funcs=["math_verify"])
 
 
 def test_a_failing_reward_loses_no_step(tmp_path):
@@ -624,6 +688,23 @@ def test_a_failing_reward_loses_no_step(tmp_path):
     whole = make_trainer(tmp_path, output_dir=str(tmp_path / "whole"), **common)
     assert without_times(whole.train()) == without_times(records)
     assert_same(parameters(whole.model), parameters(resumed.model))
+
+
+def test_a_reward_that_fails_in_an_evaluation_loses_no_step(tmp_path):
+    calls = []
+
+    def my_reward(completion_ids, **columns):
+        calls.append(1)
+        if len(calls) == 6:  # two of the evaluation before step 1, then two steps, then another
+            raise ConnectionError("the judge is away")
+        return [sum(ids) % 5 / 4 for ids in completion_ids]
+
+    trainer = make_trainer(tmp_path, reward=my_reward, max_steps=4, eval_steps=2)
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    saved = tmp_path / "run" / "checkpoint-2"
+    assert str(error.value).endswith(f"all 2 steps before are safe in {saved}.")
+    transformers.AutoModelForCausalLM.from_pretrained(saved)
 
 
 SECTION_5 = {

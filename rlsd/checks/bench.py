@@ -49,6 +49,8 @@ def settings(options):
         low = 16 if name == "rows" else 1  # the problem has 16 sequences
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise UserError(f"--{name} must be a whole number of at least {low}, but got {value}.")
+        if value >= 2**31:
+            raise UserError(f"--{name} must be less than {2**31}.")
     dtype = options.get("dtype", measure.NAMES[case.dtype])
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, but got {dtype}.")

@@ -4,15 +4,23 @@ A checkpoint is written to a hidden folder beside its place, flushed to disk and
 a kill or a full disk leaves the previous one as it was. checkpoint-N loads with from_pretrained;
 trainer_state.pt beside the weights holds optimizer, scheduler, RNG, teacher, reference and step,
 whole tensors that any number of processes reads. With sharded_checkpoints the large ones lie in
-shards/ (torch.distributed.checkpoint), each written by the process that has it.
+shards/ (torch.distributed.checkpoint), each written by the process that has it. SHA256SUMS, in the
+form of sha256sum, has the hash of every file of tensors.
 """
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import socket
+import tempfile
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +34,8 @@ from ..config import UserError
 from .distributed import placed, whole, whole_weights
 
 PARTIAL = ".partial-"
+LOCK = ".lock"
+CHECKSUMS = "SHA256SUMS"
 STATE = ("step", "rng", "optimizer", "scheduler", "teacher", "reference", "teacher_model_kind")
 LARGE = ("optimizer", "teacher", "reference", "masters")
 SHARDS = "shards"
@@ -138,20 +148,106 @@ def save(run_dir, step, model, tokenizer, parts, processes, *, sharded=False, li
     state = whole(state, keep=processes.main)
 
     def write(partial):
-        model.save_pretrained(partial, state_dict=weights)
+        save_weights(model, partial, weights)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if sharded:
             os.rename(shards, partial / SHARDS)
         torch.save({"step": step, "rng": rng_state(), **state}, partial / "trainer_state.pt")
+        _write_checksums(partial)
 
     return processes.once(lambda: _write_whole(run_dir, step, write, limit))
 
 
-def _unsaved(run_dir, step, error):
-    return UserError(
-        f"Could not save checkpoint-{step} in {run_dir} ({reason(error)}); {standing(run_dir)}."
+def save_weights(model, folder, weights):
+    """The model's files, or those of its adapter alone, which transformers writes only with some
+    releases of peft."""
+    if not getattr(model, "peft_config", None):
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    from peft.functional import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    own = get_peft_model_state_dict(model, state_dict=weights)
+    save_file(
+        {f"base_model.model.{name}": w.contiguous() for name, w in own.items()},
+        folder / "adapter_model.safetensors", metadata={"format": "pt"},
     )
+    model.peft_config["default"].save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def _unsaved(run_dir, step, error):
+    said = _refusal(run_dir) or reason(error)
+    return UserError(
+        f"Could not save checkpoint-{step} in {run_dir} ({said}); {standing(run_dir)}."
+    )
+
+
+def _refusal(folder):
+    """What the system says to one more MiB in a folder, None if it takes it.
+
+    The layers above hide a full disk or quota: to torch.save it is an "enforce fail".
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder, prefix=PARTIAL) as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _checksums(paths):
+    with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
+        return list(threads.map(_sha256, paths))
+
+
+def _write_checksums(folder):
+    files = sorted(
+        p for p in folder.rglob("*")
+        if p.suffix in (".safetensors", ".pt", ".distcp") or p.parent.name == SHARDS
+    )
+    lines = [
+        f"{digest}  {path.relative_to(folder)}\n"
+        for digest, path in zip(_checksums(files), files, strict=True)
+    ]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def verify(path):
+    """Refuse a checkpoint with a file of tensors that is not, to the bit, the one written.
+
+    Without SHA256SUMS, as an earlier version wrote it, there is nothing to hold it against.
+    """
+    path = Path(path)
+    try:
+        lines = (path / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return
+    wanted = [(path / name, digest) for digest, _, name in (x.partition("  ") for x in lines)]
+    missing = [file.name for file, _ in wanted if not file.is_file()]
+    found = _checksums([file for file, _ in wanted]) if not missing else []
+    damaged = missing + [
+        file.name for (file, want), got in zip(wanted, found, strict=False) if got != want
+    ]
+    if damaged:
+        others = [p for p in checkpoints(path.parent) if p.resolve() != path.resolve()]
+        instead = f"; take {others[-1]} instead" if others else ""
+        raise UserError(
+            f"The checkpoint {path} is damaged: {damaged[0]} is not what was written "
+            f"({CHECKSUMS}){instead}."
+        )
 
 
 def _write_whole(run_dir, step, write, limit):
@@ -204,13 +300,102 @@ def latest(run_dir):
 
 def require_new_run(run_dir):
     """A run never writes into the folder of another."""
-    if run_dir.exists() and any(run_dir.iterdir()):
-        going_on = f"or continue it with --resume_from_checkpoint {run_dir}"
-        if latest(run_dir) is None:
-            going_on = "or remove it, it holds no checkpoint"
+    run_dir = Path(run_dir)
+    if run_dir.exists() and any(p.name != LOCK for p in run_dir.iterdir()):
+        going_on = ", a new or empty folder"  # whose files these are is not known
+        if latest(run_dir) is not None:
+            going_on = f" or continue it with --resume_from_checkpoint {run_dir}"
         raise UserError(
-            f"The run folder {run_dir} already exists; choose another --output_dir {going_on}."
+            f"The run folder {run_dir} already exists; choose another --output_dir{going_on}."
         )
+
+
+def enter(run_dir, resume_from=None):
+    """A RunLock, after checking that a run may start there, or go on from a checkpoint."""
+    lock = RunLock(run_dir)
+    if resume_from is None:
+        require_new_run(run_dir)
+    else:
+        verify(resume_from)
+    return lock
+
+
+def clear(run_dir):
+    """Remove what a run folder holds, but its lock."""
+    for path in Path(run_dir).iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+class RunLock:
+    """Keeps other processes out of a run folder, from before its first byte, while it is referred
+    to; UserError where one is inside.
+
+    The kernel lets go when a process ends, however it ends: no lock is ever stale, though its file
+    may stay. All RunLocks of a folder in one process are the same, and forked children hold none.
+    """
+
+    _held = weakref.WeakValueDictionary()
+
+    def __new__(cls, run_dir):
+        folder = Path(run_dir).resolve()
+        held = cls._held.get(folder)
+        if held is None:
+            held, made = super().__new__(cls), not folder.exists()
+            held.file = cls._take(folder, run_dir)
+            weakref.finalize(held, cls._release, held.file, folder, made, os.getpid())
+            cls._held[folder] = held
+        return held
+
+    @staticmethod
+    def _take(folder, shown):
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                file = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")
+            except FileNotFoundError:  # another run just removed the folder that it had made
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"The run folder {shown} is in use by {holder}; wait for its end, or choose "
+                    "another --output_dir."
+                ) from None
+            except OSError as error:
+                warnings.warn(
+                    f"{shown} lies where files cannot be locked ({error.strerror}); keep other "
+                    "runs out of it.", stacklevel=4,
+                )
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                    break  # else its run has just ended and removed it
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return file
+
+    @staticmethod
+    def _release(file, folder, made, process):
+        if os.getpid() == process:
+            (folder / LOCK).unlink(missing_ok=True)
+            if made:
+                with contextlib.suppress(OSError):  # the run is in it
+                    folder.rmdir()
+        file.close()
+
+
+def _let_go():
+    for held in list(RunLock._held.values()):
+        held.file.close()
+    RunLock._held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def standing(run_dir):
@@ -277,6 +462,11 @@ def load_tokenizer(path):
         raise UserError(
             f"Cannot load the model {path!r} (its tokenizer: {reason(error)})."
         ) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {path!r} names neither a pad nor an EOS token, so nothing can fill "
+            "a batch or end a completion; set eos_token in its tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -325,6 +515,12 @@ def load_model(path, device, *, dtype=torch.float32, attn_implementation=None):
             f"The model {path!r} is not whole: its files lack {len(absent)} of the weights that "
             f"{type(model).__name__} has, first {absent[0]}."
         )
+    for name, p in model.named_parameters():  # a sum, which needs no memory, keeps NaN and inf
+        if p.dtype.itemsize > 1 and not p.detach().sum().isfinite():
+            raise UserError(
+                f"The model {path!r} has weights that are not finite, first {name}: its run "
+                "diverged or its files are damaged; take an earlier checkpoint or fetch it anew."
+            )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

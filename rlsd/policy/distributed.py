@@ -142,6 +142,12 @@ class Processes:
                 raise error
         return [value for value, _ in results]
 
+    def told(self, error):
+        """The error, which all other processes raise where they wait in `everywhere`."""
+        if self.size > 1:
+            dist.all_gather_object([None] * self.size, (None, error))
+        return error
+
     def once(self, function):
         """function() of the main process alone, in all."""
         return self.everywhere(lambda: function() if self.main else None)[0]

@@ -138,6 +138,7 @@ def head_of(model):
         got = torch.nn.functional.linear(hidden, weight, layer.bias).float() * head.logit_scale
         if (cap := head.final_logit_softcapping) is not None:
             got = cap * torch.tanh(got / cap)
+    _require_alive(model, got, hidden)
     error = (want - got).abs().max().item()
     if not error <= TOLERANCE[layer.weight.dtype] * max(1.0, want.abs().max().item()):
         raise UserError(
@@ -147,8 +148,29 @@ def head_of(model):
     return head
 
 
+def _require_alive(model, logits, hidden):
+    """Logits of finite weights that overflow, and zeros for weights, are told as what they are."""
+    name = type(model).__name__
+    if not logits.isfinite().all():
+        raise UserError(
+            f"The logits of {name} are not finite in {str(hidden.dtype).removeprefix('torch.')}, "
+            "though its weights are; set bf16, or take another model."
+        )
+    if (hidden == hidden[:, :1]).all():
+        zero = [n for n, p in model.named_parameters() if p.dim() > 1 and not p.any()]
+        why = f", since {len(zero)} of its weights hold zeros only, first {zero[0]}" if zero else ""
+        raise UserError(f"{name} computes the same for every token{why}; load trained weights.")
+
+
 def layout_of(model, pad_id, padding_free):
     """The layout of the passes, verified to keep the sequences of one pass apart."""
+    rows = len(model.get_input_embeddings().weight)
+    if pad_id >= rows:
+        raise UserError(
+            f"The tokenizer pads with id {pad_id}, past the {rows} rows of the embedding of "
+            f"{type(model).__name__}; name another token as its pad_token, its EOS say, or resize "
+            "the embedding and save the model."
+        )
     layout = Layout(pad_id, padding_free, getattr(model.config, "image_token_id", None))
     require_layout(model, layout)
     return layout
@@ -167,8 +189,7 @@ def require_layout(model, layout):
             out = hidden_states(model, ids, torch.ones_like(ids)).last_hidden_state
             want = out[0, len(prompt) - 1 : -1]
             error = ((got[i][mask[i]] - want).norm() / want.norm()).item()
-            # In 16 bits a near tie may send a token to another expert; a leak is of order 1.
-            if not error <= max(TOLERANCE[want.dtype], 0.1 if want.dtype.itemsize == 2 else 0):
+            if not error <= _tolerance(want.dtype):
                 raise UserError(
                     f"{name} does not keep the sequences of one pass apart (hidden states differ "
                     f"by {error:.1%} when {'packed' if layout.padding_free else 'padded'}); "
@@ -176,6 +197,40 @@ def require_layout(model, layout):
                        "train with per_device_train_batch_size 1 is not enough, since prompts are "
                        "sampled in padded batches; choose another model.")
                 )
+
+
+def require_own_positions(model, furthest):
+    """What positions do to a row may not depend on the longest row of its pass.
+
+    longrope changes all frequencies of a pass that reaches original_max_position_embeddings, and a
+    row's gradient would then hang on its micro-batch. furthest: how many positions a row may have.
+    """
+    name, weight = type(model).__name__, model.get_input_embeddings().weight
+    ids = torch.arange(3, 9, device=weight.device).remainder(len(weight))[None].expand(2, -1)
+    near = torch.arange(6, device=weight.device)
+    positions = torch.stack([near, near + max(0, furthest - 6)])
+    with torch.no_grad(), _eval_mode(model), _verifying(name):
+        alone, beside = (
+            hidden_states(
+                model, ids[:rows], torch.ones_like(ids[:rows]), position_ids=positions[:rows]
+            ).last_hidden_state[0] for rows in (1, 2)
+        )
+    error = ((alone - beside).norm() / alone.norm()).item()
+    if not error <= _tolerance(alone.dtype):
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        limits = [r.get("original_max_position_embeddings") for r in (rope, *rope.values())
+                  if isinstance(r, dict)]  # one dict, or one for each type of layer
+        within = f", their sum to at most {min(filter(None, limits))}" if any(limits) else ""
+        raise UserError(
+            f"{name} scales the positions of a whole pass by its longest row, here up to "
+            f"{furthest} tokens, so a row's log-probs would depend on those beside it; lower "
+            f"max_completion_length, max_prompt_length or max_teacher_prompt_length{within}."
+        )
+
+
+def _tolerance(dtype):
+    """In 16 bits a near tie may send a token to another expert; a leak is of order 1."""
+    return max(TOLERANCE[dtype], 0.1 if dtype.itemsize == 2 else 0)
 
 
 @contextlib.contextmanager
@@ -209,16 +264,25 @@ def add_lora(model, config):
     targets = config.lora_target_modules
     torch.manual_seed(config.seed)
     try:
-        model.add_adapter(LoraConfig(
+        _add_adapter(model, LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none",
             target_modules=targets[0] if targets == ["all-linear"] else targets,
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM", base_model_name_or_path=model.name_or_path,
         ), STUDENT)
     except ValueError as error:
         raise UserError(
             f"LoRA does not fit {type(model).__name__} ({checkpoint.reason(error)}); choose "
             "lora_target_modules among its linear layers."
         ) from None
+
+
+def _add_adapter(model, config, name):
+    """By peft itself: transformers' own method refuses releases of peft that fit it."""
+    from peft.functional import inject_adapter_in_model, set_adapter
+
+    inject_adapter_in_model(config, model, name)
+    model._hf_peft_config_loaded = True  # transformers' mark of a model with adapters
+    set_adapter(model, name)
 
 
 def train_lora(model, config, path):
@@ -230,8 +294,10 @@ def train_lora(model, config, path):
                 f"The checkpoint {path} holds an adapter with {name} {of_checkpoint}, but {name} "
                 f"is {getattr(config, name)}; a resumed run keeps it."
             )
+    from peft.functional import set_adapter
+
     model.requires_grad_(False)
-    model.set_adapter(STUDENT)
+    set_adapter(model, STUDENT)
 
 
 def has_lora(model):
@@ -248,10 +314,12 @@ def adapter_weights(model, name):
 
 def add_teacher_adapter(model):
     """A second adapter, equal to the student's now; megabytes beside one model for both."""
+    from peft.functional import set_adapter
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        model.add_adapter(copy.deepcopy(model.peft_config[STUDENT]), TEACHER)
-    model.set_adapter(STUDENT)
+        _add_adapter(model, copy.deepcopy(model.peft_config[STUDENT]), TEACHER)
+    set_adapter(model, STUDENT)
     student, teacher = (adapter_weights(model, name) for name in (STUDENT, TEACHER))
     with torch.no_grad():
         for name, p in teacher.items():
@@ -261,15 +329,23 @@ def add_teacher_adapter(model):
 @contextlib.contextmanager
 def using_adapter(model, name):
     """Run the model with another adapter, or with none; the student's comes back after."""
+    from peft.functional import set_adapter
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def enable(enabled):
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.enable_adapters(enabled)
+
     if name is None:
-        model.disable_adapters()
+        enable(False)
     else:
-        model.set_adapter(name)
+        set_adapter(model, name)
     try:
         yield model
     finally:
-        model.enable_adapters()
-        model.set_adapter(STUDENT)
+        enable(True)
+        set_adapter(model, STUDENT)
 
 
 class MasterWeights:
@@ -476,7 +552,7 @@ def peak_flops(device):
 
 
 @contextlib.contextmanager
-def memory_named(doing, lower, run_dir):
+def memory_named(doing, lower):
     """Out of memory becomes a sentence that says what to lower."""
     try:
         yield
@@ -484,6 +560,4 @@ def memory_named(doing, lower, run_dir):
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not full and "DefaultCPUAllocator" not in str(error):
             raise
-        raise UserError(
-            f"Out of memory while {doing}; lower {lower}; {checkpoint.standing(run_dir)}."
-        ) from error
+        raise UserError(f"Out of memory while {doing}; lower {lower}.") from error

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from rlsd_kernels import (
+    RLSDLossConfig,
     RLSDLossOutput,
     aggregation_weights,
     linear_log_probs,
@@ -20,15 +21,23 @@ from rlsd_kernels import (
 
 from ..config import UserError
 from ..objectives import policy_gradient
-from ..tasks.prompts import encode, insert_hint
+from ..tasks.prompts import control_token, encode, insert_hint
 from .packing import completion_hidden
 
-# Largest deviation from fp64 that each input dtype may show: log-probs absolute, gradients
-# relative in the Frobenius norm (the precision contract).
+# Largest deviation from fp64 that each input dtype may show at small logits: log-probs absolute,
+# gradients relative in the Frobenius norm (the precision contract).
 CONTRACT = {
     torch.float64: (1e-9, 1e-9), torch.float32: (1e-5, 1e-5),
     torch.bfloat16: (1e-4, 4e-3), torch.float16: (1e-4, 4e-3),
 }
+# A log-prob is a difference of numbers as large as the largest logit, so its rounding grows like
+# eps |z|; H hardly matters. In that unit, for |z| of 5 to 100, H of 64 to 4096, spiky activations
+# too: plain fp32 PyTorch up to 4.2 (4.6 on SmolLM2-135M, |z| = 46), ours 3.5; bf16 logits 12,000.
+ROUNDINGS = 8
+
+
+class Stopped(UserError):
+    """Raised in every process of a run, before an update: nothing need be lost."""
 
 
 class Batch(NamedTuple):
@@ -190,11 +199,13 @@ def teacher_prompts(rollout, advantages, rlsd_lambda, step, tokenizer, config):
 def sibling_prompts(rollout, step, tokenizer, config):
     """Each question with another completion of its group that succeeded as the hint.
 
-    Which one is drawn by seed and step; None without one, or where the prompt gets over-long.
+    Which one is drawn by seed and step, none that spells a control token, which would end its turn;
+    None without one, or where the prompt gets over-long.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     good = [
         reward >= config.success_reward_threshold and bool(text.strip())
+        and control_token(text, tokenizer) is None
         for reward, text in zip(rollout.rewards.tolist(), rollout.texts, strict=True)
     ]
     size, limit, prompts = config.num_generations, config.max_teacher_prompt_length, []
@@ -205,7 +216,9 @@ def sibling_prompts(rollout, step, tokenizer, config):
             prompts.append(None)
             continue
         chosen = siblings[int(torch.randint(len(siblings), (1,), generator=generator))]
-        hinted = insert_hint(row["prompt"], rollout.texts[chosen], config.privileged_template)
+        hinted = insert_hint(
+            row["prompt"], rollout.texts[chosen], config.privileged_template, tokenizer.bos_token
+        )
         ids = encode(hinted, tokenizer, row)
         prompts.append(ids if limit is None or len(ids) <= limit else None)
     return prompts
@@ -250,17 +263,16 @@ class Terms(NamedTuple):
 
     out: RLSDLossOutput
     aux_loss: torch.Tensor  # load-balancing loss of a mixture of experts, else 0
-    errors: dict  # deviation_from_ref, if it was asked for
+    deviation: tuple | None  # deviation_from_ref, if it was asked for
 
 
 def student_terms(
-    policy, batch, teacher, rlsd_lambda, loss_config, options, *, totals=None, check_at=None
+    policy, batch, teacher, rlsd_lambda, loss_config, options, *, totals=None, check=False
 ):
     """Terms of one micro-batch, student forward included.
 
     teacher: teacher_inputs of it, {} without one. options: TrainConfig, whose objective is taken.
-    totals: router_totals of the batch. check_at: the step, where the loss is also to be held
-    against impl="ref".
+    totals: router_totals of the batch. check: whether to hold the loss against impl="ref" too.
     """
     recorded = [] if policy.router else None
     inputs = teacher | batch_inputs(policy.head, batch, rlsd_lambda, loss_config)
@@ -274,13 +286,12 @@ def student_terms(
     def head(hidden, weight, bias):
         given = inputs | {"hidden": hidden, "weight": weight, "bias": bias}
         given["loss_weights"] = corrected_weights(given, batch, options)
-        objective, errors = options.method.loss, {}
-        if check_at is not None:
-            errors = deviation_from_ref(given, options.impl, objective, options)
-            require_contract(errors, hidden.dtype, check_at)
+        objective, deviation = options.method.loss, None
+        if check:
+            deviation = deviation_from_ref(given, options.impl, objective, options)
         out = objective(given, options.impl, options)
         aux = policy.router.loss(recorded, totals) if policy.router else out.loss.new_zeros(())
-        return Terms(out, aux, errors)
+        return Terms(out, aux, deviation)
 
     return policy.model(trunk=trunk, head=head)
 
@@ -366,10 +377,10 @@ def token_weights(batch, log_probs, teacher_log_probs, rlsd_lambda, config):
 
 
 def deviation_from_ref(inputs, impl, objective=policy_gradient, options=None):
-    """Errors of an implementation against impl="ref" in fp64: loss, log_probs, dh, dw, in a dict.
+    """(errors, limits) of an implementation against impl="ref" in fp64, each a dict of four.
 
-    objective, options: Objective.loss and what it takes. loss and log_probs are absolute, dh and dw
-    relative in the Frobenius norm.
+    loss and log_probs are absolute, dh and dw relative in the Frobenius norm; limits are
+    contract_limits. objective, options: Objective.loss and what it takes.
     """
     results = []
     for name, dtype in ((impl, None), ("ref", torch.float64)):
@@ -389,19 +400,65 @@ def deviation_from_ref(inputs, impl, objective=policy_gradient, options=None):
         "loss": (loss - ref_loss).abs().item(),
         "log_probs": (log_probs - ref_log_probs).abs().max().item() if log_probs.numel() else 0.0,
     }
-    for name, got, want in zip(("dh", "dw"), grads, ref_grads, strict=True):
-        scale = want.norm().item()
-        errors[name] = (got.double() - want).norm().item() / (scale if scale > 0 else 1.0)
-    return errors
+    norms = [want.norm().item() or 1.0 for want in ref_grads]
+    for name, got, want, norm in zip(("dh", "dw"), grads, ref_grads, norms, strict=True):
+        errors[name] = (got.double() - want).norm().item() / norm
+    coef = options.distillation_coef if options else 0.0
+    return errors, contract_limits(cast, inputs["hidden"].dtype, norms, coef)
 
 
-def require_contract(errors, dtype, step):
-    """Stop the run where the fused loss left the precision contract."""
+@torch.no_grad()
+def contract_limits(inputs, dtype, norms, distillation_coef=0.0):
+    """How far loss, log_probs, dh and dw of inputs in this dtype may lie from fp64, in a dict.
+
+    inputs: the loss's arguments in fp64; norms: of dh and dw. Where p(y) is nearly 1, dlogits =
+    a g (p - onehot) is a small difference too, so gradients may always be off by what the error of
+    p, at most that of a log-prob, makes of them.
+    """
     absolute, relative = CONTRACT[dtype]
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    weights, advantages = inputs["loss_weights"].abs(), inputs["advantages"].abs()
+    live = weights != 0
+    if advantages.dim() < weights.dim():
+        advantages = advantages[:, None].expand_as(weights)
+    coefficients = (weights * advantages.clamp(min=max(1.0, distillation_coef)))[live]
+    config = inputs.get("config", RLSDLossConfig())
+    per_logit = inputs.get("logit_scale", 1.0) / config.temperature
+    rounding = max(absolute, ROUNDINGS * eps * per_logit * _largest_product(inputs, live))
+    targets = inputs["weight"][inputs["completion_ids"][live]].norm(dim=-1)
+    carried = targets, inputs["hidden"][live].norm(dim=-1)  # by one wrong p, into dh and dw
+    return {
+        "loss": rounding * max(1.0, coefficients.sum().item()), "log_probs": rounding,
+    } | {
+        name: max(relative, rounding * per_logit * (coefficients * by).norm().item() / norm)
+        for name, by, norm in zip(("dh", "dw"), carried, norms, strict=True)
+    }
+
+
+def _largest_product(inputs, live):
+    """Largest |h W^T + b| of live rows in both contexts, before scale, softcap and temperature."""
+    largest = 0.0
+    for context in ("", "teacher_"):
+        hidden = inputs.get(f"{context}hidden")
+        if hidden is None or not live.any():
+            continue
+        weight, bias = (
+            inputs.get(name) if inputs.get(f"{context}{name}") is None
+            else inputs[f"{context}{name}"] for name in ("weight", "bias")
+        )
+        for rows in hidden[live].split(128):
+            logits = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+            largest = max(largest, logits.abs().max().item())
+    return largest
+
+
+def require_contract(errors, limits, step):
+    """Stop the run where the fused loss left the precision contract."""
     for name, error in errors.items():
-        limit = relative if name in ("dh", "dw") else absolute
-        if not error <= limit:
-            raise UserError(
+        if not error <= limits[name]:  # NaN is not
+            raise Stopped(
                 f"Step {step}: {name} of the fused loss deviates from the reference by "
-                f"{error:.3g}, more than the contract's {limit:g} for {dtype}."
+                f"{error:.3g}, more than the {limits[name]:.3g} that the precision contract allows "
+                "for inputs of this kind and size, so training stopped before this update; report "
+                "it, and train on with another impl."
             )

@@ -211,9 +211,11 @@ class Reporter:
         """One line: step, key metrics, seconds per step, time left; redrawn on a terminal."""
         if self.silent:
             return
-        done = max(1, step - self.start_step)
-        seconds = (time.monotonic() - self.began) / done
-        left = round(seconds * (self.max_steps - step))
+        done, times = step - self.start_step, []
+        if done:
+            seconds = (time.monotonic() - self.began) / done
+            left = round(seconds * (self.max_steps - step))
+            times = [f"{seconds:.2f} s/step", f"ETA {left // 60}:{left % 60:02d}"]
         shown = [
             f"{label} {metrics[name]:{form}}" for label, name, form in PROGRESS
             if metrics.get(name) is not None
@@ -224,10 +226,9 @@ class Reporter:
                 ends = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
                 shown_interval = "" if None in ends else " [{:.3f}, {:.3f}]".format(*ends)
                 evals.append(f"{name.removeprefix('eval/')} {value:.3f}{shown_interval}")
-        line = "  ".join([
-            f"step {step}/{self.max_steps}", *shown, *evals, f"{seconds:.2f} s/step",
-            f"ETA {left // 60}:{left % 60:02d}",
-        ])
+        if not done and not evals:  # a baseline without held-out questions
+            return
+        line = "  ".join([f"step {step}/{self.max_steps}", *shown, *evals, *times])
         if sys.stdout.isatty() and not evals:
             print(f"\r\x1b[2K{line}", end="", flush=True)
         else:
@@ -295,15 +296,27 @@ def read_metrics(run_dir):
         raise UserError(f"{run_dir} is not a run folder: it has no {METRICS}.") from None
     records = []
     for number_, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if isinstance(record, dict):
+        record = _record(line)
+        if record is not None:
             records.append(record)
         elif number_ < len(lines):  # the last line may be cut by a crash
             raise UserError(f"Line {number_} of {path} is damaged.")
     return records
+
+
+def _record(line):
+    """The metrics on a line, or None where it is not one that Reporter.log writes."""
+    try:
+        record = json.loads(line)
+        step = record.pop("step")
+        values = {name: value if value is None else number(value) for name, value in record.items()}
+    # No JSON, too deep or too long a number; no dict; no step; no numbers.
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, OverflowError):
+        return None
+    texts = any(isinstance(value, str) for value in record.values())
+    if texts or type(step) is not int or not 0 <= step < 2**63:
+        return None
+    return {"step": step, **values}
 
 
 def series(records, name):
@@ -378,6 +391,13 @@ def plot_runs(runs, path, title=None, *, panels=PANELS, bands=False):
     finally:
         plt.close(figure)
     return path
+
+
+def write_card(run_dir, config, step):
+    """README.md of a run folder, and the same text for its checkpoint."""
+    text = model_card(config, step, read_metrics(run_dir))
+    (run_dir / "README.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def model_card(config, step, records):

@@ -27,8 +27,10 @@ from transformers import (
 from transformers.generation import ContinuousBatchingConfig
 
 from ..config import UserError
+from ..policy.models import require_own_positions
 from ..policy.packing import left_pad
 from ..tasks.images import image_inputs
+from ..tasks.prompts import end_of_turn
 from ..tasks.rewards import score
 
 
@@ -55,31 +57,57 @@ class Samples(NamedTuple):
     # the sampler gave none, None where it took the most probable tokens
 
 
-def eos_ids(model, tokenizer):
-    """Every token id that ends a completion."""
+def named_eos_ids(model, tokenizer):
+    """Every EOS that model or tokenizer names."""
     ids = model.generation_config.eos_token_id
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids = [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def eos_ids(model, tokenizer):
+    """Every token id that ends a completion: EOS tokens, and the chat template's end of turn."""
+    ids, (_, end) = named_eos_ids(model, tokenizer), end_of_turn(tokenizer)
+    if end is not None and end not in ids:
+        ids = [*ids, end]
     if not ids:
         raise UserError("Neither model nor tokenizer names an EOS token, so no completion can end.")
+    rows = len(model.get_output_embeddings().weight)
+    if min(ids) >= rows:
+        raise UserError(
+            f"The LM head has {rows} rows and so never says the EOS token, id {min(ids)}: no "
+            "completion can end; resize the embedding and save the model, or name another EOS."
+        )
     return ids
 
 
 def require_room(model, rows, config):
-    """A prompt and its completion must fit the positions that the model was made for."""
+    """A prompt and its completion must fit the embedding and positions of the model."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    furthest, known = 0, len(model.get_input_embeddings().weight)
     for row in rows:
+        lists = (row.get(f"{name}_ids") for name in ("prompt", "teacher_prompt", "_reference"))
+        largest = max(max(ids) for ids in lists if ids)
+        if largest >= known:
+            raise UserError(
+                f"Row {row['_source']} has a token with id {largest}, past the {known} rows of the "
+                f"embedding of {type(model).__name__}, whose tokenizer knows tokens that it does "
+                "not; resize the embedding (resize_token_embeddings) and save the model, or use "
+                "its own tokenizer."
+            )
         longest = max(len(row["prompt_ids"]), len(row["teacher_prompt_ids"] or []))
         if config.method.teacher_reads == "sibling":  # which comes before the question
             longest = len(row["prompt_ids"]) + config.max_completion_length
         if limit is not None and longest + config.max_completion_length > limit:
             raise UserError(
                 f"Row {row['_source']} has a prompt of {longest} tokens, which with "
-                f"max_completion_length {config.max_completion_length} exceeds the model's "
-                f"{limit} positions; lower max_completion_length, max_prompt_length or "
-                "max_teacher_prompt_length."
+                f"max_completion_length {config.max_completion_length} exceeds the {limit} "
+                f"positions of {type(model).__name__}; lower max_completion_length, "
+                "max_prompt_length or max_teacher_prompt_length."
             )
+        furthest = max(furthest, longest + config.max_completion_length)
+    require_own_positions(model, furthest)
 
 
 _LOGGER = logging.getLogger("ContinuousBatchingLogger")
@@ -319,41 +347,59 @@ def samples_of_lists(completions, log_probs, ends, pad_id, device):
     return Samples(*(x if x is None else x.to(device) for x in out))
 
 
-def continuous_batching_refusal(model, tokenizer, config):
-    """Why continuous batching cannot sample from the model, or None.
+def sampler_refusal(sample, model, tokenizer, config, *, limit=None):
+    """Why `sample` cannot draw from the policy that is trained, or None.
 
-    It must draw with the log-probs of the model's own forward pass; a tiny cache holds the trial.
+    On prompts of many lengths its log-probs must be those of passes over each sequence alone: mask
+    and cache may not change what a row means. Random generators stay where they were.
+    """
+    device, rows = model.device, len(model.get_output_embeddings().weight)
+    # What the filters keep hangs on rounding where probabilities are close; the passes must agree.
+    trial = dataclasses.replace(
+        config.unfiltered(), max_completion_length=4, rollout_batch_size=4
+    )
+    prompts = [[3, 4, 5], [6], [7, 6, 5, 4, 3, 7], [4, 3]]
+    prompts = [[token % rows for token in prompt] for prompt in prompts]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            drawn = sample(model, tokenizer, prompts, trial)
+    except UserError:
+        raise
+    except (
+        AttributeError, ImportError, KeyError, MemoryError, RuntimeError, TypeError, ValueError
+    ) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}"
+    errors, largest = [], 1.0
+    for prompt, line, keep, got in zip(prompts, *drawn[:2], drawn.log_probs, strict=True):
+        ids = torch.cat([torch.tensor(prompt, device=line.device), line[keep]])
+        with torch.no_grad(), _sampling(model):
+            logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].float()
+        largest = max(largest, logits.abs().max().item())
+        logits[:, placeholders_of(model)] = -torch.inf
+        want = (logits / config.temperature).log_softmax(-1).gather(1, line[keep][:, None])
+        errors.append((got[keep] - want[:, 0]).abs())
+    # In 16 bits two orders of one sum move a log-prob by some hundredths; a wrong mask, by more.
+    if limit is None:
+        limit = 0.25 if model.dtype.itemsize == 2 else 1e-3 * largest
+    error = torch.cat(errors).nanmean().item()
+    if error <= limit / min(1.0, config.temperature):
+        return None
+    return f"its log-probs deviate from the model's by {error:.2g} on prompts of many lengths"
+
+
+def continuous_batching_refusal(model, tokenizer, config):
+    """Why continuous batching cannot sample from the model, or None; a tiny cache holds the trial.
     """
     if placeholders_of(model):
         return "it takes no images, and this model does"
     if config.repetition_penalty != 1:
         return "it has no repetition_penalty"
-    # What the filters keep hangs on rounding where probabilities are close; the passes must agree.
-    trial = dataclasses.replace(
-        config.unfiltered(), max_completion_length=3, rollout_batch_size=2,
-        transformers_continuous_batching_config={
+    return sampler_refusal(generate_batch, model, tokenizer, dataclasses.replace(
+        config, transformers_continuous_batching_config={
             **config.transformers_continuous_batching_config, "num_blocks": 8,
             "max_batch_tokens": 64,
         },
-    )
-    prompts = [[3, 4, 5], [6]]
-    try:
-        drawn = generate_batch(model, tokenizer, prompts, trial)
-    except (
-        AttributeError, ImportError, KeyError, MemoryError, RuntimeError, TypeError, ValueError
-    ) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}"
-    errors = []
-    for prompt, line, keep, got in zip(prompts, *drawn[:2], drawn.log_probs, strict=True):
-        ids = torch.cat([torch.tensor(prompt, device=line.device), line[keep]])
-        with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].float()
-        want = (logits / config.temperature).log_softmax(-1).gather(1, line[keep][:, None])
-        errors.append((got[keep] - want[:, 0]).abs().mean().item())
-    # In 16 bits two orders of one sum move a log-prob by some hundredths; a wrong mask, by more.
-    limit = 0.25 if model.dtype.itemsize == 2 else 1e-3
-    worst = next((e for e in errors if not e <= limit), None)
-    return None if worst is None else f"its log-probs deviate from the model's by {worst:.2g}"
+    ))
 
 
 def choose_sampler(model, tokenizer, config, processes, log=print):
@@ -362,6 +408,13 @@ def choose_sampler(model, tokenizer, config, processes, log=print):
     Raises UserError, one sentence, where a sampler that was asked for cannot run.
     """
     log = log if processes.main else lambda *_: None
+    text, end = end_of_turn(tokenizer)
+    if text and end is None:
+        log(f"The chat template ends a turn by {text!r}, which is no control token: completions "
+            "end at an EOS alone.")
+    elif end is not None and end not in named_eos_ids(model, tokenizer):
+        log(f"Completions end at {text!r} too, the chat template's end of turn, which is no EOS of "
+            "the model.")
     for name in ("use_vllm", "use_transformers_continuous_batching"):
         if getattr(config, name) and processes.sharded:
             raise UserError(f"{name} cannot run under FSDP2, whose weights it does not gather.")
@@ -374,11 +427,17 @@ def choose_sampler(model, tokenizer, config, processes, log=print):
         engine = VLLMSampler(model, tokenizer, config, ends)
 
         def by_vllm(model, tokenizer, prompts, config, *, images=None, greedy=False):
+            drawn = engine.sample(prompts, config, greedy)
             return samples_of_lists(
-                *engine.sample(prompts, config, greedy), ends, tokenizer.pad_token_id,
-                model.get_input_embeddings().weight.device,
+                *drawn, ends, tokenizer.pad_token_id, model.get_input_embeddings().weight.device
             )
 
+        # Its kernels and dtype are its own.
+        if reason := sampler_refusal(by_vllm, model, tokenizer, config, limit=0.25):
+            raise UserError(
+                f"vLLM does not sample from {type(model).__name__} as it is trained ({reason}); "
+                "give a server --logprobs-mode processed_logprobs, or set use_vllm to false."
+            )
         log(f"Sampling by vLLM, vllm_mode {config.vllm_mode}.")
         return by_vllm
     wanted, why_not = config.use_transformers_continuous_batching, ""
@@ -396,6 +455,11 @@ def choose_sampler(model, tokenizer, config, processes, log=print):
         why_not = f", as continuous batching cannot: {reason}"
     if on_gpu or wanted is not None:  # elsewhere there was nothing to choose
         log(f"Sampling by the model's own generate{why_not}.")
+    if reason := sampler_refusal(generate, model, tokenizer, config):
+        raise UserError(
+            f"{type(model).__name__} cannot be sampled from by its own generate ({reason}); choose "
+            "another attn_implementation or model."
+        )
     return generate
 
 

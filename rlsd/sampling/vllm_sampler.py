@@ -78,7 +78,9 @@ class VLLMSampler:
     def sample(self, prompts, config, greedy):
         """(token lists, lists of their log-probs or None) of one completion per prompt."""
         self.engine.sync_weights()
-        for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        for name in (
+            "max_completion_length", "temperature", "top_p", "top_k", "repetition_penalty",
+        ):
             setattr(self.engine, name, getattr(config, name))
         self.engine.min_p = config.min_p or 0.0
         if greedy:

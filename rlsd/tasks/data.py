@@ -14,10 +14,23 @@ import re
 import torch
 
 from ..config import UserError
+from .answers import last_boxed
 from .images import PromptImages
-from .prompts import encode_pair, is_chat, require_template_options, template_options
+from .prompts import (
+    encode_pair,
+    is_chat,
+    require_plain,
+    require_template_options,
+    template_options,
+)
 
 SOURCE = "_source"
+GENERATED = " of reasoning-gym:"  # in the source of rows that reasoning-gym made
+# What the trainer keeps in a row, and reward functions never see.
+INTERNAL = {SOURCE, "_as_chat", "_images", "_reference_ids", "_opening", "prompt_ids",
+            "teacher_prompt_ids"}
+# A column of such a name would take the place of what reward functions are given.
+RESERVED = {"prompts", "completions", "completion_ids"} | INTERNAL
 # Tasks of reasoning-gym 0.1.25 whose scorers do not give their own stored answers full marks.
 UNUSABLE_TASKS = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
 
@@ -52,6 +65,11 @@ def _read_jsonl(path):
                 except json.JSONDecodeError as error:
                     raise UserError(
                         f"Row {source} is not valid JSON: {error.msg} at column {error.colno}."
+                    ) from None
+                except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
+                    raise UserError(
+                        f"Row {source} cannot be read: {str(error).partition(';')[0]}; write such "
+                        "a value as a text."
                     ) from None
                 if not isinstance(row, dict):
                     raise UserError(f"Row {source} must be a JSON object with named columns.")
@@ -98,15 +116,40 @@ def _read_hub(spec):
     return [(f"{i} of {spec}", row) for i, row in enumerate(table)]
 
 
+def _require_clean(row, source):
+    """UserError for a column that would hide another value, or a text that is no Unicode."""
+    taken = sorted(RESERVED & row.keys())
+    if taken:
+        raise UserError(
+            f"Row {source} has a column {taken[0]}, a name that the trainer needs for what it "
+            "gives to reward functions; rename the column."
+        )
+    try:
+        json.dumps(row, ensure_ascii=False, default=lambda value: None).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"Row {source} has a text with half of a surrogate pair "
+            f"({ascii(error.object[error.start])}), which no tokenizer reads; repair or drop it."
+        ) from None
+    except (TypeError, ValueError, RecursionError):
+        pass  # a key or value that is no JSON comes from Arrow, whose texts are Unicode
+
+
 def _uniform(row, source):
     """Rename the columns of known datasets; a missing prompt or solution names the row."""
     row = dict(row)
+    _require_clean(row, source)
     try:
         _rename_code(row)
         if row.get("tests") is not None:
             row["tests"] = read_tests(row["tests"])
     except UserError as error:
         raise UserError(f"Row {source} cannot be used: {error}.") from None
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"Row {source} cannot be used: its tests have none of the known forms "
+            f"({type(error).__name__}: {error})."
+        ) from None
     if "prompt" not in row and isinstance(row.get("question"), str) and "answer" in row:
         answer = "" if row["answer"] is None else str(row["answer"])
         row["prompt"], row["_as_chat"] = row.pop("question"), True
@@ -152,18 +195,6 @@ def _rename_math(row):
         row.setdefault("privileged_context", worked)
 
 
-def last_boxed(text):
-    """What the last \\boxed{...} or \\fbox{...} of a text holds, its braces balanced; or None."""
-    starts = [m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]
-    for start in reversed(starts):
-        depth = 1
-        for i in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start:i].strip()
-    return None
-
-
 def _one_answer(answer, source):
     """verl's ground_truth; some sets wrap it in a list."""
     if isinstance(answer, list | tuple) and len(answer) == 1:
@@ -184,6 +215,9 @@ def _rename_code(row):
     if isinstance(row.get("test_list"), list):
         setup = row.get("test_setup_code") or row.get("test_imports") or ""
         setup = "\n".join(setup) if isinstance(setup, list) else setup
+        for assertion in (setup, *row["test_list"]):
+            if not isinstance(assertion, str):
+                raise UserError(f"its test_list must hold assertions, but holds {assertion!r:.80}")
         row["tests"] = "\n".join([setup, *row["test_list"]])
         task = row.pop("text", None) or row.get("prompt")
         shown = "\n".join(row["test_list"])
@@ -207,7 +241,7 @@ def _is_tests(answer):
     if isinstance(answer, str):
         try:
             answer = json.loads(answer)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     if isinstance(answer, list):
         return bool(answer) and all(isinstance(a, dict) and "input" in a for a in answer)
@@ -232,10 +266,14 @@ def read_tests(tests):
     if isinstance(tests, str):
         try:
             tests = json.loads(tests)
-        except ValueError:
+        except json.JSONDecodeError:
             return {"asserts": tests}
+        except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
+            raise UserError(f"its tests cannot be read: {str(error).partition(';')[0]}") from None
     if isinstance(tests, dict) and isinstance(tests.get("cases"), list):
-        return tests
+        if not all(isinstance(case, list | tuple) and len(case) == 2 for case in tests["cases"]):
+            raise UserError("its tests have cases that are no pairs of input and output")
+        return {**tests, **_cases(tests["cases"], tests.get("fn_name"))}
     if isinstance(tests, dict):
         tests = {name: value for name, value in tests.items() if value is not None}
         if isinstance(tests.get("asserts"), str):
@@ -267,13 +305,19 @@ def read_tests(tests):
 def _cases(pairs, fn_name):
     """Cases of read_tests; texts of a function's arguments hold one JSON value per line."""
     cases = []
+    if fn_name is not None and not isinstance(fn_name, str):
+        raise UserError(f"its fn_name must be the name of a function, but is {fn_name!r:.80}")
     for given, wanted in pairs:
         try:
             if fn_name and isinstance(given, str):
                 given = [json.loads(line) for line in given.splitlines() if line.strip()]
                 wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"a test of {fn_name} is not JSON: {given!r:.80}") from None
+        if fn_name and not isinstance(given, list):
+            raise UserError(
+                f"a test of {fn_name} must list its arguments, but its input is {given!r:.80}"
+            )
         if not fn_name:
             given, wanted = (
                 "\n".join(map(str, text)) if isinstance(text, list) else str(text)
@@ -310,7 +354,7 @@ def _reasoning_gym(tasks, size, seed):
             rows.append((i, {
                 "prompt": entry["question"], "solution": entry["answer"], "task": name,
                 "privileged_context": entry["answer"], "entry": entry, "_as_chat": True,
-                SOURCE: f"{i} of reasoning-gym:{name}",
+                SOURCE: f"{i}{GENERATED}{name}",
             }))
     # Tasks alternate, so that a held-out tail has all of them.
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
@@ -367,6 +411,8 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
             asked = ("prompt", "_images", "_template_options")
             read = row if need_hint else {k: row[k] for k in asked if k in row}
             student, teacher = encode_pair(read, tokenizer, config.privileged_template)
+            if need_reference:
+                require_plain({"privileged_context": row["privileged_context"]}, tokenizer)
         except UserError as error:
             raise UserError(f"Row {source} cannot be used: {error}.") from None
         reference = None
@@ -384,7 +430,7 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
         else:
             kept.append({
                 **row, "prompt_ids": student, "teacher_prompt_ids": teacher if hint else None,
-                "_reference_ids": reference,
+                "_reference_ids": reference, "_opening": _opening(student, tokenizer),
             })
     note = ""
     if dropped:
@@ -392,6 +438,13 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
     if not kept:
         raise UserError(f"No row is left to use: {note}")
     return kept, note
+
+
+def _opening(prompt_ids, tokenizer):
+    """What the end of a prompt, such as a template's, has written of the thoughts; or ""."""
+    end = tokenizer.decode(prompt_ids[-32:])
+    found = re.search(r"<think>\s*(?:</think>\s*)?$", end)
+    return found[0] if found else ""
 
 
 def question(row):

@@ -10,16 +10,58 @@ import math
 import re
 import secrets
 
+from .answers import tagged
 from .sandbox import Sandbox
 
+FENCE = re.compile(r"(?P<indent>[ \t]*)(?:<answer>[ \t]*)?(?P<fence>`{3,}|~{3,})(?P<tag>[^\n`]*)")
+PYTHON = ("python", "py", "python3", "{.python}")
 
-def program_of(text):
-    """The last fenced block of a completion, preferably of Python, else all after its thoughts."""
+
+def blocks_of(text):
+    """(tag, source) of every fenced block that is closed: by CommonMark's rules, but for any
+    indentation, which the lines of the block lose."""
+    found, opened, lines = [], None, []
+    for line in text.split("\n"):
+        mark = FENCE.match(line)
+        if opened is None:
+            if mark:
+                opened, lines = mark, []
+        elif (
+            mark and mark["fence"].startswith(opened["fence"])
+            and mark["tag"].strip() in ("", "</answer>")
+        ):
+            tag = (opened["tag"].split() or [""])[0].lower()
+            found.append((tag, "".join(lines)))
+            opened = None
+        else:
+            lines.append(line.removeprefix(opened["indent"]) + "\n")
+    return found
+
+
+def program_of(text, tests=None):
+    """The program in a completion: a fenced block, preferably of Python, else all of its answer.
+
+    Of several it is the last that defines what the tests (see data.read_tests) call, or reads
+    standard input where they feed it, as an example of its use may follow; else the last.
+    """
     text = text.rpartition("</think>")[2]
-    fence = r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```"
-    blocks = re.findall(fence, text, flags=re.DOTALL | re.MULTILINE)
-    python = [code for tag, code in blocks if tag.strip().lower() in ("python", "py", "python3")]
-    return (python or [code for _, code in blocks] or [text])[-1]
+    blocks = blocks_of(text)
+    blocks = [code for tag, code in blocks if tag in PYTHON] or [code for _, code in blocks]
+    if not blocks:
+        answer = tagged(text)
+        return text if answer is None else answer
+    return max(enumerate(blocks), key=lambda block: (_fits(block[1], tests or {}), block[0]))[1]
+
+
+def _fits(code, tests):
+    """How many of the names that tests need a block defines; whether it reads standard input."""
+    if "cases" in tests and not tests.get("fn_name"):
+        return any(sign in code for sign in ("input(", "stdin", "open(0"))
+    wanted = {tests.get("fn_name") or tests.get("entry_point")} - {None}
+    if not wanted:
+        wanted = set(re.findall(r"[^\W\d]\w*(?=\()", tests.get("asserts") or ""))
+    defined = re.findall(r"^[ \t]*(?:async[ \t]+def|def|class)[ \t]+(\w+)", code, re.MULTILINE)
+    return len(wanted & {*defined, *re.findall(r"^(\w+)[ \t]*=", code, re.MULTILINE)})
 
 
 # What LeetCode, where tests that name a function come from, imports before a solution.
@@ -45,7 +87,7 @@ def passes(program, tests, limits, isolate=True):
     with Sandbox(limits, isolate=isolate) as box:
         if "asserts" in tests:
             if tests.get("entry_point") and f"def {tests['entry_point']}(" not in program:
-                program = tests["prefix"] + program
+                program = (tests.get("prefix") or "") + program
             end = f"import os\nos.write(1, b'\\n{mark}\\n')"
             run = box.run(program, tests["asserts"], end, name="solution")
             return run.outcome == "ok" and mark in run.output.split("\n")
@@ -58,7 +100,7 @@ def passes(program, tests, limits, isolate=True):
                 run = box.run(LEETCODE, program, call, name="solution")
                 told = [x for x in run.output.split("\n") if x.startswith(mark)]
                 good = run.outcome == "ok" and len(told) == 1 and _returned(
-                    json.loads(told[0].removeprefix(mark)), wanted
+                    told[0].removeprefix(mark), wanted
                 )
             if not good:
                 return False
@@ -80,12 +122,16 @@ def _near(a, b):
         return False
 
 
-def _returned(got, wanted):
-    """Equality of JSON values; APPS wraps what is wanted in a list of one."""
+def _returned(text, wanted):
+    """Whether JSON says the value that is wanted; APPS wraps that in a list of one."""
     wanted = json.loads(json.dumps(wanted))
-    return _equal(got, wanted) or (
-        isinstance(wanted, list) and len(wanted) == 1 and _equal(got, wanted[0])
-    )
+    try:
+        got = json.loads(text)
+        return _equal(got, wanted) or (
+            isinstance(wanted, list) and len(wanted) == 1 and _equal(got, wanted[0])
+        )
+    except (ValueError, RecursionError):  # a number or a nesting that no test wants
+        return False
 
 
 def _equal(a, b):

@@ -30,7 +30,7 @@ class PromptImages:
     """The images of one prompt, as the processor of its model sees them."""
 
     def __init__(self, row, processor):
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         raw = row.get("images", row.get("image"))
         self.processor, self.images = processor, []
@@ -41,7 +41,7 @@ class PromptImages:
                 if not isinstance(value, Image.Image):
                     value = Image.open(value)
                 self.images.append(value.convert("RGB"))
-            except (OSError, UnidentifiedImageError, KeyError, AttributeError, TypeError) as error:
+            except Exception as error:  # a broken file raises what it likes
                 reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
                 raise UserError(f"its image cannot be opened ({reason.rstrip('.')})") from None
 

@@ -2,22 +2,42 @@
 
 The privileged prompt is the student's with `privileged_template` around the last user turn (or
 around a plain-text prompt), so nothing but the hint differs and the response starts at the same
-boundary. With an empty hint both are identical, and delta is 0 under equal weights.
+boundary. With an empty hint both are identical, and delta is 0 under equal weights. Control tokens
+come from chat templates and from texts that are the whole prompt, never from a message or a hint.
 """
 
+import functools
 import re
 
 from ..config import UserError
 from .images import apply_template
 
 
-def insert_hint(prompt, hint, template):
-    """The prompt (text or chat messages) with the hint inserted; unchanged when it is empty."""
+@functools.lru_cache(maxsize=8)
+def _control_pattern(tokenizer):
+    """Matches the longest control token, as the tokenizer reads it out of any text."""
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = {*map(str, added), *tokenizer.all_special_tokens} - {"", tokenizer.unk_token}
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+
+
+def control_token(text, tokenizer):
+    """The first control token that a text spells, or None; the unknown token is none."""
+    found = _control_pattern(tokenizer).search(text)
+    return found and found[0]
+
+
+def insert_hint(prompt, hint, template, bos_token=None):
+    """The prompt (text or chat messages) with the hint inserted; unchanged when it is empty.
+
+    A text's own bos_token stays at its start.
+    """
     if not hint:
         return prompt
     if isinstance(prompt, str):
-        values = {"prompt": prompt, "privileged_context": hint}
-        return re.sub(r"\{(prompt|privileged_context)\}", lambda m: values[m[1]], template)
+        start = bos_token if bos_token and prompt.startswith(bos_token) else ""
+        values = {"prompt": prompt[len(start) :], "privileged_context": hint}
+        return start + re.sub(r"\{(prompt|privileged_context)\}", lambda m: values[m[1]], template)
     last = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=None)
     if last is None:
         raise UserError("its chat has no user message that could carry the privileged context")
@@ -85,35 +105,95 @@ def require_template_options(options, *owners):
 
 def encode(prompt, tokenizer, row=None):
     """Token ids of a prompt, with the row's images and template_options; chat templates bring their
-    own special tokens."""
+    own special tokens.
+
+    A text gets those that the tokenizer puts before it, once, and none after it: a completion
+    follows, which an EOS would have ended.
+    """
     row = row or {}
     options = row.get("_template_options")
     if row.get("_images") is not None:
         return row["_images"].encode(prompt, options)
     text, _ = render(prompt, tokenizer, options)
-    return tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not isinstance(prompt, str):
+        return ids
+    full = tokenizer(text)["input_ids"]
+    start = next((k for k in range(len(full)) if full[k : k + len(ids)] == ids), 0)
+    return ids if ids[:start] == full[:start] else full[:start] + ids
 
 
-def privileged_prompt(row, template):
+def end_of_turn(tokenizer):
+    """What the chat template writes after an assistant's turn, and its token id where that is one
+    control token, else None; ("", None) without a template.
+    """
+    if tokenizer.chat_template is None:
+        return "", None
+    said = "Said"
+    turn = [{"role": "user", "content": "Asked"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False)
+    except Exception:  # it wants other roles, or more of them
+        return "", None
+    end = text.rpartition(said)[2].strip()
+    control = _control_pattern(tokenizer).match(end)
+    return (control[0], tokenizer.convert_tokens_to_ids(control[0])) if control else (end, None)
+
+
+def require_plain(row, tokenizer):
+    """Messages and hints with control tokens are refused: they would forge the end of a turn.
+
+    A prompt or teacher_prompt that is a text may have them, it is what the model reads.
+    """
+    texts = []
+    if not row.get("teacher_prompt"):
+        texts.append(("privileged context", row.get("privileged_context") or ""))
+    for name in ("prompt", "teacher_prompt"):
+        if row.get(name) and not isinstance(row[name], str):
+            texts += [(name, str(message)) for message in row[name]]  # roles and tool calls too
+    for name, text in texts:
+        if row.get("_images"):
+            text = text.replace("<image>", "")
+        if token := control_token(text, tokenizer):
+            raise UserError(
+                f"its {name} spells the control token {token!r}, which is no text to the model and "
+                "may end a turn; remove the row or write it otherwise"
+            )
+
+
+def privileged_prompt(row, template, tokenizer):
     """The teacher's prompt of a row or None without one; its teacher_prompt column wins.
 
     Raises UserError, a clause that the caller completes with the row's name.
     """
     privileged = row.get("teacher_prompt") or None
-    if privileged is None and row.get("privileged_context") is not None:
-        return insert_hint(row["prompt"], row["privileged_context"], template)
     if privileged is not None and not isinstance(privileged, str) and not is_chat(privileged):
         raise UserError(f"its teacher_prompt is neither a text nor a chat but {privileged!r:.80}")
+    require_plain(row, tokenizer)
+    if privileged is None and row.get("privileged_context") is not None:
+        return insert_hint(
+            row["prompt"], row["privileged_context"], template, tokenizer.bos_token
+        )
     return privileged
 
 
-def require_same_start(prompt, privileged, tokenizer, template_options=None):
-    """The response must start at the same assistant boundary after both prompts, else UserError."""
-    boundaries = [render(p, tokenizer, template_options)[1] for p in (prompt, privileged)]
-    if boundaries[0] != boundaries[1]:
+def require_same_start(row, privileged, tokenizer, template_options=None):
+    """The response must start at the same assistant boundary after both prompts, and a hint may
+    not write another, else UserError.
+    """
+    (text, start), (hinted, boundary) = (
+        render(prompt, tokenizer, template_options) for prompt in (row["prompt"], privileged)
+    )
+    if start != boundary:
         raise UserError(
-            f"the assistant turn starts with {boundaries[0]!r} for the student but "
-            f"{boundaries[1]!r} for the privileged prompt, so the response would shift"
+            f"the assistant turn starts with {start!r} for the student but {boundary!r} for the "
+            "privileged prompt, so the response would shift"
+        )
+    turn = start.strip()
+    if turn and not row.get("teacher_prompt") and text.count(turn) != hinted.count(turn):
+        raise UserError(
+            f"its privileged context writes {turn!r}, with which an assistant turn starts, so that "
+            "the teacher would read one more than the student; remove the row or write it otherwise"
         )
 
 
@@ -137,9 +217,9 @@ def teacher_prompt(
     try:
         if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
             raise UserError("its prompt is neither a text nor messages with text content")
-        privileged = privileged_prompt({**row, "privileged_context": hint}, template)
+        privileged = privileged_prompt({**row, "privileged_context": hint}, template, tokenizer)
         if check_start:
-            require_same_start(row["prompt"], privileged, tokenizer, template_options)
+            require_same_start(row, privileged, tokenizer, template_options)
     except UserError as error:
         raise UserError(f"{name} cannot be used: {error}.") from None
     return privileged
@@ -150,13 +230,13 @@ def encode_pair(row, tokenizer, template):
 
     Raises UserError, a clause that the caller completes with the row's name.
     """
-    prompt, privileged = row["prompt"], privileged_prompt(row, template)
+    prompt, privileged = row["prompt"], privileged_prompt(row, template, tokenizer)
     student_ids = encode(prompt, tokenizer, row)
     if not student_ids:
         raise UserError("its prompt has no token")
     if privileged is None:
         return student_ids, None
-    require_same_start(prompt, privileged, tokenizer, row.get("_template_options"))
+    require_same_start(row, privileged, tokenizer, row.get("_template_options"))
     teacher_ids = encode(privileged, tokenizer, row)
     if not teacher_ids:
         raise UserError("its privileged prompt has no token")

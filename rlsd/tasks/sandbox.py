@@ -7,12 +7,15 @@ processes, open files, size of a file; wall time and output are cut from outside
 from a fresh fork, and whatever it leaves behind is killed. No deeper defence: the kernel is shared.
 
 The parent starts this very file as `python -I -S sandbox.py`, so it imports the standard library
-alone. The child forks per run instead of starting Python again: 3 ms, not 20, per test.
+alone. The child forks per run instead of starting Python again: 3 ms, not 20, per test. A prelude,
+trusted code that imports packages, is executed before the child isolates itself; the folders of
+those packages stay readable.
 """
 
 import base64
 import ctypes
 import functools
+import gc
 import json
 import os
 import resource
@@ -28,6 +31,7 @@ from typing import NamedTuple
 
 NOBODY = 65534
 GRACE = 10.0  # seconds beyond a run's own limit after which the child itself counts as dead
+IMPORTS = 120.0  # seconds for a prelude
 
 
 class Limits(NamedTuple):
@@ -43,7 +47,10 @@ class Limits(NamedTuple):
 
 
 class Run(NamedTuple):
-    """outcome: ok, failed (an exception or a non-zero exit status), time, output, died."""
+    """outcome: ok, failed (an exception or a non-zero exit status), time, output, died.
+
+    Or unready, where what shall be done before raised `error`.
+    """
 
     outcome: str
     output: str
@@ -57,9 +64,9 @@ class SandboxError(RuntimeError):
 class Child:
     """A process that answers one line of JSON per line of JSON, killed with its group if late."""
 
-    def __init__(self, command, **options):
+    def __init__(self, command, *, stderr=subprocess.DEVNULL, **options):
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
             start_new_session=True, **options,
         )
         self.buffer = b""
@@ -114,24 +121,33 @@ class Sandbox(Child):
 
     isolate False leaves namespaces out: limits, an empty environment and a temporary folder remain,
     but programs reach the network and whatever files and processes the user can (as root they run
-    as nobody). Raises SandboxError where the machine refuses namespaces.
+    as nobody). prelude: trusted Python source, executed once, with what this process can import;
+    runs find it as the module `prelude`. Raises SandboxError where the machine refuses namespaces.
     """
 
-    def __init__(self, limits=None, *, isolate=True):
+    def __init__(self, limits=None, *, isolate=True, prelude=None):
         limits = limits or Limits()
         if not sys.platform.startswith("linux"):
             raise SandboxError("it needs Linux")
         self.limits, self.folder = limits, None
         if not isolate:
             self.folder = tempfile.mkdtemp(prefix="rlsd-sandbox-")
+        # -S would lose the packages of the environment.
+        bare = ["-S"] if prelude is None else []
         super().__init__(
-            [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(__file__)], env={},
-            cwd="/",
+            [sys.executable, "-I", *bare, "-X", "utf8", os.path.abspath(__file__)],
+            env={} if prelude is None else few_settings(), cwd="/",
         )
-        hello = self.ask({"isolate": isolate, "limits": limits._asdict()}, GRACE)
+        hello = self.ask({
+            "isolate": isolate, "limits": limits._asdict(), "prelude": prelude,
+            "path": [os.path.abspath(folder) for folder in sys.path if folder],
+        }, GRACE)
+        patience = GRACE if prelude is None else IMPORTS
         if hello == "map my ids":
             self._map_ids()
-            hello = self.ask("mapped", GRACE)
+            hello = self.ask("mapped", patience)
+        elif hello == "wait":
+            hello = self.answer(time.monotonic() + patience)
         if hello != "ready":
             self.close()
             raise SandboxError(hello or "its process died at the start")
@@ -152,12 +168,16 @@ class Sandbox(Child):
                 self.close()
                 raise SandboxError(f"{kind}_map: {error.strerror}") from None
 
-    def run(self, *programs, stdin="", name="__main__"):
+    def run(self, *programs, stdin="", name="__main__", before=None):
         """A Run of Python sources, one after the other in a module of this name.
 
-        They start in an empty folder, with the text `stdin` on standard input.
+        They start in an empty folder, with the text `stdin` on standard input. before: trusted
+        source, executed in the prelude, which keeps what it does for later runs.
         """
-        request = {"programs": programs, "stdin": stdin, "name": name, "folder": self.folder}
+        request = {
+            "programs": programs, "stdin": stdin, "name": name, "folder": self.folder,
+            "before": before,
+        }
         got = self.ask(request, self.limits.seconds + GRACE)
         if got is None:
             return Run("died", "", "")
@@ -168,6 +188,12 @@ class Sandbox(Child):
         super().close()
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def few_settings():
+    """The environment of packages: threads would not outlive a fork, matplotlib asks for a home."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return threads | {"HOME": os.environ.get("HOME", "/")}
 
 
 @functools.lru_cache
@@ -204,10 +230,34 @@ def _mount(source, target, kind=None, flags=0, data=None):
     _call("mount", source, target, kind, ctypes.c_ulong(flags), data)
 
 
-def _new_root():
-    """A read-only root: the standard library, what it loads, and a place for /tmp."""
+def _prelude(source, path):
+    """Execute trusted source as the module `prelude`; the folders of packages that it loaded.
+
+    Of a folder on the path that is no site-packages, the user's own as it may be, only what was
+    imported.
+    """
+    sys.path += [folder for folder in path if folder not in sys.path]
+    module = sys.modules["prelude"] = types.ModuleType("prelude")
+    exec(compile(source, "prelude.py", "exec"), module.__dict__)
+    gc.collect()
+    gc.freeze()  # a collection in a run would copy every page
+    folders = set()
+    for name, loaded in list(sys.modules.items()):
+        if "." not in name and (file := getattr(loaded, "__file__", None)):
+            own = os.path.dirname(file)
+            around = os.path.dirname(own)
+            if shared := next((f for f in (own, around) if f.endswith("-packages")), None):
+                folders.add(shared)
+            elif os.path.basename(file) == "__init__.py":
+                folders.add(own)
+    library = os.path.dirname(os.__file__) + os.sep
+    return sorted(f for f in folders if f.endswith("-packages") or not f.startswith(library))
+
+
+def _new_root(packages):
+    """A read-only root: the standard library, what it loads, packages, and a place for /tmp."""
     root = "/proc"  # a folder that surely exists, holds nothing of the new root and should go
-    wanted = [f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
+    wanted = [f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", *packages]
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in filter(os.path.isdir, dict.fromkeys(wanted)):
@@ -330,6 +380,13 @@ def _serve(limits, isolate):
     """Answer requests until they end; in a forked child, return the request that it shall run."""
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
+        try:
+            if request["before"]:
+                exec(request["before"], sys.modules["prelude"].__dict__)
+        except Exception as error:
+            said = base64.b64encode(f"{type(error).__name__}: {error}".encode()).decode()
+            _say({"outcome": "unready", "output": "", "error": said})
+            continue
         pipes = [os.pipe(), os.pipe()]
         if isolate:
             _mount_tmp(limits)
@@ -375,6 +432,7 @@ def _child():
     setup = json.loads(sys.stdin.buffer.readline())
     isolate, limits = setup["isolate"], Limits(**setup["limits"])
     os.umask(0o022)
+    prelude, packages = setup["prelude"], []
     if isolate:
         try:
             _call("unshare", CLONE_NEWUSER)
@@ -386,15 +444,24 @@ def _child():
             if pid:
                 os.waitpid(pid, 0)
                 os._exit(0)
-            _new_root()
-        except OSError as error:
-            _say(error.strerror)
+            if prelude is not None:
+                packages = _prelude(prelude, setup["path"])
+            _new_root(packages)
+        except Exception as error:  # of a prelude, whatever it imports raises
+            _say(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")
             os._exit(1)
     else:
-        library = os.path.dirname(os.__file__)
-        if os.geteuid() == 0 and not _open_to_all(library):
-            _say(f"the user nobody, as whom root's programs run, cannot read {library}")
-            os._exit(1)
+        if prelude is not None:
+            _say("wait")
+            try:
+                packages = _prelude(prelude, setup["path"])
+            except Exception as error:
+                _say(f"{type(error).__name__}: {error}")
+                os._exit(1)
+        for folder in (os.path.dirname(os.__file__), *packages):
+            if os.geteuid() == 0 and not _open_to_all(folder):
+                _say(f"the user nobody, as whom root's programs run, cannot read {folder}")
+                os._exit(1)
         _call("prctl", PR_SET_CHILD_SUBREAPER, *map(ctypes.c_ulong, (1, 0, 0, 0)))
     _say("ready")
     return _serve(limits, isolate)

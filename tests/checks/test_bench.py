@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from bench import bench_loss, common, plot, stages
 from bench.providers import EAGER, GPU_PROVIDERS, OURS, PROVIDERS
 from rlsd.checks import measure
+from rlsd_kernels import available_impls
 
 CASE = common.CASES["tiny"]
 RESULTS = common.ROOT / "bench/results/cpu/results.json"
@@ -254,7 +257,7 @@ def test_a_provider_that_computes_something_else_is_left_out():
     assert wrong.obstacle().startswith("it computes something else: errors {")
     assert BY_NAME[EAGER].obstacle() is None
     refused = dataclasses.replace(BY_NAME[EAGER], impl="cuda")
-    assert "CUDA" in refused.obstacle()
+    assert refused.obstacle() == available_impls(torch.empty(0))["cuda"] != "ok"
 
 
 @pytest.mark.slow
@@ -313,6 +316,71 @@ def test_committed_results_can_be_traced():
     data = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert not data["environment"]["dirty"] and data["rounds"] >= 5
     assert {p["name"] for p in data["providers"]} == set(BY_NAME)
+
+
+# -- gpu_run.sh ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_run(tmp_path):
+    """run(script, *parts, **environment) with a Python that is a shell script, and as a job in the
+    background: shells have those ignore INT."""
+    def run(script, *parts, **environment):
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\n" + script)
+        python.chmod(0o755)
+        return subprocess.run(
+            ["bash", "-c", 'trap "" INT; exec "$0" "$@"', common.ROOT / "bench/gpu_run.sh", *parts],
+            capture_output=True, text=True,
+            env=os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")} | environment,
+        )
+
+    return run
+
+
+def test_an_unknown_part_is_refused_before_any_runs(gpu_run, tmp_path):
+    done = gpu_run("exit 0\n", "tests", "benhc")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert done.stdout.startswith("There is no part benhc, only: environment build tests kernels ")
+
+
+def test_names_with_spaces_reach_the_benchmark(gpu_run, tmp_path):
+    script = f'for x in "$@"; do echo "$x" >> {tmp_path}/told; done\n'
+    done = gpu_run(script, "bench", BENCH_ARGS='--full --without "verl Triton" TRL',
+                   RLSD_CUDA_ARCHS="90a")
+    told = (tmp_path / "told").read_text().splitlines()
+    assert done.returncode == 0 and told[-4:] == ["--full", "--without", "verl Triton", "TRL"]
+
+
+@pytest.mark.parametrize("option", ["--without", "--probe"])
+def test_an_unknown_provider_is_refused(option, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        bench_loss.main([option, "verl", "Triton", "--out", str(tmp_path), "--device", "cuda"]
+                        if option == "--without" else [option, "verl Trition"])
+    assert "there is no provider 'verl" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_a_part_that_fails_makes_the_run_fail(gpu_run, tmp_path):
+    assert gpu_run("exit 0\n", "stages", RLSD_CUDA_ARCHS="90a").returncode == 0
+    assert gpu_run("exit 3\n", "stages", RLSD_CUDA_ARCHS="90a").returncode == 1
+    assert "== stages: status 3" in (tmp_path / "out/log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_time_out_keeps_what_failed_before_it(gpu_run, tmp_path):
+    tests = tmp_path / "test_some.py"
+    tests.write_text("""
+import signal
+def test_one():
+    assert 1 == 2, "the reason"
+def test_two():
+    signal.pause()
+""")
+    script = f"exec {sys.executable} -m pytest -q -p no:cacheprovider {tests}\n"
+    done = gpu_run(script, "tests", SECONDS_TOTAL="12", RLSD_CUDA_ARCHS="90a")
+    log = (tmp_path / "out/log.txt").read_text()
+    assert done.returncode == 1 and "AssertionError: the reason" in log, log
+    assert "KeyboardInterrupt" in log and "== tests: status 124" in log
 
 
 # Not the reports: they turn Triton's interpreter off for the whole process, and have tests.

@@ -15,6 +15,7 @@ from on_gpu import (
     problem,
     relative,
     require,
+    share_of,
     size,
     truth_of,
 )
@@ -66,7 +67,8 @@ def test_options(options, dtype, impl, rows):
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_gemms_of_both_widths(dtype, impl):
     """cuBLAS with 16-bit operands and fp32 results: into a padded chunk, and adding to dW. Tensor
-    cores truncate as they accumulate, which shows over the 50258 terms of dx."""
+    cores truncate as they accumulate, which shows over the 50258 terms of dx; so does fp32 where
+    they are summed one after another."""
     if impl != "torch":
         pytest.skip("the GEMMs are the same for every implementation")
     n, v, h = size(300, 9), size(50258, 130), size(128, 16)
@@ -77,7 +79,9 @@ def test_gemms_of_both_widths(dtype, impl):
     e = torch.rand(n, v, generator=rng, device=DEVICE).to(operand)
     z = torch.full((n, v + 14), torch.nan, device=DEVICE)
     gemm.logits(x, weight, z[:, :v])
-    short, long = (1e-6, 3e-6) if operand == torch.float32 else (1e-5, 3e-4)
+    short, long = 1e-5, 3e-4
+    if operand == torch.float32:
+        short, long = 1e-6, max(1e-6, share_of(operand, n, v))
     assert z[:, v:].isnan().all() and relative(z[:, :v], x.double() @ weight.double().T) < short
     assert relative(gemm.dx(e, weight), e.double() @ weight.double()) < long
     start = torch.randn(v, h, generator=rng, device=DEVICE)
@@ -117,14 +121,14 @@ def test_log_probs(dtype, keep, impl):
         )
         grads = torch.autograd.grad((lp * upstream).sum(), leaves)
         results.append((lp.detach(), entropy.detach(), *grads))
-    absolute, share = CONTRACT[dtype]
+    absolute, _ = CONTRACT[dtype]
     (lp, entropy, *grads), (want, want_entropy, *exact) = results
     error, sentence = worst(lp, want)
     assert error <= absolute, sentence
     error, sentence = worst(entropy, want_entropy)
     assert error <= 4 * absolute, sentence
-    for got, truth in zip(grads, exact, strict=True):
-        assert relative(got, truth) <= share
+    for got, truth, terms in zip(grads, exact, (v, 1), strict=True):
+        assert relative(got, truth) <= share_of(dtype, int((upstream != 0).sum()), terms)
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -189,4 +193,4 @@ def test_distillation(dtype, divergence):
     assert relative(loss.detach(), want.detach()) <= CONTRACT[dtype][0]
     for got, truth in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, exact),
                           strict=True):
-        assert relative(got, truth) <= CONTRACT[dtype][1]
+        assert relative(got, truth) <= share_of(dtype, int((loss_weights != 0).sum()), v)

@@ -13,6 +13,7 @@ from on_gpu import (
     problem,
     relative,
     require,
+    share_of,
     size,
     truth_of,
 )
@@ -102,7 +103,7 @@ def test_bad_ids_give_nan_for_their_row_alone(dtype, impl):
     require(impl, dtype)
     if DEVICE == "cpu":
         pytest.skip("on a CPU ids are always checked")
-    n, v = 130, 32003
+    n, v = size(130, 80), size(32003, 303)
     p, options = problem("off-policy", n, v, 64, dtype)
     p["advantages"] = torch.where(p["advantages"] == 0, 0.5, p["advantages"])
     p["loss_weights"] = torch.full_like(p["loss_weights"], 1 / n)
@@ -116,7 +117,7 @@ def test_bad_ids_give_nan_for_their_row_alone(dtype, impl):
         assert got[name][bad].isnan().all() and torch.equal(got[name][~bad], good[name][~bad])
     assert got["loss"].isnan() and got["d_hidden"][bad].isnan().any(-1).all()
     assert relative(got["d_hidden"][~bad], good["d_hidden"][~bad]) <= 1e-2
-    with pytest.raises(ValueError, match=r"^completion_ids must lie in \[0, 32003\)"):
+    with pytest.raises(ValueError, match=rf"^completion_ids must lie in \[0, {v}\)"):
         run_fused(p, impl, check_inputs=True, **options)
 
 
@@ -209,6 +210,7 @@ def test_per_token_upstream_gradients(impl):
         leaves = [p[k].to(width).requires_grad_() for k in ("hidden", "weight")]
         lp = linear_log_probs(*leaves, p["completion_ids"], impl=name)
         grads.append(torch.autograd.grad((lp * upstream).sum(), leaves))
+    loud = int((upstream > upstream.max() / 10).sum())  # the rows that make the sum
     for got, truth in zip(*grads, strict=True):
-        assert relative(got, truth) <= 4e-3
+        assert relative(got, truth) <= share_of(BF16, loud)
     assert (grads[0][0][::5] == 0).all()

@@ -53,7 +53,12 @@ def chats(**columns):
      "Row 2 .* teacher_prompt is neither a text nor a chat"),
     ([{"prompt": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
        "solution": "# 1"}] * 12, "neither a text nor messages with text content"),
-], ids=["no-column", "empty-hint", "null-hint", "odd-teacher-prompt", "blocks"])
+    (changed(5, solution="# <eos> 4"),
+     "^Row 5 of train_dataset cannot be used: its privileged context spells .* '<eos>', which"),
+    ([{**r, "prompt": [{"role": "user", "content": "<q> <eos>"}]} for r in DATA],
+     "^Row 0 .*: its prompt spells .* '<eos>', which"),
+], ids=["no-column", "empty-hint", "null-hint", "odd-teacher-prompt", "blocks", "forged-hint",
+        "forged-question"])
 def test_bad_data_is_refused_at_construction(folder, data, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         make(RLSDTrainer, folder, data=data)

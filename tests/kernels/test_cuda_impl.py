@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -38,10 +39,10 @@ def fresh(monkeypatch):
     """No remembered status and no settings of the caller's."""
     for name in ("RLSD_BUILD_CUDA", "RLSD_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    status = extension.status  # tests put others in its place
-    status.cache_clear()
+    extension._found.cache_clear()
+    monkeypatch.setattr(extension, "_failed", [])
     yield
-    status.cache_clear()
+    extension._found.cache_clear()
 
 
 @pytest.fixture
@@ -283,9 +284,58 @@ def test_a_source_that_does_not_compile(hopper):
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
+def test_a_failed_build_is_not_tried_again_and_status_says_it(hopper):
+    tmp_path, script = hopper
+    script(f"echo x >> {tmp_path}/calls; echo 'exp_rows.cu(9): error: no such thing'; exit 2\n")
+    assert extension.status() == "ok"
+    sentences = set()
+    for _ in range(3):
+        with pytest.raises(extension.Unavailable) as error:
+            extension.load()
+        sentences |= {str(error.value), extension.status(), available_impls()["cuda"]}
+    assert len(sentences) == 1 and "error: no such thing" in sentences.pop()
+    assert (tmp_path / "calls").read_text() == "x\n"
+
+
+def test_a_build_that_failed_while_others_waited_is_not_theirs_to_try(hopper):
+    """Eight ranks of one machine: one nvcc, eight sentences."""
+    tmp_path, script = hopper
+    script(f"echo x >> {tmp_path}/calls; sleep 0.3; echo 'fatal: no space left'; exit 2\n")
+    folder = tmp_path / "cache" / "key"
+    said = []
+
+    def rank():
+        try:
+            extension._build_once(folder / "_cuda.so", ["90a"])
+        except extension.Unavailable as error:
+            said.append(str(error))
+
+    ranks = [threading.Thread(target=rank) for _ in range(3)]
+    for x in ranks:
+        x.start()
+    for x in ranks:
+        x.join()
+    assert len(said) == 3 and len(set(said)) == 1 and "no space left" in said[0]
+    assert (tmp_path / "calls").read_text() == "x\n"
+    rank()  # one that comes later tries anew: the machine may have been put right
+    assert (tmp_path / "calls").read_text() == "x\nx\n"
+
+
+def test_a_cache_that_cannot_be_written(hopper, monkeypatch):
+    tmp_path, _ = hopper
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(extension.Unavailable) as error:
+        extension.load()
+    assert re.match(r"The CUDA extension cannot be built in .*file.*: .*Not a directory.*; set "
+                    r"XDG_CACHE_HOME to a folder that can be written\.$", str(error.value))
+    assert extension.status() == str(error.value)
+
+
 def test_a_library_that_does_not_load(hopper):
-    with pytest.raises(extension.Unavailable, match="does not load: .*_cuda.so"):
+    with pytest.raises(extension.Unavailable, match="does not load: .*_cuda.so") as error:
         extension.load.__wrapped__()
+    assert extension.status() == str(error.value)
 
 
 def test_installing_without_a_compiler(hopper, monkeypatch, capsys):
@@ -405,6 +455,46 @@ def test_nothing_outside_the_rows_is_touched():
     done = run()
     assert done.stdout == "fine\n", done.stderr[-2000:]
     assert run("beyond").returncode == -signal.SIGSEGV
+
+
+# -- the oldest torch ------------------------------------------------------------------------------
+
+# What torch 2.10 has of the names that api.cpp may use: a later one fails on users' machines alone.
+TORCH_2_10 = {
+    "torch/csrc/stable/accelerator.h", "torch/csrc/stable/library.h", "torch/csrc/stable/tensor.h",
+    "torch/headeronly/core/ScalarType.h", "torch/headeronly/util/Exception.h",
+    "torch::headeronly::ScalarType", "torch::stable::Tensor",
+    "torch::stable::accelerator::DeviceGuard", "STD_TORCH_CHECK", "STABLE_TORCH_LIBRARY",
+    "STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK",
+    "aoti_torch_get_current_cuda_stream", "data_ptr(", "dim(", "get_device_index(",
+    "is_contiguous(", "is_cuda(", "numel(", "scalar_type(", "size(", "stride(",
+    "def(", "impl(",  # of a library
+}
+OURS = {"has_value(", "stream("}
+
+
+def test_api_uses_names_of_the_oldest_torch_alone():
+    text = re.sub(r"//.*", "", (ROOT / "csrc" / "api.cpp").read_text())
+    names = (r"(?<=#include <)torch/[^>]+|\btorch::[\w:]+|\b(?:\w+_)?TORCH_\w+|\baoti_\w+"
+             r"|(?:(?<=\.)|(?<=->))[a-z]\w+\(")
+    assert set(re.findall(names, text)) - OURS == TORCH_2_10
+    assert extension.TARGET_TORCH == "0x020a000000000000"
+    assert '"torch>=2.10"' in (ROOT / "pyproject.toml").read_text()
+
+
+@needs_nvcc
+def test_api_compiles_as_for_a_gpu():
+    """Against the headers of this torch, and of those that RLSD_TORCH_HEADERS names."""
+    folders = [Path(torch.__file__).parent / "include",
+               *filter(None, os.environ.get("RLSD_TORCH_HEADERS", "").split(os.pathsep))]
+    for folder in folders:
+        done = subprocess.run(
+            ["g++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DUSE_CUDA",
+             f"-DTORCH_TARGET_VERSION={extension.TARGET_TORCH}", "-isystem", str(folder),
+             "-isystem", str(emulation.cuda_headers()), str(ROOT / "csrc" / "api.cpp")],
+            capture_output=True, text=True,
+        )
+        assert done.returncode == 0, f"{folder}: {done.stderr[-2000:]}"
 
 
 # -- what nvcc makes of it -------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from rlsd_kernels import (
     linear_distillation_loss,
     linear_log_probs,
     logprob,
+    merge_stats,
     ref,
     rlsd_advantages,
     rlsd_loss,
@@ -429,6 +430,41 @@ def test_aggregation_defaults():
 def test_aggregation_errors(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         aggregation_weights(*args, **kwargs)
+
+
+@pytest.mark.parametrize("config", [None, {}, "rlsd", 0.5, RLSDLossConfig])
+def test_a_config_of_another_kind_is_one_sentence(config):
+    p = make_problem(4, 7, 3)
+    h, w, ids, a = (p[k] for k in ("hidden", "weight", "completion_ids", "advantages"))
+    for call in (
+        lambda: fused_linear_rlsd_loss(h, w, ids, a, teacher_hidden=h, config=config),
+        lambda: rlsd_loss(a, a, teacher_log_probs=a, config=config),
+        lambda: FusedLinearRLSDLoss(config),
+        lambda: FusedLinearRLSDLoss()(h, w, ids, a, teacher_hidden=h, config=config),
+    ):
+        with pytest.raises(TypeError, match=r"^config must be an RLSDLossConfig, but got \w+; "):
+            call()
+
+
+def test_sparse_and_empty_heads_are_one_sentence():
+    p = make_problem(4, 7, 3)
+    h, w, ids = (p[k] for k in ("hidden", "weight", "completion_ids"))
+    for bad in (w[:0], torch.zeros(7, 0)):
+        states = h[:, : bad.shape[1]]
+        with pytest.raises(ValueError, match="^weight must have at least one row and one column"):
+            linear_log_probs(states, bad, ids)
+        with pytest.raises(ValueError, match="^weight must have at least one row and one column"):
+            linear_distillation_loss(states, bad, states)
+        with pytest.raises(ValueError, match="^teacher_weight must have at least one row and one"):
+            linear_distillation_loss(h, w, states, teacher_weight=bad)
+    with pytest.raises(TypeError, match="^old_log_probs must be dense, but its layout is torch.sp"):
+        linear_log_probs(h, w, ids, old_log_probs=p["old_log_probs"].to_sparse())
+
+
+@pytest.mark.parametrize("many", [None, [], {}, [{}], ["x"], [1], torch.ones(2)])
+def test_merge_stats_of_something_else_is_one_sentence(many):
+    with pytest.raises(ValueError, match=r"^many must be a list of RLSDLossOutput\.stats, with"):
+        merge_stats(many)
 
 
 # Trap 12: uneven micro-batches of sequences, one of them fully masked.

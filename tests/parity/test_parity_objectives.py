@@ -28,7 +28,14 @@ from rlsd.demo import save_model, tiny_model, word_tokenizer
 from rlsd.objectives import OBJECTIVES
 from rlsd.policy.models import Policy, head_of, open_forward
 from rlsd.policy.packing import Layout
-from rlsd.policy.update import Batch, has_signal, sibling_prompts, student_terms, teacher_inputs
+from rlsd.policy.update import (
+    Batch,
+    has_signal,
+    require_contract,
+    sibling_prompts,
+    student_terms,
+    teacher_inputs,
+)
 from rlsd.sampling.rollout import Rollout
 from rlsd_kernels import RLSDLossConfig, aggregation_weights
 
@@ -135,7 +142,8 @@ def ours(student, teacher, batch, config, parts):
             given = teacher_inputs(
                 policy._replace(model=teacher), part, loss_config, full_vocabulary=distilling
             )
-        terms = student_terms(policy, part, given, lam, loss_config, config, check_at=1)
+        terms = student_terms(policy, part, given, lam, loss_config, config, check=True)
+        require_contract(*terms.deviation, 1)
         terms.out.loss.backward()
         loss += terms.out.loss.item()
     return loss, {n: p.grad.clone() for n, p in student.named_parameters()}, terms
@@ -314,6 +322,12 @@ def test_sdpo_without_success_has_no_hint():
     over_long = siblings(rollout_of([1] * 8), max_teacher_prompt_length=5)
     assert over_long == [None] * 8
     assert None not in siblings(rollout_of([1] * 8), max_teacher_prompt_length=6)
+
+
+def test_sdpo_passes_over_a_sibling_that_would_end_its_turn():
+    texts = ["# 0", "# 1 <eos> # 7", "# 2", "# 3"] * 2
+    for step in range(1, 20):
+        assert siblings(rollout_of([1, 1, 0, 0] * 2, texts), step) == [None, 0, 0, 0] * 2
 
 
 # Through the trainer
@@ -537,6 +551,14 @@ def test_the_external_teacher_must_have_as_many_rows(tmp_path):
     path = save_model(tiny_model(100, seed=1, hidden=16), tokenizer, tmp_path / "teacher")
     message = refusal(tmp_path, objective="opd", teacher_model_name_or_path=path)
     assert "128 rows" in message and "the student 64" in message
+
+
+def test_the_external_teacher_must_hold_the_rows(tmp_path):
+    from runs import WORDS
+
+    path = save_model(tiny_model(64, seed=1, positions=12), word_tokenizer(WORDS), tmp_path / "t")
+    message = refusal(tmp_path, objective="opd", teacher_model_name_or_path=path)
+    assert "exceeds the 12 positions of Qwen3ForCausalLM" in message
 
 
 def test_a_missing_external_teacher_is_one_sentence(tmp_path):

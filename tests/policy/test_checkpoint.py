@@ -1,15 +1,25 @@
-"""Checkpoints survive a kill, a full disk and damage: whole, or not there at all."""
+"""Checkpoints survive a kill, a full disk and damage: whole, or not there at all. Loading."""
 
 import errno
+import gc
 import hashlib
+import json
+import math
+import multiprocessing
 import os
 import random
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 import transformers
+from families import FAMILIES, build
 from runs import (
     assert_same,
     child,
@@ -21,11 +31,15 @@ from runs import (
     without_times,
     write_config,
 )
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import rlsd.reports.report
 from rlsd import UserError
 from rlsd.cli import main
+from rlsd.demo import word_tokenizer
 from rlsd.policy import checkpoint
+from rlsd.policy.checkpoint import RunLock
 
 
 def digest(folder):
@@ -142,12 +156,16 @@ def test_real_file_size_limit_is_one_sentence(tmp_path):
     config = write_config(
         tmp_path, max_steps=4, save_steps=2, reward_funcs=["test_checkpoint.limited_reward"]
     )
-    process = child("-m", "rlsd.cli", "train", "--config", config)
+    here = os.pathsep.join([*sys.path, os.path.dirname(__file__)])
+    process = child(
+        "-m", "rlsd.cli", "train", "--config", config, environment={"PYTHONPATH": here}
+    )
     _, stderr = process.communicate(timeout=120)
     run = tmp_path / "run"
     assert process.returncode == 2
     message = one_sentence(stderr)
-    assert "Could not save checkpoint-4" in message and f"{run}/checkpoint-2." in message
+    assert f"Could not save checkpoint-4 in {run} (File too large)" in message
+    assert f"{run}/checkpoint-2." in message
     assert names(run) == ["checkpoint-2"]
     size = (run / "checkpoint-2" / "trainer_state.pt").stat().st_size
     assert size > 40_000 > (run / "checkpoint-2" / "model.safetensors").stat().st_size
@@ -275,3 +293,303 @@ def test_interrupt_while_saving_leaves_no_partial_folder(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert names(tmp_path / "run") == []
+
+
+# Loading
+
+
+def test_unknown_architecture_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
+    with pytest.raises(UserError, match="^Cannot load the model .*nonesuch.*\\.$") as error:
+        checkpoint.load_model(str(tmp_path), "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "nonesuch"])
+def test_attention_that_cannot_run_is_one_sentence(name, tmp_path):
+    build("llama3").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="^Cannot load the model .*\\.$") as error:
+        checkpoint.load_model(str(tmp_path), "cpu", attn_implementation=name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["missing", "shape"])
+def test_weights_that_do_not_fit_are_refused(how, tmp_path):
+    build("llama3").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if how == "missing":
+        del weights[name]
+    else:
+        weights[name] = weights[name][:-1].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(str(tmp_path), "cpu")
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+    if how == "missing":
+        assert "lack 1 of the weights" in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    model = build("llama3")
+    with torch.no_grad():  # of a token that no check at the start would meet
+        model.model.embed_tokens.weight[50, 3] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="not finite, first model.embed_tokens.weight: its run div"):
+        checkpoint.load_model(str(tmp_path), "cpu")
+
+
+def test_a_tokenizer_without_pad_and_eos_is_refused(tmp_path):
+    tokenizer = word_tokenizer(["a"])
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert checkpoint.load_tokenizer(str(tmp_path)).pad_token == "<eos>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="names neither a pad nor an EOS token.*set eos_token"):
+        checkpoint.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_models_load(family, tmp_path):
+    model = build(family)
+    model.save_pretrained(tmp_path)
+    loaded = checkpoint.load_model(str(tmp_path), "cpu")
+    for (name, p), q in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+# Full disks, checksums, locks
+
+
+@pytest.mark.parametrize("layer", [
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    SafetensorError("Error while serializing: I/O error"),
+    OSError("Error writing bytes to file"),
+], ids=["torch", "safetensors", "arrow"])
+@pytest.mark.parametrize("refused", [errno.ENOSPC, errno.EDQUOT, None])
+def test_a_full_disk_has_its_name_whatever_layer_reports_it(layer, refused, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=1)
+
+    def fails(*args, **kwargs):
+        raise layer
+
+    def no_room(*args, **kwargs):
+        raise OSError(refused, os.strerror(refused))
+
+    monkeypatch.setattr(torch, "save", fails)
+    if refused:
+        monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", no_room)
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    reason = os.strerror(refused) if refused else checkpoint.reason(layer)
+    assert str(error.value) == (
+        f"Could not save checkpoint-1 in {tmp_path / 'run'} ({reason}); no checkpoint exists yet."
+    )
+
+
+def test_a_disk_that_is_really_full_has_its_name(tmp_path):
+    """A file system of its own, of half a megabyte, where the machine lends one."""
+    code = (
+        "import sys, torch\nfrom rlsd.policy import checkpoint\n"
+        "def write(folder): torch.save(torch.zeros(2**20), folder / 'x.pt')\n"
+        "try: checkpoint._write_whole(checkpoint.Path(sys.argv[1]), 1, write, None)\n"
+        "except checkpoint.UserError as error: print(error)"
+    )
+    mount = f"mount -t tmpfs -o size=512k none {tmp_path} && exec \"$@\""
+    run = ["unshare", "-Urm", "sh", "-c", mount, "sh"]
+    if not shutil.which("unshare") or subprocess.run([*run, "true"], stderr=-3).returncode:
+        pytest.skip("no file system of its own here")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*run, sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True
+    )
+    assert done.stdout == (
+        f"Could not save checkpoint-1 in {tmp_path} (No space left on device); no checkpoint "
+        "exists yet.\n"
+    ), done.stderr
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run folder with two checkpoints."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("saved")
+    make_trainer(folder, max_steps=2, save_steps=1).train()
+    return folder / "run"
+
+
+def test_checksums_are_those_of_sha256sum(saved):
+    done = subprocess.run(
+        ["sha256sum", "-c", checkpoint.CHECKSUMS], cwd=saved / "checkpoint-2", text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0
+    assert done.stdout == "model.safetensors: OK\ntrainer_state.pt: OK\n"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer_state.pt"])
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_flipped_bit_is_found(file, command, saved, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    path = run / "checkpoint-2" / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    metrics = (run / "metrics.jsonl").read_bytes()
+    arguments = {
+        "train": ["train", "--resume_from_checkpoint", str(run), "--max_steps", "3"],
+        "eval": ["eval", str(run)],
+    }[command]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert one_sentence(capsys.readouterr().err) == (
+        f"rlsd: The checkpoint {run}/checkpoint-2 is damaged: {file} is not what was written "
+        f"(SHA256SUMS); take {run}/checkpoint-1 instead."
+    )
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_checkpoint_without_checksums_still_loads(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-2" / "SHA256SUMS").unlink()
+    assert main(["train", "--resume_from_checkpoint", str(tmp_path / "run"), "--max_steps", "3",
+                 "--output_dir", str(tmp_path / "run")]) == 0
+
+
+def test_every_shard_has_its_checksum(tmp_path):
+    make_trainer(tmp_path, max_steps=1, sharded_checkpoints=True).train()
+    folder = tmp_path / "run" / "checkpoint-1"
+    listed = {x.split("  ")[1] for x in (folder / "SHA256SUMS").read_text().splitlines()}
+    shards = {str(p.relative_to(folder)) for p in (folder / "shards").iterdir()}
+    assert len(shards) >= 2 and shards <= listed
+    (folder / "shards" / ".metadata").unlink()
+    with pytest.raises(UserError, match=r"is damaged: \.metadata is not what was written"):
+        checkpoint.verify(folder)
+
+
+FORK = multiprocessing.get_context("fork")  # a fork holds no lock, and imports nothing anew
+
+
+def _hold(folder, pipe):
+    try:
+        lock = RunLock(folder)
+        pipe.send("inside")
+        pipe.recv()
+        del lock
+    except UserError as error:
+        pipe.send(str(error))
+
+
+def holder(folder):
+    """(process, its pipe, what it said) of one that takes the lock until something is sent."""
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=_hold, args=(folder, theirs), daemon=True)
+    process.start()
+    return process, ours, ours.recv()
+
+
+def leave(process, pipe):
+    pipe.send("go")
+    process.join()
+
+
+def test_a_run_folder_has_one_run_from_its_first_moment(tmp_path, capsys):
+    run = tmp_path / "run"
+    other, _, said = holder(run)
+    assert said == "inside"
+    config = write_config(tmp_path)
+    capsys.readouterr()
+    assert main(["train", "--config", config]) == 2
+    assert one_sentence(capsys.readouterr().err) == (
+        f"rlsd: The run folder {run} is in use by process {other.pid} on {socket.gethostname()}; "
+        "wait for its end, or choose another --output_dir."
+    )
+    other.kill()  # a dead process holds nothing, though its file stays
+    other.join()
+    assert (run / ".lock").exists()
+    assert main(["train", "--config", config]) == 0
+    assert not (run / ".lock").exists()
+    other, pipe, said = holder(run)
+    assert said == "inside"
+    capsys.readouterr()
+    assert main(["train", "--resume_from_checkpoint", str(run), "--max_steps", "3"]) == 2
+    assert "is in use by process" in one_sentence(capsys.readouterr().err)
+    leave(other, pipe)
+    assert not (run / ".lock").exists()
+    assert main(["train", "--resume_from_checkpoint", str(run), "--max_steps", "3"]) == 0
+
+
+def test_a_trainer_holds_its_folder_until_it_has_trained(tmp_path):
+    run = tmp_path / "run"
+    trainer = make_trainer(tmp_path, max_steps=1)
+    assert f"process {os.getpid()} on " in holder(run)[2]
+    again = make_trainer(tmp_path, max_steps=1)  # in one process it is one lock
+    del again
+    gc.collect()
+    assert "in use" in holder(run)[2]
+    if (child_pid := os.fork()) == 0:  # neither holds nor removes it
+        del trainer
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child_pid, 0)
+    assert "in use" in holder(run)[2]
+    trainer.train()
+    process, pipe, said = holder(run)
+    assert said == "inside"
+    leave(process, pipe)
+
+
+def test_a_run_that_does_not_start_leaves_no_folder(tmp_path):
+    for output_dir in ("run", "deep/run"):
+        with pytest.raises(UserError):
+            make_trainer(
+                tmp_path, output_dir=str(tmp_path / output_dir), reward_funcs=["nowhere.at_all"]
+            )
+        gc.collect()
+        assert not (tmp_path / output_dir).exists()
+
+
+def _come_and_go(folder):
+    inside = folder.with_name("inside")
+    for _ in range(200):
+        try:
+            lock = RunLock(folder)
+        except UserError:
+            continue
+        inside.touch(exist_ok=False)  # FileExistsError where another is in as well
+        inside.unlink()
+        del lock
+
+
+def test_only_one_of_many_that_come_and_go_is_inside(tmp_path):
+    """Removing the file, and the folder, must not let two in."""
+    processes = [FORK.Process(target=_come_and_go, args=(tmp_path / "run",)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", unsupported)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\); keep other"):
+        checkpoint.RunLock(tmp_path)
+
+
+def test_advice_never_is_to_remove_what_a_run_did_not_write(tmp_path, monkeypatch):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", str(tmp_path)):
+        with pytest.raises(UserError) as error:
+            checkpoint.require_new_run(folder)
+        assert str(error.value) == (
+            f"The run folder {folder} already exists; choose another --output_dir, a new or empty "
+            "folder."
+        )

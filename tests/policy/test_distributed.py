@@ -110,6 +110,14 @@ def failing_reward(prompts, completions, completion_ids, **columns):
 failing_reward.calls = 0
 
 
+def stuck_reward(prompts, completions, completion_ids, **columns):
+    """failing_reward, but that it never returns to the interpreter."""
+    try:
+        return failing_reward(prompts, completions, completion_ids, **columns)
+    except ValueError:
+        return -1 in itertools.count()
+
+
 def launch(folder, accelerate_config, **changed):
     """`rlsd train` on two gloo processes; returns (exit status, stdout, stderr).
 
@@ -146,10 +154,14 @@ def test_the_shipped_configuration_shards(tmp_path):
 @pytest.mark.parametrize("reward, words", [
     ("dying_reward", r"Another process of the run has ended.*checkpoint-2"),
     ("failing_reward", r"rlsd: .*the judge is out.*all 2 steps before are safe in .*checkpoint-2"),
+    pytest.param(
+        "stuck_reward", r"rlsd \(process 1\): .* did not return .*all 2 steps before are safe",
+        marks=pytest.mark.slow,
+    ),
 ])
 def test_the_end_of_one_process_ends_the_run_and_loses_nothing(reward, words, tmp_path):
     status, _, err = launch(
-        tmp_path, "ddp.yaml", reward_funcs=[f"test_distributed.{reward}"]
+        tmp_path, "ddp.yaml", reward_funcs=[f"test_distributed.{reward}"], reward_timeout=8.0
     )
     assert status != 0
     assert re.search(words, err), err

@@ -3,10 +3,14 @@
 
 import pytest
 import torch
-from families import EOS, FAMILIES, PAD, build, right_pad, sequences
+import transformers
+from families import EOS, FAMILIES, PAD, SIZES, build, right_pad, sequences
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from rlsd.policy.models import head_of
+from rlsd import TrainConfig, UserError
+from rlsd.policy.models import head_of, require_own_positions
 from rlsd.policy.packing import Layout, completion_hidden, left_pad, micro_batches
+from rlsd.sampling.rollout import require_room
 from rlsd_kernels import linear_log_probs
 
 LAYOUTS = {"padded": Layout(PAD), "packed": Layout(PAD, padding_free=True)}
@@ -101,3 +105,56 @@ def test_micro_batches_by_tokens_cover_all_within_the_budget(budget, padding_fre
         assert len(parts) == 1
     if budget == 57:  # like lengths come together: far fewer parts than one sequence each
         assert len(parts) < 30
+
+
+# Positions
+
+
+ROPES = {
+    "default": {}, "linear": {"factor": 4.0}, "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0], "factor": 4.0,
+                 "original_max_position_embeddings": 16},
+    "llama3": {"factor": 4.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0},
+    "proportional": {"factor": 4.0},
+}
+
+
+def scaled(rope_type, positions=64):
+    torch.manual_seed(0)
+    sizes = SIZES | {"max_position_embeddings": positions}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, rope_parameters={
+        "rope_type": rope_type, "rope_theta": 1e4, **ROPES[rope_type],
+    })).eval()
+
+
+def test_every_scaling_of_transformers_is_known():
+    assert {"default", *ROPE_INIT_FUNCTIONS} == set(ROPES)
+
+
+@pytest.mark.parametrize("rope_type, positions, limit", [
+    *((name, 64, 16 if name == "longrope" else None) for name in ROPES), ("dynamic", 16, 16),
+])
+def test_a_row_whose_scaling_hangs_on_its_neighbours_is_refused(rope_type, positions, limit):
+    model = scaled(rope_type, positions)
+    prompts, (ids, mask) = sequences([4, 40]), right_pad(sequences([5, 5], seed=1))
+    with torch.no_grad():
+        beside = completion_hidden(model, prompts, ids, mask, Layout(PAD))[0]
+        alone = completion_hidden(model, prompts[:1], ids[:1], mask[:1], Layout(PAD))[0]
+    assert torch.allclose(alone, beside, atol=1e-5) == (limit is None)
+    require_own_positions(model, limit or 45)
+    if limit:
+        for furthest in (limit + 1, 45):
+            with pytest.raises(UserError, match=f"of a whole pass by its longest row, here up to "
+                               f"{furthest} tokens.*lower max_comp") as error:
+                require_own_positions(model, furthest)
+        assert ("at most 16." in str(error.value)) == (rope_type == "longrope")
+        require_own_positions(model, limit)  # nothing is left behind
+
+
+def test_a_run_that_would_reach_another_scaling_is_refused_at_the_start():
+    row = {"prompt_ids": [5], "teacher_prompt_ids": [5] * 10, "_source": "0 of x"}
+    require_room(scaled("longrope"), [row], TrainConfig(max_completion_length=6))
+    with pytest.raises(UserError, match="here up to 17 tokens.* their sum to at most 16\\.$"):
+        require_room(scaled("longrope"), [row], TrainConfig(max_completion_length=7))

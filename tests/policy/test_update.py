@@ -6,14 +6,14 @@ import torch
 import transformers
 
 import rlsd.objectives
-from rlsd import UserError
 from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE
 from rlsd.demo import tiny_model, word_tokenizer
 from rlsd.policy.models import Policy, head_of, open_forward
 from rlsd.policy.packing import Layout, completion_hidden
 from rlsd.policy.update import (
-    CONTRACT,
+    ROUNDINGS,
     Batch,
+    Stopped,
     batch_inputs,
     deviation_from_ref,
     importance_ratio,
@@ -29,6 +29,7 @@ from rlsd_kernels import (
     fused_linear_rlsd_loss,
     merge_stats,
     rlsd_advantages,
+    rlsd_loss,
 )
 
 PAD, EOS = 0, 1
@@ -315,10 +316,10 @@ def test_deviation_is_within_the_contract_and_leaves_the_graph():
     student, batch = model(), off_policy(make_batch())
     config = RLSDLossConfig(beta=0.1, entropy_coef=0.01)
     inputs = loss_inputs(student, head_of(student), model(1), batch, PAD, 0.5, config)
-    errors = deviation_from_ref(inputs, "torch")
+    errors, limits = deviation_from_ref(inputs, "torch")
     assert errors.keys() == {"loss", "log_probs", "dh", "dw"}
     assert all(0 <= e <= 1e-5 for e in errors.values()) and max(errors.values()) > 0
-    require_contract(errors, torch.float32, 1)
+    require_contract(errors, limits, 1)
     assert all(p.grad is None for p in student.parameters())
     fused_linear_rlsd_loss(impl="torch", **inputs).loss.backward()
     assert all(p.grad is not None for p in student.parameters())
@@ -338,28 +339,112 @@ def test_a_wrong_implementation_is_caught(monkeypatch, what, change):
     student = model()
     inputs = loss_inputs(student, head_of(student), model(1), make_batch(), PAD, 0.5, CONFIG)
     monkeypatch.setattr(rlsd.objectives, "fused_linear_rlsd_loss", wrong)
-    errors = deviation_from_ref(inputs, "torch")
-    with pytest.raises(UserError) as error:
-        require_contract(errors, torch.float32, 7)
+    errors, limits = deviation_from_ref(inputs, "torch")
+    with pytest.raises(Stopped) as error:
+        require_contract(errors, limits, 7)
     message = str(error.value)
     assert message.startswith("Step 7: ") and f" {what} " in f" {message} ", message
     assert not errors[what] < 1e-4
 
 
-@pytest.mark.parametrize("dtype", CONTRACT, ids=str)
 @pytest.mark.parametrize("name", ["loss", "log_probs", "dh", "dw"])
-def test_contract_limits(name, dtype):
-    absolute, relative = CONTRACT[dtype]
-    limit = relative if name in ("dh", "dw") else absolute
-    fine = {"loss": 0.0, "log_probs": 0.0, "dh": 0.0, "dw": 0.0}
-    require_contract(fine | {name: limit}, dtype, 3)
-    for bad in (1.01 * limit, math.nan, math.inf):
-        with pytest.raises(UserError) as error:
-            require_contract(fine | {name: bad}, dtype, 3)
+def test_each_output_has_a_limit_of_its_own(name):
+    fine, limits = dict.fromkeys(("loss", "log_probs", "dh", "dw"), 0.0), {
+        "loss": 2e-5, "log_probs": 1e-5, "dh": 3e-5, "dw": 4e-5,
+    }
+    require_contract(fine | {name: limits[name]}, limits, 3)
+    for bad in (1.01 * limits[name], math.nan, math.inf):
+        with pytest.raises(Stopped) as error:
+            require_contract(fine | {name: bad}, limits, 3)
         message = str(error.value)
-        for part in ("Step 3", name, f"{bad:.3g}", f"{limit:g}", str(dtype)):
+        for part in ("Step 3", name, f"{bad:.3g}", f"{limits[name]:.3g}"):
             assert part in message
         assert message.endswith(".") and "\n" not in message
+
+
+def plain_pytorch(dtype):
+    """The loss by full logits in this dtype, on the hidden states as they are."""
+    def objective(inputs, impl, options=None):
+        if inputs["hidden"].dtype == torch.float64:  # the reference
+            return rlsd.objectives.policy_gradient(inputs, impl, options)
+        logits = (inputs["hidden"] @ inputs["weight"].T).to(dtype).float()
+        log_probs = logits.log_softmax(-1).gather(-1, inputs["completion_ids"][:, None])[:, 0]
+        return rlsd_loss(
+            log_probs, inputs["advantages"], teacher_log_probs=None, rlsd_lambda=0.0,
+            loss_weights=inputs["loss_weights"], old_log_probs=inputs["old_log_probs"],
+        )._replace(log_probs=log_probs.detach())
+
+    return objective
+
+
+def head_problem(largest, *, certain=0.0, dtype=torch.float32, rows=64, hidden=96, vocab=2003):
+    """GRPO's arguments whose largest logit is given; certain > 0: every token has p near 1."""
+    rng = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(n, hidden, generator=rng, dtype=torch.float64) for n in (rows, vocab))
+    w *= largest / (h @ w.T).abs().max()
+    top = (h @ w.T).argmax(-1)
+    h += certain * w[top] / w[top].square().sum(-1, keepdim=True)
+    logits = h @ w.T
+    ids = torch.multinomial(logits.softmax(-1), 1, generator=rng)[:, 0]
+    log_probs = logits.log_softmax(-1)[range(rows), ids]
+    noise, advantages = torch.randn(2, rows, generator=rng, dtype=torch.float64)
+    return {
+        "hidden": h.to(dtype), "weight": w.to(dtype), "completion_ids": ids,
+        "advantages": advantages, "loss_weights": torch.full_like(noise, 1 / rows),
+        "old_log_probs": log_probs + 0.1 * noise, "rlsd_lambda": 0.0,
+    }
+
+
+@pytest.mark.parametrize("case", [
+    {"largest": 5}, {"largest": 46}, {"largest": 100}, {"largest": 20, "certain": 15},
+], ids=["small", "smollm2", "huge", "certain"])
+def test_the_contract_grows_with_the_logits(case):
+    inputs = head_problem(**case)
+    for objective, impl in (
+        (plain_pytorch(torch.float32), "torch"), (rlsd.objectives.policy_gradient, "torch"),
+    ):
+        errors, limits = deviation_from_ref(inputs, impl, objective)
+        for name, error in errors.items():  # with a margin of two
+            assert 0 < error <= limits[name] / 2, (name, error, limits[name])
+    assert limits["log_probs"] >= 1e-5
+    if "certain" not in case:
+        rounded, limits = deviation_from_ref(inputs, "torch", plain_pytorch(torch.bfloat16))
+        assert rounded["log_probs"] > 100 * limits["log_probs"]
+        assert rounded["dh"] > 5 * limits["dh"] and rounded["dw"] > 5 * limits["dw"]
+
+
+def test_the_contract_is_a_number_of_roundings_of_the_largest_logit():
+    eps = 2.0**-23
+    for largest, want in ((5, 1e-5), (46, ROUNDINGS * eps * 46), (100, ROUNDINGS * eps * 100)):
+        _, limits = deviation_from_ref(head_problem(largest), "torch")
+        assert limits["log_probs"] == pytest.approx(want, rel=1e-5)
+    # Masked rows do not count, the teacher's context, scale and temperature do.
+    inputs = head_problem(46)
+    masked = inputs["hidden"].clone()
+    masked[3] *= 100
+    weights = inputs["loss_weights"].clone()
+    weights[3] = 0
+    def limit(changed):
+        return deviation_from_ref(inputs | changed, "torch")[1]["log_probs"] / (ROUNDINGS * eps)
+
+    assert limit({"hidden": masked, "loss_weights": weights}) <= 46.1
+    assert limit({"teacher_hidden": 2 * inputs["hidden"], "rlsd_lambda": 0.5}) == (
+        pytest.approx(92, rel=1e-5)
+    )
+    assert limit({"logit_scale": 0.5, "config": RLSDLossConfig(temperature=0.25)}) == (
+        pytest.approx(92, rel=1e-5)
+    )
+
+
+def test_rewards_of_any_size_are_held_to_the_same_contract():
+    inputs = head_problem(46)
+    _, limits = deviation_from_ref(inputs, "torch")
+    large = inputs | {"advantages": 1000 * inputs["advantages"]}
+    errors, scaled = deviation_from_ref(large, "torch")
+    require_contract(errors, scaled, 1)
+    mean = inputs["advantages"].abs().clamp(min=1e-3).mean().item()
+    assert scaled["loss"] == pytest.approx(1000 * mean * limits["log_probs"], rel=1e-3)
+    assert scaled["log_probs"] == limits["log_probs"]
 
 
 def test_a_biased_head_scores_the_teacher_with_its_own_bias():

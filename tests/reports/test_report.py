@@ -518,3 +518,29 @@ def test_model_card_of_grpo_claims_no_teacher():
     assert "GRPO checkpoint" in card and "No evaluation was run." in card
     for part in ("lambda", "eps_w", "snapshot", "Self-Distilled RLVR"):
         assert part not in card
+
+
+@pytest.mark.parametrize("text", [
+    '{"reward": 1}', '{"step": "1"}', '{"step": null}', '{"step": 1.5}', '{"step": -1}',
+    '{"step": true}', '{"step": 1, "reward": "0.5"}', '{"step": 1, "reward": [1]}',
+    '{"step": 1, "reward": {}}', f'{{"step": {"9" * 30}}}', f'{{"step": {"9" * 5000}}}',
+    f'{{"step": 1, "reward": {"9" * 400}}}', "[" * 100_000, '{"a":' * 5_000, "[]", "3",
+], ids=lambda text: text[:30])
+def test_a_line_that_no_run_writes_is_named(text, tmp_path):
+    (tmp_path / METRICS).write_text(f'{text}\n{{"step": 2, "reward": 0.5}}\n')
+    with pytest.raises(UserError, match=f"^Line 1 of {tmp_path / METRICS} is damaged\\.$"):
+        read_metrics(tmp_path)
+    with pytest.raises(UserError, match="is damaged"):
+        plot_runs({"run": [tmp_path]}, tmp_path / "x.png")
+
+
+def test_values_that_are_not_finite_were_not_measured(tmp_path):
+    (tmp_path / METRICS).write_text('{"step": 1, "loss": NaN, "reward": 1e999, "entropy": 2}\n')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "reward": None, "entropy": 2.0}]
+
+
+def test_the_baseline_is_shown_without_a_time(tmp_path, capsys):
+    with reporter(tmp_path) as report:
+        report.progress(0, {"eval/pass@1": 0.25, "eval/pass@1_low": 0.1, "eval/pass@1_high": 0.5})
+        report.progress(0, {})  # nothing held out
+    assert capsys.readouterr().out == "step 0/10  pass@1 0.250 [0.100, 0.500]\n"

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 import transformers
-from families import EOS, PAD, build, right_pad, sequences
+from families import EOS, FAMILIES, PAD, build, right_pad, sequences
 from runs import naive_log_probs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -70,6 +70,15 @@ def test_no_eos_anywhere_is_an_error():
     model.generation_config.eos_token_id, tokenizer.eos_token = None, None
     with pytest.raises(UserError, match="EOS"):
         eos_ids(model, tokenizer)
+
+
+def test_an_eos_that_the_head_never_says_is_an_error():
+    model, tokenizer = build("llama3"), word_tokenizer(["a"])
+    model.generation_config.eos_token_id, tokenizer.eos_token = 64, None
+    with pytest.raises(UserError, match="head has 64 rows and so never says the EOS token, id 64"):
+        eos_ids(model, tokenizer)
+    model.generation_config.eos_token_id = [64, 63]
+    assert eos_ids(model, tokenizer) == [64, 63]
 
 
 def canned(monkeypatch, model, completions):
@@ -423,6 +432,7 @@ class OnGpu:
 ])
 def test_continuous_batching_is_the_default_on_a_gpu(monkeypatch, wanted, reason, want, said):
     monkeypatch.setattr(rlsd.sampling.rollout, "continuous_batching_refusal", lambda *_: reason)
+    monkeypatch.setattr(rlsd.sampling.rollout, "sampler_refusal", lambda *_: None)
     lines, given = [], config(use_transformers_continuous_batching=wanted)
     assert choose_sampler(OnGpu(), TOKENIZER, given, ONE, lines.append) is want and lines == [said]
 
@@ -474,6 +484,70 @@ def test_continuous_batching_that_draws_from_another_policy_is_refused():
         choose_sampler(broken, TOKENIZER, told, ONE)
     with pytest.raises(UserError, match="use_vllm samples from text alone"):
         choose_sampler(broken, TOKENIZER, config(use_vllm=True), ONE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_models_own_generate_is_taken_where_it_is_the_policy(family):
+    for model, temperature in (
+        (build(family).train(), 1.0), (build(family), 0.02), (build(family).bfloat16(), 0.7),
+    ):
+        before, training = torch.get_rng_state(), model.training
+        assert choose_sampler(model, TOKENIZER, config(temperature=temperature), ONE) is generate
+        assert torch.equal(torch.get_rng_state(), before) and model.training == training
+
+
+def test_tokens_that_are_never_sampled_are_no_deviation():
+    model = build("llama3")
+    model.config.image_token_id, model.config.video_token_id = 40, 41
+    assert choose_sampler(model, TOKENIZER, config(), ONE) is generate
+
+
+@pytest.mark.parametrize("what", ["mask", "cache", "error"])
+def test_a_generate_that_draws_from_another_policy_is_refused(what):
+    model = build("llama3")
+    plain = model.forward
+
+    def changed(input_ids, attention_mask=None, position_ids=None, **kwargs):
+        if what == "mask":
+            attention_mask = None
+        elif input_ids.shape[1] == 1:  # the cache has the rest
+            if what == "error":
+                raise RuntimeError("no cache")
+            position_ids = position_ids + 1
+        return plain(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+
+    model.forward = changed
+    told = {"error": "RuntimeError: no cache"}.get(what, "its log-probs deviate from the model's")
+    with pytest.raises(UserError, match=f"cannot be sampled from by its own generate .{told}"):
+        choose_sampler(model, TOKENIZER, config(), ONE)
+
+
+CHATML = (
+    "{% for m in messages %}w1 {{ m['content'] }} END {% endfor %}"
+    "{% if add_generation_prompt %}w1 {% endif %}"
+)
+
+
+@pytest.mark.parametrize("end, ends, said", [
+    ("w7", [EOS], "The chat template ends a turn by 'w7', which is no control token: completions "
+     "end at an EOS alone."),
+    ("<stop>", [EOS, 43], "Completions end at '<stop>' too, the chat template's end of turn, which "
+     "is no EOS of the model."),
+    ("<eos>", [EOS], None), ("", [EOS], None),
+])
+def test_completions_end_at_the_templates_end_of_turn(qwen, end, ends, said):
+    tokenizer, lines = word_tokenizer([f"w{i}" for i in range(40)]), []
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<stop>"]})
+    tokenizer.chat_template = CHATML.replace("END", end)
+    assert eos_ids(qwen, tokenizer) == ends
+    assert choose_sampler(qwen, tokenizer, config(), ONE, lines.append) is generate
+    assert lines == [said] * bool(said)
+    drawn = generate(qwen, tokenizer, [[5]] * 64, config(temperature=3.0, max_completion_length=20))
+    lasts = {ids[mask][-1].item() for ids, mask in zip(*drawn[:2], strict=True)}
+    assert lasts & set(ends) == set(ends)
+    assert not (drawn.completion_ids[:, :-1][drawn.mask[:, 1:]] == ends[-1]).any()
 
 
 def test_a_failing_generate_leaves_the_model_as_it_was(monkeypatch):
@@ -569,3 +643,12 @@ def test_prompts_that_leave_no_room_name_the_row(qwen):
             require_room(qwen, long, config())
         for part in ("1 of x", str(limit - 5), str(limit), "max_completion_length 6"):
             assert part in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["prompt_ids", "teacher_prompt_ids", "_reference_ids"])
+def test_tokens_beyond_the_embedding_name_the_row(qwen, column):
+    known = rows([[5], [63]], teacher_prompt_ids=[63], _reference_ids=[63])
+    require_room(qwen, known, config())
+    known[1][column] = [3, 64, 4]
+    with pytest.raises(UserError, match="Row 1 of x has a token with id 64, past the 64 rows of"):
+        require_room(qwen, known, config())

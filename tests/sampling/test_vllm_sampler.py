@@ -141,7 +141,8 @@ def test_colocated_vllm_samples_with_the_weights_of_every_step(vllm, tmp_path, c
         "logprobs_mode": "processed_logprobs",
         "enable_sleep_mode": sleeps,
     }
-    sampled = [c for c in llm.calls if isinstance(c, vllm.SamplingParams)]
+    trial, *sampled = [c for c in llm.calls if isinstance(c, vllm.SamplingParams)]
+    assert (trial.temperature, trial.max_tokens) == (0.7, 4)
     # Greedy and sampled before step 1; then each step's rollout and the evaluation after it.
     wanted = [0.0, 0.7, 0.7, 0.0, 0.7, 0.7, 0.0, 0.7]
     assert [c.temperature for c in sampled[:8]] == wanted
@@ -149,7 +150,7 @@ def test_colocated_vllm_samples_with_the_weights_of_every_step(vllm, tmp_path, c
         assert (c.max_tokens, c.n, c.logprobs, c.top_k, c.top_p) == (6, 1, 0, 0, 1.0)
         assert set(c.stop_token_ids) == {1, *range(8, 20)}
     if sleeps:
-        assert llm.calls[:6] == ["sleep", ["weights"], "reset", ["kv_cache"], sampled[0], "sleep"]
+        assert llm.calls[:6] == ["sleep", ["weights"], "reset", ["kv_cache"], trial, "sleep"]
     assert last["sampling/sampling_logp_difference/max"] < 1e-4
     # TRL's default: the correction is on under vLLM.
     assert last["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-4)
@@ -160,11 +161,9 @@ def test_vllm_is_told_what_to_keep(vllm, tmp_path):
     filters = {"top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
     trainer = make_trainer(tmp_path, use_vllm=True, **filters)
     trainer.sample(trainer.model, trainer.tokenizer, [[4, 5]], trainer.config)
-    plain = trainer.config.unfiltered()  # as a trial of the sampler may ask for
-    trainer.sample(trainer.model, trainer.tokenizer, [[4, 5]], plain)
     told = [c for c in vllm.LLM.made[-1].calls if isinstance(c, vllm.SamplingParams)]
     assert [{name: getattr(c, name) for name in filters} for c in told] == [
-        filters, {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}, filters  # the trial's
     ]
 
 
@@ -245,7 +244,8 @@ def test_a_server_samples_with_the_weights_of_every_step(server, vllm, tmp_path,
     check_run(trainer, Server.engine)
     steps = ["/start_weight_update", "/update_weights", "/finish_weight_update",
              "/reset_prefix_cache", "/v1/completions"]
-    assert Server.posts == ["/init_weight_transfer_engine", *steps, *steps, *steps]
+    assert Server.posts == ["/init_weight_transfer_engine", *4 * steps]  # the trial's, two of
+    # training, and the check's
     assert records[-1]["sampling/sampling_logp_difference/max"] < 1e-4
 
 
@@ -258,3 +258,24 @@ def test_a_server_that_cannot_be_used_is_a_sentence(server, vllm, tmp_path, monk
             tmp_path, use_vllm=True, vllm_mode="server", vllm_server_timeout=0,
             vllm_server_base_url="http://127.0.0.1:9",
         )
+
+
+def test_a_server_with_other_log_probs_is_refused(server, vllm, tmp_path, monkeypatch):
+    import accelerate
+
+    monkeypatch.setattr(accelerate.Accelerator, "device", torch.device("cuda"))
+    given = options(tmp_path, temperature=0.5)
+    engine = vllm.Engine(given["model_name_or_path"])
+    monkeypatch.setattr(Server, "engine", engine)
+    complete = engine.complete
+
+    def unprocessed(prompt, params):  # as vllm serve does without --logprobs-mode
+        ids, _ = complete(prompt, params)
+        params.temperature = 1.0
+        return ids, naive_log_probs(engine.model, prompt, ids, params).tolist()
+
+    monkeypatch.setattr(engine, "complete", unprocessed)
+    asked = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server}
+    with pytest.raises(UserError, match="does not sample from Qwen3.*processed_logprobs, or set"):
+        make_trainer(tmp_path, temperature=0.5, **asked)
+    make_trainer(tmp_path, **asked)  # at 1 both are the same

@@ -262,7 +262,7 @@ def test_unusable_tasks_really_fail_their_own_scorer(task):
     "chain_sum", "spell_backward", "gcd", "leg_counting", "base_conversion", "basic_arithmetic",
 ])
 def test_stored_answers_get_full_marks(task):
-    from rlsd.tasks.rewards import reasoning_gym
+    from rlsd.tasks.scorers import reasoning_gym
 
     rows = load_rows(f"reasoning-gym:{task}", size=10)
     scores = reasoning_gym(

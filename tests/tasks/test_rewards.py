@@ -1,9 +1,9 @@
 import asyncio
+import dataclasses
 import functools
 import logging
 import math
 import sys
-import threading
 import time
 import types
 
@@ -15,20 +15,18 @@ from rlsd import TrainConfig, UserError
 from rlsd.tasks.data import load_rows
 from rlsd.tasks.rewards import (
     RewardError,
-    code_tests,
-    exact_match,
-    final_answer,
-    format_reward,
     load_reward_funcs,
-    math_verify,
     name_of,
-    reasoning_gym,
+    require_scorable,
     reward_metrics,
     score,
-    soft_overlong_punishment,
-    text_of,
 )
-from rlsd.tasks.sandbox import Run, Sandbox, isolation
+from rlsd.tasks.scorers import (
+    exact_match,
+    math_verify,
+    reasoning_gym,
+    soft_overlong_punishment,
+)
 
 
 def chat(text):
@@ -64,89 +62,6 @@ def sentence(error, *parts):
         assert str(part) in message, message
 
 
-@pytest.mark.parametrize("text, want", [
-    ("42", "42"),
-    ("  42\n", "42"),
-    ("so <answer> 42 </answer>", "42"),
-    ("<answer>1</answer> no, <answer>2</answer>", "2"),
-    ("<answer>two\nlines</answer>", "two\nlines"),
-    ("<answer>1</answer> #### 2", "1"),  # the tag wins
-    ("a #### 1 #### 2", "2"),
-    ("#### 1 \\boxed{3}", "1 \\boxed{3}"),  # then the marker
-    ("\\boxed{1} then \\boxed{2}", "2"),
-    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-    ("\\boxed{x^{2}} or \\boxed{\\frac{\\sqrt{3}}{2}}.", "\\frac{\\sqrt{3}}{2}"),
-    ("<answer>unclosed", "<answer>unclosed"),
-    ("\\boxed{unclosed", "\\boxed{unclosed"),
-    ("", ""),
-])
-def test_final_answer(text, want):
-    assert final_answer(text) == want
-
-
-def test_text_of_a_chat_is_its_last_message():
-    assert text_of("a") == "a" and text_of([*chat("a"), *chat("b")]) == "b"
-
-
-@pytest.mark.parametrize("wrap", [str, chat], ids=["text", "chat"])
-def test_exact_match(wrap):
-    cases = [("#### 4", "4", 1), ("4", " 4 ", 1), ("4.0", "4", 0), ("four", "4", 0), ("", "4", 0)]
-    got = exact_match(None, [wrap(c) for c, _, _ in cases], solution=[s for _, s, _ in cases])
-    assert got == [w for _, _, w in cases] and all(type(x) is float for x in got)
-
-
-@pytest.mark.parametrize("wrap", [str, chat], ids=["text", "chat"])
-def test_reasoning_gym_uses_the_tasks_own_scorer(wrap):
-    given = load_rows("reasoning-gym:chain_sum,spell_backward", size=4)
-    right = [row["solution"] for row in given]
-    columns = {"entry": [r["entry"] for r in given], "task": [r["task"] for r in given]}
-    wrong = ["<answer>#</answer>"] * 4
-    tagged = [wrap(f"I say <answer>{s}</answer>") for s in right]
-    assert reasoning_gym(None, tagged, **columns) == [1.0] * 4
-    assert max(reasoning_gym(None, [wrap(w) for w in wrong], **columns)) < 1
-    assert reasoning_gym(None, tagged[::-1], **columns) != [1.0] * 4
-
-
-@pytest.mark.parametrize("columns", [{}, {"entry": [None, None]}, {"entry": [{"a": 1}, None]}])
-def test_reasoning_gym_needs_its_own_rows(columns):
-    with pytest.raises(UserError, match="reasoning-gym: dataset"):
-        reasoning_gym(None, ["4", "4"], **columns)
-
-
-MATHS = [  # (solution, completion, score)
-    ("72", "The answer is $72$.", 1),
-    ("72", "The answer is $73$.", 0),
-    ("0.5", "so $\\boxed{\\frac{1}{2}}$", 1),
-    ("\\frac{1}{2}", "$0.5$", 1),
-    ("x^2+1", "$1+x^2$", 1),
-    ("3x+1", "$1+3x$", 1),
-    ("3x+1", "$3$", 0),  # read as plain text, the solution 3x+1 would be 3
-    ("\\sqrt{2}", "$\\sqrt{2}$", 1),
-    ("$\\frac{3}{4}$", "$0.75$", 1),
-    ("\\boxed{12}", "$12$", 1),
-    ("x=3", "$3$", 1),
-    ("1,000", "$1000$", 1),
-    ("$5", "$5$", 1),  # a price, not an open formula
-    ("50%", "$50\\%$", 1),
-    ("(1,2)", "$(1,2)$", 1),
-    ("(1,2)", "$(2,1)$", 0),
-    ("72", "no idea", 0),
-    ("72", "", 0),
-]
-
-
-@pytest.mark.parametrize("solution, completion, want", MATHS, ids=lambda x: f"{x}"[:24])
-def test_math_verify(solution, completion, want):
-    pytest.importorskip("math_verify")
-    for text in (completion, chat(completion)):
-        assert math_verify(None, [text], solution=[solution]) == [want]
-
-
-def test_math_verify_leaves_out_what_it_cannot_parse():
-    pytest.importorskip("math_verify")
-    assert math_verify(None, ["$4$", "$4$"], solution=["4", "$"]) == [1.0, None]
-
-
 def test_missing_math_verify_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError) as error:
@@ -169,6 +84,37 @@ def test_functions_get_trls_arguments_by_keyword():
         "prompts": ["q0", "q1"], "completions": ["a", "b"], "completion_ids": [[5, 1], [6]],
         "solution": ["0", "1"], "level": [3, None],
     }
+
+
+def test_functions_get_copies_of_their_own():
+    seen = []
+
+    def spoils(prompts, completions, completion_ids, solution, notes, **_):
+        seen.append((prompts, completions, completion_ids, notes))
+        prompts[0].append({"role": "user", "content": "judge this"})
+        prompts[0][0]["content"] = completions[1][0]["content"] = "spoilt"
+        completion_ids[0].append(0)
+        notes[0]["a"].append(1)
+        solution.clear()
+        return [1.0, 1.0]
+
+    given = [rows(1, prompt=[{"role": "user", "content": "q"}], notes={"a": []})[0]] * 2
+    ids = [[1], [2]]
+    score([spoils, functools.partial(spoils)], None, given, ["a", "b"], ids)
+    assert given[0]["prompt"] == [{"role": "user", "content": "q"}] and ids == [[1], [2]]
+    assert given[0]["notes"] == {"a": []} and len(seen) == 2
+    for prompts, completions, completion_ids, notes in seen:  # nor do two rows of a group share one
+        assert prompts[1] == [{"role": "user", "content": "q"}] and notes[1] == {"a": []}
+        assert completions[0] == chat("a") and completion_ids == [[1, 0], [2]]
+
+
+def test_columns_never_replace_the_options_of_a_built_in():
+    given = rows(1, format_pattern=5, max_completion_length="x", verify_timeout=None, sources=3,
+                 openings=1, soft_punish_cache={}, **{"": 1, "_own": 2})
+    config = TrainConfig(max_completion_length=10, soft_punish_cache=5, format_pattern="boxed")
+    names = ["soft_overlong_punishment", "format_reward", "exact_match"]
+    values, _ = score(load_reward_funcs(names, config), None, given, ["\\boxed{0}"], [[1] * 10])
+    assert values.tolist() == [[-1.0, 1.0, 1.0]]
 
 
 def test_chat_prompts_get_chat_completions():
@@ -217,7 +163,9 @@ def test_any_real_number_is_a_reward(got):
     ([1.0, math.nan], ["nan", "line 2 of x.jsonl", "None"]),
     ([math.inf, 1.0], ["inf", "line 1 of x.jsonl"]),
     ([1.0, None], ["Every reward function", "line 2 of x.jsonl"]),
-], ids=["short", "empty", "float", "none", "array", "text", "list", "nan", "inf", "all-none"])
+    ([1.0, 10**5000], ["int", "line 2 of x.jsonl"]),
+], ids=["short", "empty", "float", "none", "array", "text", "list", "nan", "inf", "all-none",
+        "huge"])
 def test_a_bad_result_is_one_sentence(got, parts):
     with pytest.raises(UserError) as error:
         run(returning(got))
@@ -234,6 +182,7 @@ def test_all_none_needs_every_function_to_be_none():
 
 @pytest.mark.parametrize("failure", [
     ZeroDivisionError("division by zero"), ValueError("two\nlines."), KeyError("x"), RuntimeError(),
+    SystemExit(3), RecursionError("deep"),
 ], ids=lambda e: type(e).__name__)
 def test_a_raising_function_is_named_with_its_cause(failure):
     def broken(**_):
@@ -243,6 +192,27 @@ def test_a_raising_function_is_named_with_its_cause(failure):
         run(broken)
     sentence(error, "broken", type(failure).__name__)
     assert error.value.__cause__ is failure  # for whoever debugs the function
+
+
+def test_an_async_function_that_exits_is_named_and_the_others_live_on():
+    async def leaves(**_):
+        sys.exit(3)
+
+    async def stays(prompts, **_):
+        return [1.0] * len(prompts)
+
+    with pytest.raises(UserError) as error:
+        run(leaves)
+    sentence(error, "leaves", "SystemExit", "3")
+    assert run(stays)[1].tolist() == [1.0, 1.0]
+
+
+def test_a_module_that_exits_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "exiting_rewards.py").write_text("import sys\nsys.exit(4)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_reward_funcs(["exiting_rewards.f"], TrainConfig())
+    sentence(error, "exiting_rewards.f", "SystemExit")
 
 
 def test_a_function_that_takes_no_columns_is_named():
@@ -272,6 +242,23 @@ def test_objects_are_named_by_their_type():
     sentence(error, "Judge", "1 values")
 
 
+def test_objects_keep_their_state_and_need_no_hash():
+    @dataclasses.dataclass
+    class Judge:
+        calls: int = 0
+
+        def __call__(self, prompts, **_):
+            self.calls += 1
+            return [1.0] * len(prompts)
+
+    judge = Judge()
+    functions = load_reward_funcs([judge], TrainConfig())
+    require_scorable(functions, rows())
+    run(*functions)
+    run(*functions)
+    assert functions == [judge] and judge.calls == 2
+
+
 @pytest.fixture
 def my_rewards(monkeypatch):
     module = types.ModuleType("my_rewards")
@@ -286,7 +273,8 @@ def test_names_paths_and_callables_are_loaded(my_rewards):
 
     names = ["exact_match", "reasoning_gym", "my_rewards.good", mine]
     got = load_reward_funcs(names, TrainConfig())
-    assert got == [exact_match, reasoning_gym, my_rewards.good, mine]
+    assert [got[0], *got[2:]] == [exact_match, my_rewards.good, mine]
+    assert name_of(got[1]) == "reasoning_gym" and got[1].keywords == {"verify_timeout": 6.0}
 
 
 @pytest.mark.parametrize("name, parts", [
@@ -312,7 +300,7 @@ def test_a_module_that_fails_to_import_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_a_late_judgement_scores_0_and_names_the_row(monkeypatch, caplog):
-    monkeypatch.setattr("rlsd.tasks.math_judge.judge", lambda pairs, seconds: [True, "time"])
+    monkeypatch.setattr("rlsd.tasks.judges.judge", lambda *_: [True, "late"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     (function,) = load_reward_funcs(["math_verify"], TrainConfig(verify_timeout=2.5))
     with caplog.at_level(logging.WARNING):
@@ -336,37 +324,54 @@ def test_two_functions_of_one_name_are_refused():
     sentence(error, "2 functions called exact_match")
 
 
-@pytest.mark.parametrize("pattern, text, want", [
-    ("think_answer", "<think>a\nb</think>\n<answer>4</answer>", 1),
-    ("think_answer", " <think></think><answer>4</answer>\n", 1),
-    ("think_answer", "<think>a</think> so <answer>4</answer>", 0),
-    ("think_answer", "<think>a</think><answer>4</answer><answer>5</answer>", 0),
-    ("think_answer", "<think><think>a</think></think><answer>4</answer>", 0),
-    ("think_answer", "<answer>4</answer><think>a</think>", 0),
-    ("think_answer", "x<think>a</think><answer>4</answer>", 0),
-    ("think_answer", "", 0),
-    ("think", "<think>a</think> 4", 1),
-    ("think", "<think>a 4", 0),
-    ("think", "<think>a</think> <think>b</think>", 0),
-    ("boxed", "so\n\\boxed{\\frac{1}{2}}.", 1),
-    ("boxed", "so \\boxed{1", 0),
-    (r"#### -?\d+", "#### 12", 1),
-    (r"#### -?\d+", "so #### 12", 0),
+@pytest.mark.parametrize("pattern, opening, text, want", [
+    ("think_answer", "<think>\n", "a</think><answer>4</answer>", 1),
+    ("think_answer", "<think>\n\n</think>\n\n", "<answer>4</answer>", 1),
+    ("think_answer", "<think>\n", "<think>a</think><answer>4</answer>", 0),
+    ("think_answer", "<think>\n", "<answer>4</answer>", 0),
+    ("think_answer", "", "a</think><answer>4</answer>", 0),
+    ("think", "<think>\n", "a</think> 4", 1),
+    ("think", "<think>\n", "a 4", 0),
+    ("a.*", "<think>", "a</think> 4", 1),  # an expression sees the completion alone
 ])
-def test_format_reward(pattern, text, want):
-    for completion in (text, chat(text)):
-        assert format_reward(None, [completion], format_pattern=pattern) == [want]
+def test_what_the_template_opened_counts_for_the_format(pattern, opening, text, want):
+    given = rows(1, _opening=opening)
+    functions = load_reward_funcs(["format_reward"], TrainConfig(format_pattern=pattern))
+    assert score(functions, None, given, [text], [[1]])[1].tolist() == [want]
 
 
-@pytest.mark.parametrize("length, want", [
-    # L_max 20, L_cache 5: free up to 15, then (15 - |y|) / 5.
-    (0, 0), (15, 0), (16, -0.2), (18, -0.6), (20, -1), (21, -1), (99, -1),
+def scorable(names, *given):
+    require_scorable(load_reward_funcs(names, TrainConfig()), list(given))
+
+
+def test_a_solution_that_cannot_be_parsed_is_named_at_the_start():
+    pytest.importorskip("math_verify")
+    good = rows(3) + rows(1, solution="x^2") + rows(1, solution="east")
+    scorable(["math_verify"], *good)
+    bad = {**rows(1)[0], "solution": "$", "_source": "line 9 of x.jsonl"}
+    with pytest.raises(UserError) as error:
+        scorable(["math_verify"], *good, bad, {**bad, "_source": "line 10 of x.jsonl"})
+    sentence(error, "Row line 9 of x.jsonl", "'$'", "math_verify")
+    scorable(["math_verify"], {**bad, "tests": {}})  # the solution of a program is no formula
+
+
+@pytest.mark.parametrize("names, row, parts", [
+    (["math_verify"], {"solution": "", "tests": {}}, ["no solution", "math_verify"]),
+    (["exact_match"], {"solution": " ", "tests": {}}, ["no solution", "exact_match"]),
+    (["reasoning_gym"], {}, ["reasoning-gym: dataset"]),
+    (["reasoning_gym"], {"entry": {"answer": "4"}, "task": "nope"}, ["nope"]),
+    (["reasoning_gym"], {"entry": {"question": "?"}, "task": "countdown"}, ["own answer"]),
 ])
-def test_soft_overlong_punishment_is_daposs_equation_13(length, want):
-    got = soft_overlong_punishment(
-        None, None, [[7] * length], max_completion_length=20, soft_punish_cache=5
-    )
-    assert got == pytest.approx([want])
+def test_a_row_that_no_built_in_can_score_is_named_at_the_start(names, row, parts):
+    with pytest.raises(UserError) as error:
+        scorable(names, *rows(1, **row))
+    sentence(error, *parts)
+
+
+def test_rows_of_reasoning_gym_are_tried_at_the_start():
+    scorable(["reasoning_gym"], *load_rows("reasoning-gym:chain_sum,countdown", size=6))
+    given = load_rows("reasoning-gym:chain_sum", size=1)[0]
+    scorable(["reasoning_gym"], {**given, "_source": "line 1 of saved.jsonl"})
 
 
 def test_built_ins_read_the_config():
@@ -444,114 +449,6 @@ def test_a_raising_async_function_is_named_with_its_cause():
     assert time.monotonic() - began < 30
     sentence(error, "broken", "ZeroDivisionError")
     assert isinstance(error.value.__cause__, ZeroDivisionError)
-
-
-def spins(**_):
-    while True:
-        pass
-
-
-def sleeps(**_):
-    time.sleep(600)
-
-
-def swallows(**_):
-    while True:
-        try:
-            time.sleep(600)
-        except Exception:
-            pass
-
-
-def waits(**_):
-    threading.Event().wait()
-
-
-async def sleeps_async(**_):
-    await asyncio.sleep(600)
-
-
-async def blocks_async(**_):
-    time.sleep(3)  # and with it the loop of all async rewards
-
-
-@pytest.mark.parametrize("function", [spins, sleeps, swallows, waits, sleeps_async, blocks_async],
-                         ids=lambda f: f.__name__)
-@pytest.mark.parametrize("where", ["main", "thread"])
-def test_a_hanging_function_is_cut_and_named_with_its_rows(function, where):
-    if where == "thread" and function is spins:
-        pytest.skip("the thread would spin to the end of the tests")
-    caught = []
-
-    def attempt():
-        try:
-            score([function], None, rows(3), ["a"] * 3, [[1]] * 3, timeout=0.3)
-        except BaseException as error:
-            caught.append(error)
-
-    began = time.monotonic()
-    if where == "main":
-        attempt()
-    else:
-        thread = threading.Thread(target=attempt)
-        thread.start()
-        thread.join()
-    assert time.monotonic() - began < 30
-    (error,) = caught
-    assert type(error) is RewardError and str(error) == (
-        f"The reward function {function.__name__} did not return within reward_timeout = 0.3 "
-        "seconds on 3 completions of row line 1 of x.jsonl and 2 others; bound what it waits for, "
-        "or raise reward_timeout."
-    )
-    if function is blocks_async:
-        time.sleep(3)  # it frees the loop
-
-
-def test_functions_may_use_alarms_of_their_own():
-    import signal
-
-    def alarmed(prompts, **_):
-        rang = []
-        before = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        time.sleep(0.2)
-        signal.signal(signal.SIGALRM, before)
-        return [float(len(rang))] * len(prompts)
-
-    assert run(alarmed)[1].tolist() == [1.0, 1.0]
-    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
-
-
-needs_sandbox = pytest.mark.skipif(
-    isolation() != "ok", reason=f"programs cannot be isolated here: {isolation()}"
-)
-ECHO = "import sys\nprint(sum(map(int, sys.stdin.read().split())))"
-STREAMS = {"inputs": ["1 2\n", "3\n4\n"], "outputs": ["3\n", "7"]}
-
-
-@needs_sandbox
-def test_code_tests_grades_the_program_in_each_completion():
-    assert code_tests(None, [chat(f"```python\n{ECHO}\n```"), "print(3)"], tests=[
-        STREAMS, {"inputs": [""], "outputs": ["3"]}
-    ], verify_timeout=30.0) == [1.0, 1.0]
-
-
-@needs_sandbox
-def test_a_program_that_hangs_fails_and_its_neighbours_do_not():
-    programs = ["```python\nwhile True: pass\n```", f"```python\n{ECHO}\n```", "no code here"]
-    got = code_tests(None, programs * 2, tests=[STREAMS] * 6, verify_timeout=5.0)
-    assert got == [0.0, 1.0, 0.0] * 2
-
-
-def test_rows_without_tests_have_no_score(monkeypatch):
-    monkeypatch.setattr(Sandbox, "__init__", lambda *_, **__: None)
-    monkeypatch.setattr(Sandbox, "close", lambda self: None)
-    monkeypatch.setattr(Sandbox, "run", lambda *_, **__: Run("ok", "3", ""))
-    given = {"inputs": ["1"], "outputs": ["3"]}
-    assert code_tests(None, ["x", "y"], tests=[None, given]) == [None, 1.0]
-    for tests in (None, [None, None]):
-        with pytest.raises(UserError, match="needs rows with tests"):
-            code_tests(None, ["x", "y"], tests=tests)
 
 
 def test_a_machine_that_cannot_isolate_is_refused_unless_allowed(monkeypatch, caplog):

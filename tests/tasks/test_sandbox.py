@@ -275,6 +275,49 @@ def test_the_next_run_knows_nothing_of_the_last(jail):
     assert run.output == "False\n"
 
 
+PRELUDE = """
+import numpy
+kept, count = numpy.arange(3), 0
+def more():
+    global count
+    count += 1
+"""
+
+
+@isolated
+def test_a_prelude_imports_packages_and_leaves_nothing_else_open(monkeypatch, tmp_path):
+    monkeypatch.setenv("RLSD_TEST_SECRET", "swordfish")
+    (tmp_path / "mine.py").write_text("secret = 1")
+    monkeypatch.syspath_prepend(tmp_path)  # a folder of the user's, from which nothing is imported
+    with Sandbox(Limits(seconds=WALL, memory_mb=4096), prelude=PRELUDE) as made:
+        assert made.run("import prelude; print(prelude.kept.sum())").output == "3\n"
+        # What its functions import later can be read, and not changed.
+        assert made.run("import numpy.linalg, numpy.ma.testutils; print(1)").output == "1\n"
+        run = made.run("import numpy; open(numpy.__file__, 'a')")
+        assert "Read-only" in run.error or "PermissionError" in run.error
+        for path in (__file__, tmp_path / "mine.py", "/etc/passwd", f"/proc/{os.getpid()}/environ"):
+            assert "FileNotFoundError" in made.run(f"open({str(path)!r})").error, path
+        assert "swordfish" not in made.run("import os; print(dict(os.environ))").output
+        assert "unreachable" in made.run(
+            "import socket\nsocket.create_connection(('192.0.2.1', 80), 5)"
+        ).error
+        # Trusted source lasts, what a run does to the prelude does not.
+        show = "import prelude; print(prelude.count)"
+        assert made.run(show, before="more()").output == "1\n"
+        assert made.run("import prelude; prelude.more(); prelude.more()", show).output == "3\n"
+        assert made.run(show, before="more()").output == "2\n"
+        assert made.run(show, before="1 / 0")[::2] == (
+            "unready", "ZeroDivisionError: division by zero"
+        )
+        assert made.run(show).output == "2\n"
+
+
+@isolated
+def test_a_prelude_that_fails_is_said():
+    with pytest.raises(SandboxError, match="^ModuleNotFoundError: .*no_such_package"):
+        Sandbox(prelude="import no_such_package")
+
+
 def test_closing_ends_every_process_and_removes_the_folder():
     with open_box(Limits(seconds=WALL), False) as made:
         folder, pid = made.folder, made.process.pid
