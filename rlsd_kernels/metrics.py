@@ -45,7 +45,7 @@ def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy, wo
         "tokens/reweighted": reweighted, "tokens/reweighted_pos": of["reweighted_pos"],
         "tokens/reweighted_neg": of["reweighted_neg"], "tokens/active_pos": of["active_pos"],
         "tokens/active_neg": of["active_neg"], "tokens/unmasked": unmasked.double(),
-        "tokens/active": active, "tokens/differentiated": active.new_zeros(()),
+        "tokens/active": active,
     }
     if work is not None:
         counts["tokens/differentiated"] = work[1]
@@ -84,7 +84,7 @@ def merge_stats(many):
         isinstance(s, dict) and s.keys() >= set(_COUNTS) for s in many
     ):
         raise ValueError("many must be a list of RLSDLossOutput.stats, with at least one.")
-    merged = {name: sum(s[name] for s in many) for name in _COUNTS}
+    merged = {name: sum(s[name] for s in many) for name in _COUNTS if name in many[0]}
     for name, count in _MEAN_OVER.items():
         if name in many[0]:
             total = sum(torch.where(s[count] > 0, s[name] * s[count], 0) for s in many)
