@@ -60,14 +60,17 @@ def constant_when_compiled(function):
     return function
 
 
-def check_number(name, value, low=-math.inf, high=math.inf, *, low_open=False):
+def check_number(
+    name, value, low=-math.inf, high=math.inf, *, low_open=False, high_open=False
+):
     """Raise ValueError in one sentence unless value is a finite number in [low, high]."""
     ok = isinstance(value, Real) and not isinstance(value, bool)
     # Comparisons, not math.isfinite: torch.compile traces a changing float through them.
     ok = ok and -math.inf < value < math.inf and low <= value <= high
-    if ok and not (low_open and value == low):
+    if ok and not (low_open and value == low) and not (high_open and value == high):
         return
-    bounds = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high < math.inf else ')'}"
+    closed = high < math.inf and not high_open
+    bounds = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if closed else ')'}"
     raise ValueError(f"{name} must be a finite number in {bounds}, but got {value!r}.")
 
 

@@ -11,10 +11,17 @@ import torch
 
 from . import extension
 from .config import TOKEN_SUMS
-from .streaming import STORE_NONE, StreamingScorer, padded, scratch_bytes, unit_stride
+from .streaming import (
+    STORE_NONE,
+    StreamingScorer,
+    energies,
+    padded,
+    scratch_bytes,
+    unit_stride,
+)
 
-__all__ = ["Scorer", "fix_targets", "padded", "scale", "scratch_bytes", "target_logits",
-           "token_rows"]
+__all__ = ["Scorer", "energies", "fix_targets", "padded", "scale", "scratch_bytes",
+           "target_logits", "token_rows"]
 
 
 def target_logits(h, weight, ids):

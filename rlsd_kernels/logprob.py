@@ -195,6 +195,10 @@ def check_logit_scalars(temperature, logit_scale, final_logit_softcapping):
         check_number("final_logit_softcapping", final_logit_softcapping, 0, low_open=True)
 
 
+def check_tolerance(gradient_tolerance):
+    check_number("gradient_tolerance", gradient_tolerance, 0, 1, high_open=True)
+
+
 def check_workspace(max_workspace_bytes, tensor):
     """The bound in bytes, the device's default for None."""
     if max_workspace_bytes is None:
@@ -338,6 +342,7 @@ class LogProbsInputs(NamedTuple):
     shard: Shard
     impl: str
     max_workspace_bytes: int
+    gradient_tolerance: float
 
 
 def _log_probs_fake(x):
@@ -377,6 +382,7 @@ class LogProbsBackwardInputs(NamedTuple):
     shard: Shard
     impl: str
     max_workspace_bytes: int
+    gradient_tolerance: float
 
 
 @custom_op(
@@ -386,7 +392,7 @@ class LogProbsBackwardInputs(NamedTuple):
 def _log_probs_backward_op(x):
     return pipeline.linear_log_probs_bwd(
         load_impl(x.impl), x.hidden, x.grad_log_probs, x.grad_entropy, x.head, x.completion_ids,
-        x.log_probs, x.e, x.s, x.shard, x.need, x.max_workspace_bytes,
+        x.log_probs, x.e, x.s, x.shard, x.need, x.max_workspace_bytes, x.gradient_tolerance,
     )
 
 
@@ -417,6 +423,7 @@ def _backward(ctx, grad_log_probs, grad_entropy, *unused):
     grads = _log_probs_backward_op(*flatten(LogProbsBackwardInputs(
         grad_log_probs, grad_entropy, hidden, x.head._replace(weight=weight, bias=bias),
         completion_ids, log_probs, e, s, need, x.shard, x.impl, x.max_workspace_bytes,
+        x.gradient_tolerance,
     )))
     grads = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
     return (*grads, *[None] * (ctx.num_inputs - 3))
@@ -428,7 +435,7 @@ _log_probs_op.register_autograd(_backward, setup_context=_setup_context)
 def linear_log_probs(
     hidden, weight, completion_ids, *, old_log_probs=None, bias=None, temperature=1.0,
     logit_scale=1.0, final_logit_softcapping=None, return_entropy=False, tp_group=None,
-    impl="auto", max_workspace_bytes=None,
+    impl="auto", max_workspace_bytes=None, gradient_tolerance=0.0,
 ):
     """Log-probabilities of given tokens under an LM head, without the N x V logits.
 
@@ -451,6 +458,7 @@ def linear_log_probs(
             and hidden's gradient comes out summed over ranks.
         max_workspace_bytes: bound on logits held at once, and on what is kept for backward;
             default: tuning.WORKSPACE_BYTES of the device.
+        gradient_tolerance: in [0, 1); as of fused_linear_rlsd_loss, in backward. 0 is exact.
 
     Under autocast, hidden and weight of different dtypes are cast to autocast's dtype.
     Returns: log_probs (...) in fp32 (fp64 for fp64), or (log_probs, entropy).
@@ -461,6 +469,7 @@ def linear_log_probs(
         hidden, weight, completion_ids, bias, temperature, logit_scale, final_logit_softcapping,
         max_workspace_bytes, tp_group,
     )
+    check_tolerance(gradient_tolerance)
     shape = completion_ids.shape
     if old_log_probs is not None:
         check_tensor("old_log_probs", old_log_probs, shape=shape, like=("hidden", hidden))
@@ -474,6 +483,7 @@ def linear_log_probs(
         log_probs, entropy = ref.linear_log_probs(
             rows, weight, safe, bias=bias, temperature=temperature, logit_scale=logit_scale,
             final_logit_softcapping=final_logit_softcapping,
+            gradient_tolerance=float(gradient_tolerance),
         )
         log_probs = log_probs.masked_fill(safe != ids, math.nan)
     else:
@@ -485,7 +495,8 @@ def linear_log_probs(
             weight, bias, float(temperature), float(logit_scale), final_logit_softcapping
         )
         log_probs, entropy, *_ = _log_probs_op(*flatten(LogProbsInputs(
-            rows, head, ids, old_log_probs, return_entropy, keep, shard, impl, workspace
+            rows, head, ids, old_log_probs, return_entropy, keep, shard, impl, workspace,
+            float(gradient_tolerance),
         )))
     log_probs = log_probs.reshape(shape)
     return (log_probs, entropy.reshape(shape)) if return_entropy else log_probs

@@ -21,6 +21,7 @@ from .logprob import (
     check_head,
     check_ids,
     check_tensor,
+    check_tolerance,
     check_weight,
     checked_ids,
     choose_impl,
@@ -75,6 +76,7 @@ class FusedInputs(NamedTuple):
     shard: Shard
     impl: str
     max_workspace_bytes: int
+    gradient_tolerance: float
 
 
 def _fused_fake(x):
@@ -87,10 +89,11 @@ def _fused_fake(x):
         x.hidden.new_empty(n if with_entropy else 0, dtype=dtype),
         *empty_gradients(x.hidden, x.head, x.need, stored=True),
         x.hidden.new_empty(len(TOKEN_SUMS), dtype=torch.float64),
+        x.hidden.new_empty(2, dtype=torch.float64),
     )
 
 
-@custom_op("rlsd::fused_linear_rlsd_loss", FusedInputs, outputs=8, fake=_fused_fake)
+@custom_op("rlsd::fused_linear_rlsd_loss", FusedInputs, outputs=9, fake=_fused_fake)
 def _fused_op(x):
     check_ids(x.completion_ids, x.shard.vocab)
     return pipeline.linear_rlsd_loss(
@@ -98,7 +101,7 @@ def _fused_op(x):
         teacher_hidden=x.teacher_hidden, teacher_weight=x.teacher_weight,
         rlsd_lambda=x.rlsd_lambda, use_teacher=x.use_teacher, config=RLSDLossConfig(*x.config),
         shard=x.shard, want_entropy=x.want_entropy, need=x.need,
-        max_workspace_bytes=x.max_workspace_bytes,
+        max_workspace_bytes=x.max_workspace_bytes, gradient_tolerance=x.gradient_tolerance,
     )
 
 
@@ -237,6 +240,7 @@ def fused_linear_rlsd_loss(
     reweight_mask=None, rlsd_lambda=None, bias=None, logit_scale=1.0,
     final_logit_softcapping=None, return_entropy=False, tp_group=None,
     config=RLSDLossConfig(), impl="auto", max_workspace_bytes=None, check_inputs=False,  # noqa: B008
+    gradient_tolerance=0.0,
 ):
     """RLSD loss from hidden states: both LM-head passes, token weights and PPO clip in one op.
 
@@ -267,6 +271,12 @@ def fused_linear_rlsd_loss(
             and hidden's gradient comes out summed over ranks.
         max_workspace_bytes: bound on logits held at once; default: tuning.WORKSPACE_BYTES.
         check_inputs: also reject non-finite inputs, and bad ids on CUDA (synchronises).
+        gradient_tolerance: in [0, 1); the relative error (Frobenius) that the gradient at the
+            logits may have. Rows and columns of it that carry less than its square of the energy
+            are left out of the two GEMMs that form dh and dW, which for a trained policy is nearly
+            all of them; dh gets the mean of what it lost. dW of a column left out is exactly 0.
+            Loss, log-probs, entropy and other stats do not change by a bit. 0 is exact. While a
+            CUDA graph is captured nothing is left out.
 
     Under autocast, hidden and weight of different dtypes are cast to autocast's dtype. While a
     CUDA graph is captured no row is dropped, because no count may come back to the host.
@@ -283,6 +293,7 @@ def fused_linear_rlsd_loss(
         hidden, weight, completion_ids, bias, config.temperature, logit_scale,
         final_logit_softcapping, max_workspace_bytes, tp_group,
     )
+    check_tolerance(gradient_tolerance)
     dtype = compute_dtype(hidden.dtype)
     lam, use_teacher = _effective_lambda(
         rlsd_lambda, config, dtype, hidden.device,
@@ -345,8 +356,11 @@ def fused_linear_rlsd_loss(
         loss, log_probs, teacher, entropy = ref.linear_rlsd_loss(
             rows, weight, ids, teacher_hidden=t_rows, teacher_weight=t_weight, bias=bias,
             rlsd_lambda=lam, use_teacher=use_teacher, config=config, logit_scale=logit_scale,
-            softcap=final_logit_softcapping, **tokens._asdict(),
+            softcap=final_logit_softcapping, gradient_tolerance=float(gradient_tolerance),
+            **tokens._asdict(),
         )
+        live = ref.live_tokens(tokens.loss_weights, tokens.advantages, config).sum()
+        work = torch.stack([live, live]).double() * needs_grad(rows, weight, bias)
         log_probs, entropy = log_probs.detach(), entropy.detach()
         sums = ref.token_sums(
             log_probs, rlsd_lambda=lam, config=config, entropy=entropy,
@@ -356,15 +370,15 @@ def fused_linear_rlsd_loss(
         head = pipeline.Head(
             weight, bias, config.temperature, float(logit_scale), final_logit_softcapping
         )
-        loss, log_probs, teacher, entropy, _, _, _, sums = _fused_op(*flatten(FusedInputs(
+        loss, log_probs, teacher, entropy, _, _, _, sums, work = _fused_op(*flatten(FusedInputs(
             rows, head, ids, tokens, t_rows, t_weight, lam, use_teacher, _scalars(config),
             return_entropy, Need(*(needs_grad(x) for x in (rows, weight, bias))), True, shard,
-            impl, workspace,
+            impl, workspace, float(gradient_tolerance),
         )))
     stats = token_stats(
         sums.detach(), (tokens.loss_weights != 0).sum(), lam, dtype,
         with_kl=ref_log_probs is not None,
-        with_entropy=return_entropy or config.entropy_coef > 0,
+        with_entropy=return_entropy or config.entropy_coef > 0, work=work.detach(),
     )
     return RLSDLossOutput(
         loss, log_probs.detach().reshape(shape),

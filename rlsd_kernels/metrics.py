@@ -25,12 +25,15 @@ _MEAN_OVER = {
     "kl": "tokens/active",
     "entropy": "tokens/active",
     "policy_kl": "tokens/active",
+    "head/gradient_work": "tokens/differentiated",
 }
 _COUNTS = tuple(dict.fromkeys(_MEAN_OVER.values()))
 
 
-def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy):
+def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy, work=None):
     """Metrics of method section 5 as a dict of 0-dim tensors.
+
+    work: (2,), rows' worth of the head's gradient GEMMs that was done, and rows with a gradient.
 
     sums: (len(TOKEN_SUMS),) fp64; unmasked: number of unmasked tokens, 0-dim; a mean over no token
     is NaN. The two flags leave out what no input was given for.
@@ -44,6 +47,8 @@ def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy):
         "tokens/active_neg": of["active_neg"], "tokens/unmasked": unmasked.double(),
         "tokens/active": active,
     }
+    if work is not None:
+        counts["tokens/differentiated"] = work[1]
     totals = {
         "rlsd/delta_mean": of["delta_pos"] + of["delta_neg"],
         "rlsd/delta_mean_pos": of["delta_pos"],
@@ -61,6 +66,7 @@ def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy):
     }
     totals |= {"kl": of["kl"]} if with_kl else {}
     totals |= {"entropy": of["entropy"]} if with_entropy else {}
+    totals |= {} if work is None else {"head/gradient_work": work[0]}
     stats = {name: total / counts[_MEAN_OVER[name]] for name, total in totals.items()}
     variance = of["delta_squared"] / reweighted - stats["rlsd/delta_mean"] ** 2
     stats["rlsd/delta_std"] = variance.clamp(min=0).sqrt()
@@ -78,7 +84,7 @@ def merge_stats(many):
         isinstance(s, dict) and s.keys() >= set(_COUNTS) for s in many
     ):
         raise ValueError("many must be a list of RLSDLossOutput.stats, with at least one.")
-    merged = {name: sum(s[name] for s in many) for name in _COUNTS}
+    merged = {name: sum(s[name] for s in many) for name in _COUNTS if name in many[0]}
     for name, count in _MEAN_OVER.items():
         if name in many[0]:
             total = sum(torch.where(s[count] > 0, s[name] * s[count], 0) for s in many)

@@ -24,10 +24,10 @@ from .config import (
     compute_dtype,
     stored_dtype,
 )
+from .gradients import FP16_SCALE, Gradients
 
 MAX_GUESS = 40.0  # the rollout's log-prob as a guess is trusted down to e^-40
 NO_GUESS = 8.0  # without one the target is taken to lie 8 nats below the log-sum-exp
-FP16_SCALE = 2048.0  # times p (1 + |log p + H|) <= 14 stays below fp16's 65504
 
 
 class Head(NamedTuple):
@@ -149,10 +149,12 @@ class Rows:
     """Rows of one head under a plan: scored chunk by chunk, differentiated group by group."""
 
     def __init__(
-        self, kernels, head, shard, n, *, keep, max_workspace_bytes, with_teacher=False, plan=None
+        self, kernels, head, shard, n, *, keep, max_workspace_bytes, with_teacher=False, plan=None,
+        by_chunk=False,
     ):
         """keep: None, "exp" or "logits", what the gradient of these n rows is formed from;
-        with_teacher: the plan serves a teacher too, scored while these rows hold their memory."""
+        with_teacher: the plan serves a teacher too, scored while these rows hold their memory;
+        by_chunk: hold no more than the rows scored at once, in the same slices as otherwise."""
         self.kernels, self.head, self.shard, self.keep = kernels, head, shard, keep
         weight = head.weight
         self.dtype, self.operand = compute_dtype(weight.dtype), gemm.operand_dtype(weight)
@@ -162,8 +164,9 @@ class Rows:
                 max_workspace_bytes, tuning.max_chunk(weight.device.type),
             )
         self.group, self.chunk = self.plan = plan
+        self.held = self.chunk if by_chunk else self.group
         self.padded_e = self.e = self.z = None
-        size, vocab = (self.group, kernels.padded(len(weight))), len(weight)
+        size, vocab = (self.held, kernels.padded(len(weight))), len(weight)
         if keep is not None:
             self.padded_e = weight.new_empty(size, dtype=self.operand)
             self.e = self.padded_e[:, :vocab]
@@ -276,58 +279,6 @@ class Rows:
         return size * (slope / scale), e
 
 
-class Gradients:
-    """dh by rows; dW and db summed over groups of rows and rounded once, at the end."""
-
-    def __init__(self, hidden, head, shard, dx_dtype, need, one_group, size=None):
-        """size: 0-dim, the rough size of the rows' coefficients where e comes in fp16."""
-        self.weight, self.shard, self.size = head.weight, shard, None
-        if size is not None:
-            self.size = torch.where(size > 0, size, 1) / FP16_SCALE
-        self.need_dx, self.need_dw, self.need_db = need
-        dtype, operand = compute_dtype(self.weight.dtype), gemm.operand_dtype(self.weight)
-        # One GEMM over all rows accumulates in fp32 by itself: no fp32 copy of dW.
-        sums = operand if one_group and operand == torch.bfloat16 else dtype
-        self.dx = hidden.new_zeros(hidden.shape if self.need_dx else 0, dtype=dx_dtype)
-        self.dw = self.weight.new_empty(self.weight.shape if self.need_dw else 0, dtype=sums)
-        self.db = self.weight.new_zeros(len(self.weight) if self.need_db else 0, dtype=dtype)
-        self.empty = True
-
-    def add(
-        self,
-        index,  # (M,) rows of hidden, or a slice
-        h,  # (M, H) those rows in the GEMMs' dtype
-        v,  # (M,)
-        e,  # (M, V)
-    ):
-        """Rows whose gradient at the raw logits is v e."""
-        if self.need_dx:
-            dx = gemm.dx(e, self.weight).mul_(v.unsqueeze(-1))
-            if self.shard.sum is not None:
-                dx = self.shard.sum(dx)
-            self.dx[index] = dx.to(self.dx.dtype)
-            del dx  # a chunk of it in fp32, before dW takes its own
-        if self.size is not None:
-            v = v / self.size
-        if self.need_dw:
-            gemm.add_dw(self.dw, e, (v.unsqueeze(-1) * h).to(e.dtype), first=self.empty)
-        if self.need_db:
-            # In two parts: v rounded to 16 bits alone would add 2^-9 to the error of E.
-            high = v.to(e.dtype)
-            parts = torch.stack([high, (v - high).to(e.dtype)], -1)
-            sums = self.db.new_empty(len(self.db), 2)
-            self.db += gemm.add_dw(sums, e, parts, first=True).sum(-1)
-        self.empty = False
-
-    def cast(self, dw_dtype, db_dtype):
-        dw, db = self.dw, self.db
-        if self.empty:
-            dw.zero_()
-        if self.size is not None:
-            dw, db = dw.mul_(self.size), db.mul_(self.size)
-        return self.dx, dw.to(dw_dtype), db.to(db_dtype)
-
-
 @full_precision
 def linear_log_probs_fwd(
     kernels,
@@ -362,7 +313,7 @@ def linear_log_probs_bwd(
     log_probs,  # (N,)
     e,  # (N, V or more, rows are padded) with fixed targets, or (0,)
     s,  # (N,) or (0,)
-    shard, need, max_workspace_bytes,
+    shard, need, max_workspace_bytes, gradient_tolerance=0.0,
 ):
     """dh, dW, db of sum(grad_log_probs log p(y) + grad_entropy H), from E or by chunk anew."""
     dtype, weight = log_probs.dtype, head.weight
@@ -380,7 +331,11 @@ def linear_log_probs_bwd(
         if index is not None:  # copies of rows beside E: what it leaves free, or an eighth
             free = max(max_workspace_bytes - len(e) * row_bytes, max_workspace_bytes // 8)
             step = tuning.rows_per_chunk(n, row_bytes, free)
-        grads = Gradients(hidden, head, shard, hidden.dtype, need, step >= n, size)
+        if gradient_tolerance:
+            step = min(step, tuning.max_chunk(weight.device.type))
+        grads = Gradients(
+            kernels, hidden, head, shard, hidden.dtype, need, step >= n, size, gradient_tolerance
+        )
         v = -g / s * head.slope
         for r in _slices(0, n, step):
             i = r if index is None else index[r]
@@ -388,10 +343,12 @@ def linear_log_probs_bwd(
         return grads.cast(weight.dtype, db_dtype)
     rows = Rows(
         kernels, head, shard, n, keep=gradient_source(weight, g_entropy is not None),
-        max_workspace_bytes=max_workspace_bytes,
+        max_workspace_bytes=max_workspace_bytes, by_chunk=gradient_tolerance > 0,
     )
-    grads = Gradients(hidden, head, shard, hidden.dtype, need, rows.group >= n, size)
-    for r in _slices(0, n, rows.group):
+    grads = Gradients(
+        kernels, hidden, head, shard, hidden.dtype, need, rows.held >= n, size, gradient_tolerance
+    )
+    for r in _slices(0, n, rows.held):
         i = r if index is None else index[r]
         h, ids = hidden[i].to(rows.operand), completion_ids[i]
         scored = rows.score(h, ids, log_probs[i], want_entropy=g_entropy is not None)
@@ -412,8 +369,10 @@ def linear_rlsd_loss(
     teacher_weight,  # (V, H_t) or None for the student's
     rlsd_lambda,  # ()
     use_teacher, config: RLSDLossConfig, shard, want_entropy, need, max_workspace_bytes,
+    gradient_tolerance=0.0,
 ):
-    """loss (), log_probs (N,), teacher_log_probs (N,), entropy (N,) or (0,), dh, dW, db, sums.
+    """loss (), log_probs (N,), teacher_log_probs (N,), entropy (N,) or (0,), dh, dW, db, sums,
+    work (2,): rows' worth of the gradient GEMMs that was done, and rows.
 
     Gradients are those of the loss itself (upstream gradient 1), in stored_dtype. Rows that are
     not live keep 0 in every output, and so does the teacher where no token is re-weighted.
@@ -431,7 +390,7 @@ def linear_rlsd_loss(
     rows = Rows(
         kernels, head, shard, n, keep=gradient_source(weight, bonus) if any(need) else None,
         max_workspace_bytes=max_workspace_bytes,
-        with_teacher=use_teacher and teacher_hidden is not None,
+        with_teacher=use_teacher and teacher_hidden is not None, by_chunk=gradient_tolerance > 0,
     )
     teacher = torch.zeros_like(tokens.loss_weights)
     if use_teacher and teacher_hidden is None:
@@ -463,32 +422,43 @@ def linear_rlsd_loss(
     if rows.operand == torch.float16:
         size = 2 * tokens.advantages.abs() + config.beta + config.entropy_coef
         size = _largest(tokens.loss_weights.abs() * size)
+
+    def of_tokens(scored, some):
+        return kernels.token_rows(
+            scored.log_probs, rlsd_lambda=rlsd_lambda, config=config,
+            entropy=scored.entropy if want_entropy else None, **some._asdict(),
+        )
+
     grads = Gradients(
-        hidden, head, shard, stored_dtype(hidden.dtype), need, rows.group >= n, size
+        kernels, hidden, head, shard, stored_dtype(hidden.dtype), need, rows.held >= n, size,
+        gradient_tolerance,
     )
     loss = hidden.new_zeros((), dtype=dtype)
     sums = hidden.new_zeros(len(TOKEN_SUMS), dtype=torch.float64)
     log_probs, entropy = [hidden.new_empty(0, dtype=dtype)], [hidden.new_empty(0, dtype=dtype)]
     for r in _slices(0, n, rows.group):
-        i = r if index is None else index[r]
-        h, ids = hidden[i].to(rows.operand), completion_ids[i]
-        if capturing(h):  # rows without effect are still there, and may hold anything
-            h = torch.where(live[r].unsqueeze(-1), h, 0)
-        some = tokens.take(r)
-        scored = rows.score(h, ids, some.old_log_probs, want_entropy=want_entropy)
-        token, g, token_sums = kernels.token_rows(
-            scored.log_probs, rlsd_lambda=rlsd_lambda, config=config,
-            entropy=scored.entropy if want_entropy else None, **some._asdict(),
-        )
-        if r.stop >= n and rows.keep == "exp":
-            rows.scorer = None  # its chunk of logits, before the gradients take their memory
+        group = []
+        for q in _slices(r.start, r.stop, rows.held):
+            i = q if index is None else index[q]
+            h, ids = hidden[i].to(rows.operand), completion_ids[i]
+            if capturing(h):  # rows without effect are still there, and may hold anything
+                h = torch.where(live[q].unsqueeze(-1), h, 0)
+            some = tokens.take(q)
+            scored = rows.score(h, ids, some.old_log_probs, want_entropy=want_entropy)
+            token, g, token_sums = of_tokens(scored, some)
+            if q.stop >= n and rows.keep == "exp":
+                rows.scorer = None  # its chunk of logits, before the gradients take their memory
+            group.append(scored)
+            if any(need):
+                grads.add(i, h, *rows.logit_gradient(ids, scored, g, _take(g_entropy, q)))
+        scored = _concatenate(group, loss)
+        if len(group) > 1:  # summed as if the rows had been held together, to the bit
+            token, _, token_sums = of_tokens(scored, tokens.take(r))
         loss, sums = loss + token, sums + token_sums
         if bonus:
             loss = loss + (g_entropy[r] * scored.entropy).sum()
         log_probs.append(scored.log_probs)
         entropy.append(scored.entropy)
-        if any(need):
-            grads.add(i, h, *rows.logit_gradient(ids, scored, g, _take(g_entropy, r)))
 
     def spread(parts):
         values = torch.cat(parts)
@@ -500,6 +470,7 @@ def linear_rlsd_loss(
         loss, spread(log_probs), teacher, spread(entropy) if want_entropy else entropy[0],
         *grads.cast(stored_dtype(weight.dtype), dtype if head.bias is None else
                     stored_dtype(head.bias.dtype)), sums,
+        sums.new_tensor([grads.work, n if any(need) else 0]),
     )
 
 

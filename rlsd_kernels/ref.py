@@ -17,16 +17,62 @@ import torch
 from .config import LOG_FLOOR, MAX_LOG_RATIO, TAIL_FLOOR, TOKEN_SUMS, compute_dtype
 
 
+def left_out(d, tolerance):
+    """Bool masks of the rows (N,) and columns (V,) of d = dL/dlogits that a tolerance leaves out.
+
+    The smallest ones, which together carry at most tolerance^2 / 2 of the energy |d|^2 each; none
+    where it is not finite.
+    """
+    def smallest(energy):
+        ordered, index = energy.sort()
+        out = torch.zeros_like(energy, dtype=torch.bool)
+        out[index] = ordered.cumsum(0) <= tolerance**2 / 2 * energy.sum()
+        return out
+
+    squares = (d / d.abs().amax().clamp(min=torch.finfo(d.dtype).tiny)).square()
+    return smallest(squares.sum(1)), smallest(squares.sum(0))
+
+
+class _ToleratedHead(torch.autograd.Function):
+    """h W^T + b whose gradient does without the rows and columns that are left out of d.
+
+    dh of a kept row gets back the mean of the dropped rows of W, times the sum of what it lost.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, tolerance):
+        ctx.save_for_backward(hidden, weight)
+        ctx.tolerance = tolerance
+        logits = hidden @ weight.T
+        return logits if bias is None else logits + bias
+
+    @staticmethod
+    def backward(ctx, d):
+        hidden, weight = ctx.saved_tensors
+        rows, columns = left_out(d, ctx.tolerance)
+        share = d.norm(dim=0).masked_fill(~columns, 0)
+        d = d.masked_fill(rows[:, None], 0)
+        kept, dropped = d.masked_fill(columns, 0), d.masked_fill(~columns, 0)
+        mean = (share / share.sum().clamp(min=torch.finfo(d.dtype).tiny)) @ weight
+        dh = kept @ weight + dropped.sum(1, keepdim=True) * mean
+        return dh, kept.T @ hidden, kept.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
 def linear_log_probs(
     hidden, weight, completion_ids, *, bias=None, temperature=1.0, logit_scale=1.0,
-    final_logit_softcapping=None,
+    final_logit_softcapping=None, gradient_tolerance=0.0,
 ):
     """log p(y) and entropy of rows (N, H) under the head (V, H); returns two (N,) tensors."""
     dtype = compute_dtype(hidden.dtype)
+    bias = None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):  # it would make 16-bit logits
-        logits = hidden.to(dtype) @ weight.to(dtype).T
-    if bias is not None:
-        logits = logits + bias.to(dtype)
+        if gradient_tolerance:
+            logits = _ToleratedHead.apply(
+                hidden.to(dtype), weight.to(dtype), bias, gradient_tolerance
+            )
+        else:
+            logits = hidden.to(dtype) @ weight.to(dtype).T
+            logits = logits if bias is None else logits + bias
     logits = logit_scale * logits
     if final_logit_softcapping is not None:
         logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
@@ -178,7 +224,7 @@ def rlsd_loss(
 def linear_rlsd_loss(
     hidden, weight, completion_ids, advantages, loss_weights, *, teacher_hidden,
     teacher_log_probs, teacher_weight, old_log_probs, ref_log_probs, reweight_mask, bias,
-    rlsd_lambda, use_teacher, config, logit_scale, softcap,
+    rlsd_lambda, use_teacher, config, logit_scale, softcap, gradient_tolerance=0.0,
 ):
     """Both passes over the head, then L: loss, log_probs, teacher_log_probs, entropy.
 
@@ -188,7 +234,7 @@ def linear_rlsd_loss(
     safe = completion_ids.clamp(0, weight.shape[0] - 1)
     head = {
         "bias": bias, "temperature": config.temperature, "logit_scale": logit_scale,
-        "final_logit_softcapping": softcap,
+        "final_logit_softcapping": softcap, "gradient_tolerance": gradient_tolerance,
     }
 
     def score(h, w, rows):

@@ -189,6 +189,17 @@ class Scorer:
         fix_targets(out, ids, scale * at_target)
 
 
+def energies(e, v):
+    """Sums of (v_i e_ij)^2 down the columns (V,) and along the rows (M,)."""
+    columns, rows = v.new_empty(e.shape[1]), torch.zeros_like(v)
+    for j in range(0, e.shape[1], SCORE_TILE):
+        tile = e[:, j : j + SCORE_TILE].to(v.dtype) * v.unsqueeze(-1)
+        tile.square_()
+        torch.sum(tile, 0, out=columns[j : j + SCORE_TILE])
+        rows += tile.sum(1)
+    return columns, rows
+
+
 def fix_targets(e, ids, values):
     """In place e[i, ids_i] = values_i where 0 <= ids_i < V."""
     hit, safe = _in_shard(ids, e.shape[1])

@@ -14,7 +14,7 @@ IMPLS = {"ref", "torch_impl", "triton_impl", "cuda_impl"}
 # A file imports only files of a later row.
 KERNEL_ORDER = [
     ["distillation", "loss"], ["logprob"], ["metrics"], ["pipeline"], ["triton_distillation"],
-    sorted(IMPLS), ["streaming"],
+    sorted(IMPLS), ["streaming"], ["gradients"],
     ["gemm"], ["ops", "shards"], ["config"], ["tuning"], ["extension"],
 ]
 # Folders, and files beside them, import only what stands in a later row; folders of one row know
@@ -30,7 +30,7 @@ ROOMS = {
     "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"],
                ["distributed"], ["advantages"]],
     "sampling": [["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
-    "checks": [["validate"], ["bench"], ["measure"]],
+    "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],
     "integrations": [["trl", "liger", "ms_swift", "verl"], ["head"]],
     "reports": [["tables"], ["report"]],
 }

@@ -8,6 +8,7 @@ repository's benchmark share this file, so that both time the same thing on the 
 
 import ctypes
 import gc
+import math
 import platform
 import statistics
 import time
@@ -17,6 +18,9 @@ from pathlib import Path
 import torch
 
 from rlsd_kernels import RLSDLossConfig, fused_linear_rlsd_loss, ref
+
+from ..config import UserError
+from .profiles import PROFILES
 
 CONFIG = RLSDLossConfig()
 SEQUENCES, GROUP = 16, 4
@@ -52,18 +56,20 @@ class Problem:
     old_log_probs: torch.Tensor
     advantages: torch.Tensor
     loss_weights: torch.Tensor
+    entropy: float = math.nan  # mean of the student's softmax over all rows, nats
 
     def live(self):
         """Indices of the rows that the loss depends on."""
         return ref.live_tokens(self.loss_weights, self.advantages, CONFIG).nonzero().squeeze(-1)
 
 
-def make_problem(case, *, frozen_head=False, live=1.0, seed=0, device="cpu"):
-    """A rollout that the model itself sampled: RMS-normed hidden states, W of std 0.02, ids from
-    its own softmax, an old policy 0.05 nats away, A relative to groups of four sequences.
+def make_problem(case, *, profile="uniform", frozen_head=False, live=1.0, seed=0, device="cpu"):
+    """A rollout that the model itself sampled: ids from its own softmax, an old policy 0.05 nats
+    away, A relative to groups of four sequences.
 
-    live: share of rows with a_t != 0 and A != 0, exact to one row. About half of the dead rows are
-    groups of equal rewards (A = 0, which only this library drops), the others masked padding.
+    profile: one of profiles.PROFILES, whose hidden states and head they are. live: share of rows
+    with a_t != 0 and A != 0, exact to one row. About half of the dead rows are groups of equal
+    rewards (A = 0, which only this library drops), the others masked padding.
     """
     rng = torch.Generator(device).manual_seed(seed)
     n = case.rows
@@ -71,18 +77,22 @@ def make_problem(case, *, frozen_head=False, live=1.0, seed=0, device="cpu"):
     def randn(*shape):
         return torch.randn(*shape, generator=rng, device=device)
 
-    hidden = randn(n, case.hidden)
-    hidden /= hidden.square().mean(-1, keepdim=True).sqrt()
-    teacher = hidden + 0.3 * randn(n, case.hidden)
-    weight = 0.02 * randn(case.vocab, case.hidden)
-    hidden, teacher, weight = (x.to(case.dtype) for x in (hidden, teacher, weight))
+    if profile not in PROFILES:
+        raise UserError(f"profile must be one of {', '.join(PROFILES)}, but got {profile!r}.")
+    *made, drawn = PROFILES[profile](case, rng)
+    hidden, teacher, weight = (x.to(device, case.dtype) for x in made)
 
-    head, ids, log_probs = weight.float(), [], []
-    for h in hidden.split(CHUNK[hidden.device.type]):
-        log_p = (h.float() @ head.T).log_softmax(-1)
-        ids.append(torch.multinomial(log_p.exp(), 1, generator=rng))
+    head, ids, log_probs, entropy = weight.float(), [], [], 0.0
+    for r in torch.arange(n, device=device).split(CHUNK[hidden.device.type]):
+        log_p = (hidden[r].float() @ head.T).log_softmax(-1)
+        p = log_p.exp()
+        entropy -= float((p * log_p).sum()) / n
+        if drawn is None:
+            ids.append(torch.multinomial(p, 1, generator=rng))
+        else:
+            ids.append(drawn.to(device)[r, None])
         log_probs.append(log_p.gather(-1, ids[-1]))
-    del head, log_p
+    del head, log_p, p
     old = torch.cat(log_probs)[:, 0] + 0.05 * randn(n)
 
     sequence = torch.arange(n, device=device) * SEQUENCES // n
@@ -98,7 +108,7 @@ def make_problem(case, *, frozen_head=False, live=1.0, seed=0, device="cpu"):
     mask[candidates[round(live * n):]] = 0  # the ends of the responses
     return Problem(
         hidden.requires_grad_(), teacher, weight.requires_grad_(not frozen_head),
-        torch.cat(ids)[:, 0], old, advantages, mask / mask.sum(),
+        torch.cat(ids)[:, 0], old, advantages, mask / mask.sum(), entropy,
     )
 
 

@@ -2,14 +2,15 @@
 and `rlsd bench`, which prints a table of them."""
 
 import dataclasses
+import math
 import sys
 from collections import Counter
 
 import pytest
 import torch
 
+from rlsd import UserError
 from rlsd.checks import bench, measure
-from rlsd.config import UserError
 from rlsd_kernels import ref
 
 CASE = measure.Case(64, 32, 301)
@@ -22,7 +23,8 @@ def specification(problem):
     """`measure.gradients` by ref.linear_rlsd_loss and autograd in fp64."""
     wide = dataclasses.replace(
         problem,
-        **{k: v.detach().double() for k, v in vars(problem).items() if v.is_floating_point()},
+        **{k: v.detach().double() for k, v in vars(problem).items()
+           if isinstance(v, torch.Tensor) and v.is_floating_point()},
     )
     wide.hidden.requires_grad_()
     wide.weight.requires_grad_(problem.weight.requires_grad)
@@ -46,6 +48,28 @@ def test_exact_is_the_specification(frozen_head):
     truth = specification(problem)
     wrong = measure.errors(measure.exact(problem, chunk=17), truth, problem.live())
     assert all((value or 0) < 1e-13 for value in wrong.values()), wrong
+
+
+def test_a_trained_problem_has_the_entropies_of_one():
+    case = measure.Case(512, 512, 16384)
+    problem = measure.make_problem(case, profile="trained")
+    log_p = (problem.hidden @ problem.weight.T).detach().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    assert problem.entropy == pytest.approx(entropy.mean().item(), rel=1e-5)
+    assert 0.45 < (entropy < 0.01).double().mean() < 0.55
+    assert 0.15 < (entropy > 0.67).double().mean() < 0.25
+    rms = problem.hidden.detach().square().mean(-1).sqrt()
+    torch.testing.assert_close(rms, torch.ones(case.rows))
+    # Beyond its eight candidates a token leaves mass all over the vocabulary.
+    tail = log_p.exp().sort(descending=True).values[:, 8:]
+    assert (tail > 0).all() and tail.sum(-1).mean() > 1e-3
+    flat = measure.make_problem(case).entropy
+    assert flat > 0.97 * math.log(case.vocab) and problem.entropy < 0.6
+
+
+def test_an_unknown_profile_is_one_sentence():
+    with pytest.raises(UserError, match="uniform, trained, smollm2, but got 'flat'.$"):
+        measure.make_problem(CASE, profile="flat")
 
 
 def test_errors_are_seen():

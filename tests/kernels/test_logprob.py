@@ -270,7 +270,7 @@ def test_opcheck_log_probs(case, keep):
         torch.ops.rlsd.linear_log_probs.default,
         flatten(logprob.LogProbsInputs(
             hidden, Head(weight, b, 1.3, 0.7, softcap), ids, None, entropy, keep,
-            Shard([0, 7, 7], None), "torch", 2**20,
+            Shard([0, 7, 7], None), "torch", 2**20, 0.0,
         )),
     )
 
@@ -291,6 +291,7 @@ def test_opcheck_log_probs_backward(case, need):
             *((torch.rand(n, 7, dtype=out), torch.ones(n, dtype=out)) if need[0] else
               (torch.empty(0, dtype=out), torch.empty(0, dtype=out))),
             Need(need[0], need[1], bias and need[2]), Shard([0, 7, 7], None), "torch", 2**20,
+            0.0,
         )),
         test_utils=("test_schema", "test_faketensor"),
     )
@@ -316,6 +317,7 @@ def test_opcheck_fused(case, teacher):
             torch.tensor(0.5, dtype=wide), teacher != "none",
             loss.Scalars(*astuple(RLSDLossConfig(entropy_coef=0.1 if entropy else 0.0))), entropy,
             Need(True, True, bias), False, Shard([0, 7, 7], None), "torch", 2**20,
+            0.0,
         )),
     )
 

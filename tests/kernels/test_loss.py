@@ -292,9 +292,11 @@ def test_rlsd_loss_equals_the_fused_one():
         **{k: p[k] for k in ("old_log_probs", "ref_log_probs", "loss_weights", "reweight_mask")},
     )
     torch.testing.assert_close(out.loss, again.loss)
-    assert out.stats.keys() == again.stats.keys()
-    for name, value in out.stats.items():
-        torch.testing.assert_close(value, again.stats[name], equal_nan=True)
+    assert out.stats.keys() - again.stats.keys() == {
+        "head/gradient_work", "tokens/differentiated"
+    }
+    for name, value in again.stats.items():
+        torch.testing.assert_close(out.stats[name], value, equal_nan=True)
 
 
 def test_default_loss_weights_are_the_token_mean():
