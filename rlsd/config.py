@@ -259,6 +259,10 @@ class TrainConfig:
     max_tokens_per_micro_batch: int | None = option(
         None, "cut micro-batches by their tokens, padding included, instead of by sequences"
     )
+    gradient_tolerance: float = option(
+        0.0, "relative error that the gradient at the logits may have, in [0, 1); 1e-3 spares a "
+        "trained policy most of the head's backward; 0 is exact"
+    )
     padding_free: bool = option(
         False, "pack a micro-batch into one row; wants flash attention, or short rows under SDPA"
     )
@@ -364,6 +368,10 @@ class TrainConfig:
         self._check_split_and_format()
         self._check_sampler()
         self._check_objective()
+        if not 0 <= self.gradient_tolerance < 1:
+            raise UserError(
+                f"gradient_tolerance must be in [0, 1), but got {self.gradient_tolerance:g}."
+            )
         for part in ("{prompt}", "{privileged_context}"):
             if self.privileged_template.count(part) != 1:
                 raise UserError(f"privileged_template must contain {part} exactly once.")

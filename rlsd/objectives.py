@@ -93,7 +93,7 @@ def measured(inputs, impl):
     config = inputs["config"]
     log_probs, entropy = linear_log_probs(
         **{name: inputs[name] for name in names}, temperature=config.temperature,
-        return_entropy=True, impl=impl,
+        return_entropy=True, impl=impl, gradient_tolerance=inputs.get("gradient_tolerance", 0.0),
     )
     ones = torch.ones_like(inputs["loss_weights"])
     out = rlsd_loss(

@@ -25,18 +25,17 @@ _MEAN_OVER = {
     "kl": "tokens/active",
     "entropy": "tokens/active",
     "policy_kl": "tokens/active",
-    "head/gradient_work": "tokens/differentiated",
 }
 _COUNTS = tuple(dict.fromkeys(_MEAN_OVER.values()))
+WORK, WORK_COUNT = "head/gradient_work", "tokens/differentiated"  # of ops that own a head
 
 
 def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy, work=None):
     """Metrics of method section 5 as a dict of 0-dim tensors.
 
-    work: (2,), rows' worth of the head's gradient GEMMs that was done, and rows with a gradient.
-
     sums: (len(TOKEN_SUMS),) fp64; unmasked: number of unmasked tokens, 0-dim; a mean over no token
-    is NaN. The two flags leave out what no input was given for.
+    is NaN. The two flags leave out what no input was given for. work: (2,), rows' worth of the
+    head's gradient GEMMs that was done, and rows with a gradient.
     """
     of = dict(zip(TOKEN_SUMS, sums.unbind(), strict=True))
     active = of["active_pos"] + of["active_neg"]
@@ -47,8 +46,6 @@ def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy, wo
         "tokens/active_neg": of["active_neg"], "tokens/unmasked": unmasked.double(),
         "tokens/active": active,
     }
-    if work is not None:
-        counts["tokens/differentiated"] = work[1]
     totals = {
         "rlsd/delta_mean": of["delta_pos"] + of["delta_neg"],
         "rlsd/delta_mean_pos": of["delta_pos"],
@@ -66,10 +63,11 @@ def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy, wo
     }
     totals |= {"kl": of["kl"]} if with_kl else {}
     totals |= {"entropy": of["entropy"]} if with_entropy else {}
-    totals |= {} if work is None else {"head/gradient_work": work[0]}
     stats = {name: total / counts[_MEAN_OVER[name]] for name, total in totals.items()}
     variance = of["delta_squared"] / reweighted - stats["rlsd/delta_mean"] ** 2
     stats["rlsd/delta_std"] = variance.clamp(min=0).sqrt()
+    if work is not None:
+        stats[WORK], counts[WORK_COUNT] = work[0] / work[1], work[1]
     stats = {name: value.to(dtype) for name, value in stats.items()}
     return {name: count.long() for name, count in counts.items()} | stats
 
@@ -84,8 +82,9 @@ def merge_stats(many):
         isinstance(s, dict) and s.keys() >= set(_COUNTS) for s in many
     ):
         raise ValueError("many must be a list of RLSDLossOutput.stats, with at least one.")
-    merged = {name: sum(s[name] for s in many) for name in _COUNTS if name in many[0]}
-    for name, count in _MEAN_OVER.items():
+    of_heads = {WORK: WORK_COUNT} if WORK in many[0] else {}
+    merged = {name: sum(s[name] for s in many) for name in (*_COUNTS, *of_heads.values())}
+    for name, count in (_MEAN_OVER | of_heads).items():
         if name in many[0]:
             total = sum(torch.where(s[count] > 0, s[name] * s[count], 0) for s in many)
             merged[name] = total / merged[count]
