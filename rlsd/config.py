@@ -362,8 +362,7 @@ class TrainConfig:
                 f"{len(self.reward_funcs)}; give one weight per function."
             )
         for name in ("reward_timeout", "verify_timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                got = getattr(self, name)
+            if not 0 < (got := getattr(self, name)) < math.inf:
                 raise UserError(f"{name} must be a positive number of seconds, but got {got}.")
         self._check_split_and_format()
         self._check_sampler()

@@ -85,7 +85,7 @@ class Trainer:
             if not getattr(config, name):
                 raise UserError(f"{name} is not set; give it in the config or as --{name}.")
         self.run_dir = Path(config.output_dir)
-        self.inside = []  # of the main process: what keeps other runs out, to the end of train()
+        self.inside = []  # in the main process: what keeps other runs out, to the end of train()
         self.processes.once(lambda: self.inside.append(checkpoint.enter(self.run_dir, resume_from)))
         self.loss_config = config.loss_config()
         on_gpu = torch.cuda.is_available() and not config.device.startswith("cpu")
@@ -141,9 +141,8 @@ class Trainer:
         """Run to the last step; returns the records of metrics.jsonl in the main process."""
         config = self.config
         if self.step >= self.max_steps:
-            raise UserError(
-                f"{self.run_dir} is already at step {self.step}; raise max_steps to go on."
-            )
+            at = f"{self.run_dir} is already at step {self.step}"
+            raise UserError(f"{at}; raise max_steps to go on.")
         repository = self.processes.once(lambda: hub_repository(config))
         with Reporter(
             self.run_dir, dataclasses.asdict(config), config.report_to, self.max_steps, self.step,
@@ -180,12 +179,11 @@ class Trainer:
         return read_metrics(self.run_dir)
 
     def _saved(self, error):
-        """The error, and where all steps so far are safe: here they are saved, if they can be."""
+        """The error, and where the steps are safe: saved now, unless NaN would replace them."""
         if not self.step:
             return error
         together = self.processes.size == 1 or isinstance(error, rewards.RewardError | Stopped)
         safe = checkpoint.standing(self.run_dir)
-        # A last update may have made NaN of the weights, and a save removes older checkpoints.
         if together and math.isfinite(whole(get_total_norm(self.weights.masters)).item()):
             if self.saved < self.step:
                 self.save()
@@ -372,12 +370,10 @@ class Trainer:
         with self.clock("optim"):
             self.processes.sum_gradients(self.weights.masters)
             norm = clip_grad_norm_(self.weights.masters, self.config.max_grad_norm)
-            grad_norm = whole(norm).item()
-            if not math.isfinite(loss + grad_norm):
-                raise Stopped(
-                    f"Step {step}: loss is {loss} and the gradient norm {grad_norm}, so training "
-                    "stopped before this update; lower learning_rate or look at the rewards."
-                )
+            if not math.isfinite(loss + (grad_norm := whole(norm).item())):
+                said = f"Step {step}: loss is {loss} and the gradient norm {grad_norm}"
+                raise Stopped(f"{said}, so training stopped before this update; lower "
+                              "learning_rate or look at the rewards.")
             self.optimizer.step()
             self.weights.publish()
         return grad_norm
