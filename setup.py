@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
@@ -32,6 +33,13 @@ class BuildPy(build_py):
         extension.install(package)
 
 
+class BdistWheel(bdist_wheel):
+    """The extension knows torch's stable ABI and no Python: one wheel serves every Python 3."""
+
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2])
+
+
 class Platform(Distribution):
     """A wheel with the extension in it is for one platform."""
 
@@ -39,4 +47,4 @@ class Platform(Distribution):
         return extension.why_not_installed() is None
 
 
-setup(cmdclass={"build_py": BuildPy}, distclass=Platform)
+setup(cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel}, distclass=Platform)

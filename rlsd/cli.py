@@ -3,10 +3,10 @@
 A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exits with 130.
 """
 
+import ast
 import dataclasses
 import importlib.metadata
 import io
-import math
 import os
 import platform
 import shutil
@@ -22,6 +22,14 @@ from rlsd_kernels import __version__, available_impls
 from rlsd_kernels.logprob import choose_impl
 
 from .config import KINDS, TrainConfig, UserError, load_yaml, make_config
+from .packages import (
+    OPTIONAL,
+    RELEASES,
+    import_failure,
+    is_tested,
+    releases_of,
+    require_release,
+)
 
 USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
 
@@ -38,7 +46,6 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
   rlsd doctor                                    what is installed and which code will run
 """
 
-TESTED_HOSTS = {"trl": "1.16.", "ms-swift": "4.6.", "verl": "0.9."}
 HINTS = typing.get_type_hints(TrainConfig)
 TEXTS = {"config", "resume_from_checkpoint", "output", "device", "dtype", "arm"} | {
     name for name, hint in HINTS.items() if hint is str
@@ -46,13 +53,13 @@ TEXTS = {"config", "resume_from_checkpoint", "output", "device", "dtype", "arm"}
 NAMING_NONE = {f.name for f in dataclasses.fields(TrainConfig) if "none" in f.metadata["choices"]}
 
 
-def parse_options(arguments):
+def parse_options(arguments, read=None):
     """{key: value} from --key value pairs; `--key` alone is an error.
 
-    Values are read as YAML unless the option is a text: "A: {prompt}" would become a mapping.
+    read: (text, key) -> value, YAML by default. The text of an option that is one is never read:
+    "A: {prompt}" would become a mapping.
     """
-    import yaml
-
+    read = read or yaml_value
     options, i = {}, 0
     while i < len(arguments):
         name = arguments[i]
@@ -66,12 +73,7 @@ def parse_options(arguments):
             value, i = arguments[i + 1], i + 1
         if key in options:
             raise UserError(f"--{key} is given twice.")
-        try:
-            options[key] = yaml.safe_load(value) if value and key not in TEXTS else value
-            if options[key] in ("None", "none") and key not in TEXTS | NAMING_NONE:
-                options[key] = None
-        except (yaml.YAMLError, ValueError, RecursionError):
-            options[key] = value
+        options[key] = read(value, key) if value and key not in TEXTS else value
         i += 1
     return options
 
@@ -91,18 +93,25 @@ def values_of(f):
     return words if f.default is None else f"{words}, or none"
 
 
+def as_typed(value):
+    """A default as one would type it, in YAML; pyyaml may not be there."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}: {as_typed(v)}' for k, v in value.items())}}}"
+    if isinstance(value, str) and value and "\\" not in repr(value):
+        return value
+    return repr(value) if isinstance(value, str) else str(value).lower()
+
+
 def option_lines(width):
     """The help of every option under the heading of its group, lines of at most so many columns."""
-    import yaml
-
     lines = []
     for f in dataclasses.fields(TrainConfig):
         if f.metadata["group"]:
             lines += ["", f.metadata["group"]]
         value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        shown, values = "none" if value is None else repr(value), values_of(f)
-        if value is not None and "\\" not in shown:  # as one would type it
-            shown = yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
+        shown, values = as_typed(value), values_of(f)
         lines += textwrap.wrap(
             f"--{f.name} {shown}" + f"  [{values}]" * bool(values), width,
             initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False,
@@ -112,6 +121,25 @@ def option_lines(width):
             break_on_hyphens=False,
         )
     return lines
+
+
+def yaml_value(text, key):
+    """The value of the text of an option in YAML, the text itself where it is none."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+    return None if value in ("None", "none") and key not in NAMING_NONE else value
+
+
+def python_value(text, key):
+    """The number that a text is, or the text: what reads without pyyaml."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
 
 
 def find_checkpoint(path):
@@ -178,7 +206,9 @@ def train(arguments):
                 "give its folder to all."
             )
         from .demo import scratch_model
+        from .reports.report import require_packages
 
+        require_packages(config)
         warm = f"{Path(config.output_dir).resolve()}-warm-start"
         lock = checkpoint.RunLock(warm)
         for path in (config.output_dir, warm):
@@ -326,10 +356,10 @@ def validate(arguments):
 
 def bench(arguments):
     from .checks.bench import run
-    from .policy.models import memory_named
+    from .policy.update import memory_named
 
     with memory_named("timing a step", "--rows, --hidden_size or --vocab_size"):
-        run(parse_options(arguments))
+        run(parse_options(arguments, python_value))
     return 0
 
 
@@ -339,19 +369,11 @@ def doctor(arguments):
     print(f"rlsd {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("\nPackages")
     for name, use in (
-        ("torch", "everything"), ("numpy", "everything"), ("transformers", "train, eval"),
-        ("peft", "use_peft"), ("flash-attn", "padding_free on a GPU"),
-        ("matplotlib", "curves"), ("rich", "sample tables"), ("pyarrow", "parquet, completions"),
-        ("reasoning-gym", "reasoning-gym: tasks"), ("datasets", "hub datasets"),
-        ("math-verify", "reward math_verify"), ("tensorboard", "report_to: tensorboard"),
-        ("wandb", "report_to: wandb"), ("trackio", "report_to: trackio"),
-        ("triton", "impl triton, on a GPU"),
+        ("torch", "everything"), ("numpy", "everything"),
+        *((name, use) for name, _, use in OPTIONAL.values()),
+        ("flash-attn", "padding_free on a GPU"), ("triton", "impl triton, on a GPU"),
     ):
-        try:
-            state = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            state = "missing"
-        print(f"  {name:<16}{state:<16}{use}")
+        print(f"  {name:<16}{installed_version(name) or 'missing':<16}{use}")
     print(f"  {'LoRA':<16}{lora_state()}")
     print("\nDevice")
     if torch.cuda.is_available():
@@ -366,9 +388,12 @@ def doctor(arguments):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     auto = choose_impl("auto", torch.empty(0, device=device))
     print(f"  impl='auto' runs {auto!r} on {device}, the fastest that is available there")
-    print("\nIntegrations")
-    for name, tested in TESTED_HOSTS.items():
-        print(f"  {name:<16}{host_state(name, tested)}")
+    print("\nHosts")
+    for name in RELEASES:
+        version, state = installed_version(name), "tested"
+        if version and not is_tested(name, version):
+            state = f"outside the tested range, {releases_of(name)}"
+        print(f"  {name:<16}{f'{version:<16}{state}' if version else 'missing'}")
     return 0
 
 
@@ -396,22 +421,21 @@ def lora_state():
         right = torch.equal(base, without) and torch.equal(adapted, loaded)
         return "works" if right else "does not work: its passes are not those of its weights"
     except ImportError as error:
-        return f"needs {error.name}"
+        return import_failure(error).rstrip(".")
     except Exception as error:  # whatever two releases that do not fit each other raise
         return f"does not work: {' '.join(str(error).split()) or type(error).__name__}"
 
 
-def host_state(name, tested):
-    """The installed version of a trainer that RLSD hooks into, and whether its hook loads."""
+def installed_version(name):
+    """Of a package, None where it is missing."""
     try:
-        version = importlib.metadata.version(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "missing"
-    fits = version.startswith(tested)
-    return f"{version:<16}{'tested' if fits else f'outside the tested range, {tested}x'}"
+        return None
 
 
 def _quiet():
+    require_release("transformers")
     from .reports.report import quiet_libraries
 
     quiet_libraries()
@@ -472,10 +496,7 @@ def main(arguments=None):
     except ImportError as error:
         if (error.name or "").split(".")[0] in ("rlsd", "rlsd_kernels"):
             raise
-        print(
-            f"rlsd: {command} needs the package {error.name}: pip install '.[train]'.",
-            file=sys.stderr,
-        )
+        print(f"rlsd: {command} {import_failure(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

@@ -39,7 +39,7 @@ import yaml
 from .config import UserError, load_yaml, make_config
 from .policy import checkpoint
 from .policy.teacher import require_same_vocabulary
-from .reports.report import plot_runs, quiet_libraries, read_metrics
+from .reports.report import plot_runs, quiet_libraries, read_metrics, require_packages
 from .reports.tables import (
     ACCURACY,
     ENTROPY,
@@ -344,7 +344,7 @@ def compare(plan, *, arm=None, seed=None, log=print):
         if (arm is None or a == arm) and (seed is None or s == seed)
     ]
     for a, s in chosen:  # every option of every arm, before anything runs
-        plan.config(a, s)
+        require_packages(dataclasses.replace(plan.config(a, s), plot_curves=True))
     model = warm_start(plan)
     configs = {name: plan.config(*name, model) for name in chosen}
     kept = {}

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from .config import UserError, make_config
 from .policy.packing import left_pad
-from .reports.report import plot_runs
+from .reports.report import plot_runs, require_packages
 from .reports.tables import (
     AFTER,
     BEFORE,
@@ -287,6 +287,7 @@ def run_demo(output_dir="runs/demo", seed=0, num_seeds=3, max_steps=80, warm_up_
     """
     torch.set_num_threads(1)
     began, folder, copies = time.monotonic(), Path(output_dir), 1
+    require_packages(demo_config(folder, seed, log_completions_steps=1))
     while True:
         try:
             folder.mkdir(parents=True)

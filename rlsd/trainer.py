@@ -26,7 +26,6 @@ from .policy.models import (
     MasterWeights,
     checkpoint_layers,
     load_student,
-    memory_named,
     open_policy,
     peak_flops,
 )
@@ -37,6 +36,7 @@ from .policy.update import (
     Stopped,
     live_batch,
     log_probs_under,
+    memory_named,
     require_contract,
     router_totals,
     sampling_metrics,

@@ -613,7 +613,7 @@ def test_missing_package_is_named(capsys, monkeypatch):
 
     monkeypatch.setattr("rlsd.reports.report.plot_runs", no_matplotlib)
     message = fails(capsys, "plot", "run")
-    assert message == "rlsd: plot needs the package matplotlib: pip install '.[train]'."
+    assert message == "rlsd: plot needs the package matplotlib: pip install 'rlsd[train]'."
 
 
 def test_scratch_builds_its_own_model(tmp_path, capsys):

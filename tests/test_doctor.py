@@ -11,7 +11,8 @@ import transformers
 
 import rlsd
 from rlsd import __version__
-from rlsd.cli import TESTED_HOSTS, lora_state, main
+from rlsd.cli import lora_state, main
+from rlsd.packages import RELEASES
 
 
 def test_doctor_says_what_is_installed_and_what_runs(capsys):
@@ -38,20 +39,20 @@ def test_doctor_tries_lora(capsys, monkeypatch):
     assert lora_state() == "does not work: its passes are not those of its weights"
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setitem(sys.modules, "peft.functional", None)
-    assert lora_state() == "needs peft"
+    assert lora_state() == "needs the package peft: pip install 'rlsd[train]'"
 
 
 @pytest.mark.parametrize("versions, lines", [
-    ({}, ["trl +missing", "ms-swift +missing", "verl +missing"]),
-    ({"trl": "1.16.3", "ms-swift": "4.5.0", "verl": "0.9.1"},
-     ["trl +1.16.3 +tested", "ms-swift +4.5.0 +outside the tested range, 4.6.x",
-      "verl +0.9.1 +tested"]),
+    ({}, ["transformers +missing", "trl +missing", "ms-swift +missing", "verl +missing"]),
+    ({"transformers": "5.25.0", "trl": "1.14.3", "ms-swift": "4.5.0", "verl": "0.9.1"},
+     ["transformers +5.25.0 +outside the tested range, 5.17 to 5.24", "trl +1.14.3 +tested",
+      "ms-swift +4.5.0 +outside the tested range, 4.6.x", "verl +0.9.1 +tested"]),
 ], ids=["missing", "installed"])
-def test_doctor_says_which_integrations_load(capsys, monkeypatch, versions, lines):
+def test_doctor_says_which_hosts_are_tested(capsys, monkeypatch, versions, lines):
     installed = importlib.metadata.version
 
     def version(name):
-        if name not in TESTED_HOSTS:
+        if name not in RELEASES:
             return installed(name)
         if name not in versions:
             raise importlib.metadata.PackageNotFoundError(name)
@@ -59,13 +60,15 @@ def test_doctor_says_which_integrations_load(capsys, monkeypatch, versions, line
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert main(["doctor"]) == 0
-    out = capsys.readouterr().out.split("\nIntegrations\n")[1].splitlines()
+    out = capsys.readouterr().out.split("\nHosts\n")[1].splitlines()
     assert len(out) == len(lines)
     for line, pattern in zip(out, lines, strict=True):
         assert re.fullmatch(f"  {pattern}", line), line
 
 
 def test_doctor_and_the_hooks_name_the_same_versions():
-    for name, tested in TESTED_HOSTS.items():
-        hook = Path(rlsd.__file__).parent / "integrations" / f"{name.replace('-', '_')}.py"
-        assert f'"{tested}"' in hook.read_text()
+    hooks = Path(rlsd.__file__).parent / "integrations"
+    for name in ("ms-swift", "verl"):
+        low, high = RELEASES[name]
+        assert low == high
+        assert f'"{low}."' in (hooks / f"{name.replace('-', '_')}.py").read_text()

@@ -21,8 +21,8 @@ KERNEL_ORDER = [
 # nothing of each other. So do the files inside a folder.
 FLOORS = [
     ["cli"], ["compare"], ["demo"], ["trainer"], ["reports"],
-    ["sampling", "checks", "integrations"], ["policy"], ["rewards"], ["tasks"], ["config"],
-    ["objectives"],
+    ["sampling", "checks", "integrations"], ["policy"], ["rewards"], ["tasks"], ["packages"],
+    ["config"], ["objectives"],
 ]
 ROOMS = {
     "tasks": [["rewards"], ["scorers"], ["data"], ["grader"], ["judges"], ["deadline"], ["sandbox"],

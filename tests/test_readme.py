@@ -4,15 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+from bare_install import snippets, snippets_agree
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def snippets(language):
-    blocks = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
-    return [text for name, text in blocks if name == language]
 
 
 @pytest.mark.parametrize("run", ["demo", "demo_warmup300"])
@@ -40,7 +35,7 @@ def test_links_lead_to_files():
 
 
 def test_file_tree_names_files_that_exist():
-    tree = next(block for block in snippets("") if "rlsd_kernels/ " in block)
+    tree = next(block for block in snippets(README, "") if "rlsd_kernels/ " in block)
     named, folders = [], []
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -54,19 +49,4 @@ def test_file_tree_names_files_that_exist():
 
 
 def test_snippets_agree():
-    use, equal = snippets("python")
-    batch, length, hidden_size, vocab = 2, 3, 8, 17
-    torch.manual_seed(0)
-    scope = {
-        "hidden": torch.randn(batch, length, hidden_size, requires_grad=True),
-        "teacher_hidden": torch.randn(batch, length, hidden_size),
-        "lm_head": torch.nn.Linear(hidden_size, vocab, bias=False),
-        "completion_ids": torch.randint(0, vocab, (batch, length)),
-        "advantages": torch.tensor([0.7, -0.7]), "mask": torch.ones(batch, length),
-        "old_log_probs": -3 + 0.1 * torch.randn(batch, length),
-    }
-    exec(use, scope)
-    plain = dict(scope)
-    exec(equal, plain)
-    assert (plain["rho"][scope["advantages"] < 0] < 3).all()
-    torch.testing.assert_close(scope["out"].loss, plain["loss"])
+    snippets_agree(README)

@@ -53,6 +53,7 @@ def make(cls, folder, *, model=None, reward=sum_reward, data=None, more=None, **
     })
     # TRL keeps what it patches on the model: every trainer gets its own.
     model = copy.deepcopy(model) if model is not None else str(folder / "model")
+    torch.manual_seed(args.seed)  # an adapter is drawn at random; TRL seeds before from 1.15 on
     trainer = cls(
         model, reward, args, Dataset.from_list(DATA if data is None else data),
         processing_class=load_tokenizer(str(folder / "model")), **more or {},
@@ -106,7 +107,7 @@ class PlainHookA(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.rollouts, self.teacher = 0, copy.deepcopy(self.model)
         base = self.teacher.get_base_model() if is_peft_model(self.teacher) else self.teacher
-        del base.forward  # TRL's patch is bound to the student
+        vars(base).pop("forward", None)  # the patch of TRL from 1.15 on is bound to the student
 
     def _follow(self):
         for own, new in zip(self.teacher.parameters(), self.model.parameters(), strict=True):

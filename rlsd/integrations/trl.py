@@ -11,8 +11,12 @@ import logging
 import os
 from dataclasses import dataclass, replace
 
+from ..packages import require_release
+
+for host in ("trl", "transformers"):  # first: of another release the imports below may fail
+    require_release(host)
+
 import torch
-import trl
 from accelerate.utils import gather_object, is_peft_model
 from datasets import IterableDataset
 from transformers import TrainerCallback
@@ -38,7 +42,6 @@ from ..tasks.prompts import teacher_prompt
 from .head import add_rlsd_head
 
 logger = logging.getLogger(__name__)
-TESTED_TRL = "1.16."
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
 HINT_COLUMNS = ("teacher_prompt", "privileged_context", "solution")
 CONTEXT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -119,9 +122,6 @@ class RLSDTrainer(GRPOTrainer):
     _paper = {"title": "Self-Distilled RLVR", "id": "2604.03128"}
 
     def __init__(self, model, reward_funcs=None, args=None, *more, **named):
-        if not trl.__version__.startswith(TESTED_TRL):
-            raise UserError(f"RLSDTrainer builds on internals of TRL {TESTED_TRL}x, but "
-                            f"{trl.__version__} is installed; pip install 'trl==1.16.0'.")
         args = RLSDConfig("RLSD") if args is None else args
         if not isinstance(args, RLSDConfig):
             raise UserError(f"args must be an RLSDConfig, but is a {type(args).__name__}.")

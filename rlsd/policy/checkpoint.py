@@ -31,6 +31,7 @@ import transformers
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import UserError
+from ..packages import missing, package
 from .distributed import placed, whole, whole_weights
 
 PARTIAL = ".partial-"
@@ -456,6 +457,8 @@ def load_optimizer(optimizer, scheduler, state):
 
 def load_tokenizer(path):
     """The tokenizer of a folder or hub id, with a pad token."""
+    if (Path(path) / "adapter_config.json").exists() and missing(["peft"]):
+        raise UserError(f"{path} holds a LoRA adapter and needs {package('peft')}.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers and custom code raise their own kinds

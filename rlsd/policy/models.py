@@ -549,15 +549,3 @@ def peak_flops(device):
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-@contextlib.contextmanager
-def memory_named(doing, lower):
-    """Out of memory becomes a sentence that says what to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not full and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(f"Out of memory while {doing}; lower {lower}.") from error

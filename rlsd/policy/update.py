@@ -6,6 +6,7 @@ model(trunk=..., head=...): two functions that run in this order inside the forw
 of its head (models.open_forward says why).
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -479,3 +480,15 @@ def require_contract(errors, limits, step):
                 "for inputs of this kind and size, so training stopped before this update; report "
                 "it, and train on with another impl."
             )
+
+
+@contextlib.contextmanager
+def memory_named(doing, lower):
+    """Out of memory becomes a sentence that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not full and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(f"Out of memory while {doing}; lower {lower}.") from error

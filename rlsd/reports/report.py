@@ -1,7 +1,6 @@
 """What a run shows and leaves: metrics.jsonl, TensorBoard, progress, samples, plots, card."""
 
 import contextlib
-import importlib.util
 import json
 import logging
 import math
@@ -19,6 +18,7 @@ import transformers
 import yaml
 
 from ..config import UserError
+from ..packages import missing, package, require_release
 from ..policy.checkpoint import reason
 from ..sampling.evaluation import summary
 from ..sampling.rollout import token_texts
@@ -78,18 +78,18 @@ class Clock:
 
 
 def require_packages(config):
-    """Say before the first rollout, not after the last, which package of a report is missing."""
-    needed = {"matplotlib": ("'.[train]'", "curves.png")} if config.plot_curves else {}
+    """Say before the first rollout, not after the last, which package of a run is missing."""
+    require_release("transformers")
+    needed = {"accelerate": "training"}  # transformers' schedules import it
+    if config.plot_curves:
+        needed["matplotlib"] = "curves.png"
     if config.log_completions_steps:
-        needed |= {name: ("'.[train]'", "log_completions_steps") for name in ("pyarrow", "rich")}
+        needed |= {name: "log_completions_steps" for name in ("pyarrow", "rich")}
     if config.use_peft:
-        needed["peft"] = ("'.[train]'", "use_peft")
-    for name in config.report_to:
-        needed["accelerate"] = ("'.[train]'", f"report_to: {name}")
-        needed[name] = ("'.[log]'" if name == "tensorboard" else name, f"report_to: {name}")
-    for package, (install, what) in needed.items():
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{what} needs the package {package}: pip install {install}.")
+        needed["peft"] = "use_peft"
+    needed |= {name: f"report_to: {name}" for name in config.report_to}
+    for module in missing(needed):
+        raise UserError(f"{needed[module]} needs {package(module)}.")
 
 
 def start_tracker(name, run_dir, options, start_step):

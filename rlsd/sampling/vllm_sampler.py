@@ -5,11 +5,10 @@ are sent: those of a model whose LoRA adapters transformers injected, merged one
 vLLM samples with its own kernels and dtype, so its log-probs are not those of the training pass.
 """
 
-import importlib.util
-
 import torch
 
 from ..config import UserError
+from ..packages import missing, package, require_release
 
 
 @torch.no_grad()
@@ -40,9 +39,9 @@ class VLLMSampler:
     """
 
     def __init__(self, model, tokenizer, config, ends):
-        for name, command in (("trl", "'.[train,trl]'"), ("vllm", "'trl[vllm]'")):
-            if importlib.util.find_spec(name) is None:
-                raise UserError(f"use_vllm needs the package {name}: pip install {command}.")
+        for name in missing(("trl", "vllm")):
+            raise UserError(f"use_vllm needs {package(name)}.")
+        require_release("trl")
         from accelerate import Accelerator
         from trl.generation.vllm_generation import VLLMGeneration
 

@@ -14,6 +14,7 @@ import re
 import torch
 
 from ..config import UserError
+from ..packages import package
 from .answers import last_boxed
 from .images import PromptImages
 from .prompts import (
@@ -86,7 +87,7 @@ def _read_parquet(path):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"Reading {path} needs pyarrow: pip install '.[data]'.") from None
+        raise UserError(f"Reading {path} needs {package('pyarrow')}.") from None
     try:
         table = pyarrow.parquet.read_table(path)
     except OSError as error:
@@ -101,8 +102,8 @@ def _read_hub(spec):
         import datasets
     except ImportError:
         raise UserError(
-            f"There is no file {spec}, and reading it as a hub dataset needs the datasets "
-            "package: pip install '.[data]'."
+            f"There is no file {spec}, and reading it as a hub dataset needs "
+            f"{package('datasets')}."
         ) from None
     try:
         name, _, split = spec.partition("@")
@@ -332,7 +333,7 @@ def _reasoning_gym(tasks, size, seed):
         import reasoning_gym
     except ImportError:
         raise UserError(
-            "reasoning-gym: datasets need the reasoning-gym package: pip install '.[data]'."
+            f"A reasoning-gym: dataset needs {package('reasoning_gym')}."
         ) from None
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:

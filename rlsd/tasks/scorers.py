@@ -12,6 +12,7 @@ import os
 import re
 
 from ..config import UserError
+from ..packages import package
 from . import judges
 from .answers import (
     is_wording,
@@ -26,8 +27,8 @@ from .answers import (
 from .data import read_tests
 
 LOG = logging.getLogger(__name__)
-MATH_MISSING = "it needs the math-verify package: pip install '.[rewards]'"
-GYM_MISSING = "it needs the reasoning-gym package: pip install '.[data]'"
+MATH_MISSING = f"it needs {package('math_verify')}"
+GYM_MISSING = f"it needs {package('reasoning_gym')}"
 
 
 def text_of(completion):

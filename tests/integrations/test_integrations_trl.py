@@ -1,6 +1,8 @@
 """RLSDTrainer's behaviour: what it refuses, the teacher's life, metrics, resume, adapters."""
 
 import copy
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -10,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-trl = pytest.importorskip("trl", reason="the TRL integration needs trl: pip install '.[trl]'")
+pytest.importorskip("trl", reason="the TRL integration needs trl: pip install '.[trl]'")
 
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl_runs import DATA, OFF, PlainHookA, differences, make, run  # noqa: E402
 
+import rlsd.integrations.trl  # noqa: E402
 from rlsd.config import UserError  # noqa: E402
 from rlsd.integrations.trl import RLSDConfig, RLSDTrainer  # noqa: E402
 
@@ -83,9 +86,21 @@ def test_versions_and_arguments(folder, monkeypatch):
     with pytest.raises(UserError, match="rollout_func") as error:
         make(RLSDTrainer, folder, more={"rollout_func": lambda prompts, trainer: {}})
     one_sentence(error)
-    monkeypatch.setattr(trl, "__version__", "1.17.0")
-    with pytest.raises(UserError, match="TRL 1.16.x, but 1.17.0 is installed"):
-        make(RLSDTrainer, folder)
+
+
+@pytest.mark.parametrize("host, version", [
+    ("trl", "1.13.2"), ("trl", "1.17.0.dev0"), ("transformers", "5.16.1"),
+    ("transformers", "6.0.0"),
+])
+def test_other_releases_are_refused_at_import(host, version, monkeypatch):
+    installed = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: version if name == host else installed(name)
+    )
+    wanted = f"^rlsd works with {host} .* to .*, but {version} is installed: pip install 'rlsd"
+    with pytest.raises(UserError, match=wanted) as error:
+        importlib.reload(rlsd.integrations.trl)
+    one_sentence(error)
 
 
 @pytest.mark.parametrize("option, value", [
@@ -207,8 +222,13 @@ def test_sync_is_visible_in_every_parameter(folder, kind):
 
 
 def test_metrics_stand_beside_trls(folder):
-    ours, _ = run(RLSDTrainer, folder, gradient_accumulation_steps=2)
-    theirs, _ = run(GRPOTrainer, folder, gradient_accumulation_steps=2)
+    def first_of_four(completions, **columns):
+        """No advantage is 0: the entropy of all tokens is that of the live ones."""
+        return [float(i % 4 == 0) for i in range(len(completions))]
+
+    options = {"reward": first_of_four, "gradient_accumulation_steps": 2}
+    ours, _ = run(RLSDTrainer, folder, **options)
+    theirs, _ = run(GRPOTrainer, folder, **options)
     got, want = (set(t.state.log_history[0]) for t in (ours, theirs))
     assert want <= got
     assert {name for name in got - want if not name.startswith("rlsd/")} == {

@@ -383,6 +383,27 @@ def test_a_wheel_carries_the_sources(tmp_path):
     assert {Path(x).name for x in listing.split() if "/csrc/" in x and x[-1] != "/"} == wanted
 
 
+def test_a_wheel_with_the_extension_serves_every_python_of_its_platform(hopper):
+    """The extension links no Python. The compiler is a stand-in."""
+    pytest.importorskip("setuptools", minversion="77")
+    tmp_path, _ = hopper
+    names = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "rlsd", "rlsd_kernels"]
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    subprocess.run(["cp", "-r", *(ROOT / x for x in names), tree], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from setuptools.build_meta import *; print(build_wheel('out'))"],
+        cwd=tree, capture_output=True, text=True, env=os.environ | {
+            "RLSD_BUILD_CUDA": "1", "RLSD_CUDA_ARCHS": "90a", "CUDA_HOME": str(tmp_path),
+        },
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    wheel = done.stdout.split()[-1]
+    assert re.search(r"-py3-none-(?!any)\w+\.whl$", wheel), wheel
+    carried = zipfile.ZipFile(tree / "out" / wheel).namelist()
+    assert {"rlsd_kernels/_cuda.so", "rlsd_kernels/_cuda.json"} <= set(carried)
+
+
 # -- addresses -------------------------------------------------------------------------------------
 
 GUARDED = """

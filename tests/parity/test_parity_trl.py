@@ -43,7 +43,7 @@ def test_lambda_zero_is_grpo_trainer(folder, loss_type, accumulation, mask):
     options = {"loss_type": loss_type, **ACCUMULATION[accumulation], **MASKS[mask], **OFF}
     trainer = assert_parity(folder, GRPOTrainer, **options)
     assert trainer.obstacle is None and trainer.teacher is None
-    if accumulation == "reused":
+    if accumulation == "reused" and mask == "unmasked":  # masked, few tokens are left to clip
         assert max(history(trainer, "clip_ratio/region_mean")) > 0
 
 
@@ -174,8 +174,8 @@ def test_fp32_head_of_a_bf16_model(folder):
     model = tiny("Qwen3", head_dim=4, tie_word_embeddings=False).bfloat16()
     assert_parity(
         folder, GRPOTrainer, model=model, cast_lm_head_to_fp32=True, loss=1e-5, gradient=1e-2,
-        max_steps=1, **OFF,
-    )
+        max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, **OFF,
+    )  # the loss of whole groups would be 0
 
 
 def inject(extra):

@@ -36,7 +36,6 @@ from rlsd.policy.models import (
     checkpoint_layers,
     head_of,
     layout_of,
-    memory_named,
     peak_flops,
     require_layout,
     router_of,
@@ -45,7 +44,7 @@ from rlsd.policy.models import (
 )
 from rlsd.policy.packing import Layout, completion_hidden
 from rlsd.policy.teacher import Teacher
-from rlsd.policy.update import router_totals, student_terms, teacher_inputs
+from rlsd.policy.update import memory_named, router_totals, student_terms, teacher_inputs
 from rlsd_kernels import RLSDLossConfig
 
 LAYOUTS = {"padded": Layout(PAD), "packed": Layout(PAD, padding_free=True)}

@@ -171,7 +171,7 @@ def test_a_tracker_that_cannot_start_is_a_sentence(services, tmp_path):
 
 
 @pytest.mark.parametrize("name, install", [
-    ("wandb", "wandb"), ("trackio", "trackio"), ("tensorboard", "'.[log]'"),
+    ("wandb", "'rlsd[wandb]'"), ("trackio", "'rlsd[trackio]'"), ("tensorboard", "'rlsd[log]'"),
 ])
 def test_the_package_of_a_tracker_is_named_before_the_run(monkeypatch, name, install):
     find = importlib.util.find_spec

@@ -370,9 +370,16 @@ def test_continuous_batching_repeats_its_samples_from_the_seed(qwen):
     assert not torch.equal(first.completion_ids, other.completion_ids)
 
 
+def eager(family):
+    """A tiny model with eager attention, which is the default of some in some releases only."""
+    model = build(family)
+    model.set_attn_implementation("eager")
+    return model
+
+
 @pytest.mark.parametrize("sample", SAMPLERS)
 def test_a_diverged_model_is_told_in_a_sentence(sample):
-    model = build("gemma2").train()  # its attention is eager, which the engine renames
+    model = eager("gemma2").train()  # which the engine renames
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="probabilities are not finite"):
@@ -381,8 +388,8 @@ def test_a_diverged_model_is_told_in_a_sentence(sample):
 
 
 def test_errors_of_the_engine_are_raised_here(monkeypatch):
-    model = build("gemma2")
-    with pytest.raises(MemoryError):  # before its thread runs
+    model = eager("gemma2")
+    with pytest.raises((MemoryError, ValueError)):  # before its thread runs
         generate_batch(model, TOKENIZER, [[5]], config(
             transformers_continuous_batching_config={"num_blocks": 10**9}
         ))
@@ -470,7 +477,7 @@ def test_continuous_batching_that_draws_from_another_policy_is_refused():
     model.forward = stretched
     with pytest.raises(UserError, match="LlamaForCausalLM .its log-probs deviate .* by "):
         choose_sampler(model, TOKENIZER, told, ONE)
-    capped = build("gemma2")  # eager attention has its softcap, the engine's paged one has not
+    capped = eager("gemma2")  # eager attention has its softcap, the engine's paged one has not
     for layer in capped.model.layers:
         layer.self_attn.attn_logit_softcapping = 0.5
     with pytest.raises(UserError, match="Gemma2ForCausalLM .its log-probs deviate .* by "):
