@@ -66,7 +66,7 @@ def test_missing_math_verify_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError) as error:
         run(math_verify)
-    sentence(error, "math_verify", ".[rewards]")
+    sentence(error, "math_verify", "rlsd[rewards]")
 
 
 def test_functions_get_trls_arguments_by_keyword():
@@ -315,7 +315,7 @@ def test_missing_math_verify_is_told_before_the_first_rollout(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError) as error:
         load_reward_funcs(["math_verify"], TrainConfig())
-    sentence(error, "math_verify", ".[rewards]")
+    sentence(error, "math_verify", "rlsd[rewards]")
 
 
 def test_two_functions_of_one_name_are_refused():
