@@ -28,6 +28,7 @@ import rlsd.demo
 import rlsd.reports.report
 import rlsd.trainer
 from rlsd import __version__
+from rlsd.checks.validate import FEATURES
 from rlsd.cli import COMMANDS, main, parse_options
 from rlsd.config import TrainConfig
 from rlsd.policy import checkpoint
@@ -510,10 +511,11 @@ def test_validate_prints_the_table(capsys, no_interpreter):
     out = capsys.readouterr().out
     for impl in ("cuda", "triton", "torch", "ref"):
         assert re.search(rf"^{impl} +(not run: |float)", out, re.MULTILINE)
-    rows = re.findall(r"^torch +(\w+) +(.+?) +([\d.e+-]+) +([\d.e+-]+) +([\d.e+-]+)  ok$", out,
-                      re.MULTILINE)
+    rows = re.findall(r"^torch +(\w+) +(.+?) +([\d.e+-]+) +([\d.e+-]+) +([\d.e+-]+) +(\d+)%  ok$",
+                      out, re.MULTILINE)
     assert {row[0] for row in rows} == {"float64", "float32", "bfloat16", "float16"}
-    assert len(rows) == 20 and all(0 <= float(row[2]) <= 1e-4 for row in rows)
+    assert len(rows) == 4 * len(FEATURES) and all(0 <= float(row[2]) <= 1e-4 for row in rows)
+    assert all(0 <= int(row[5]) <= 100 for row in rows)
     assert out.endswith("All within the contract.\n")
 
 
@@ -524,8 +526,9 @@ def test_validate_fails_on_a_wrong_implementation(capsys, monkeypatch, no_interp
     )
     assert main(["validate"]) == 1
     out = capsys.readouterr().out
-    assert len(re.findall(r"^torch .*FAILED$", out, re.MULTILINE)) == 20
-    assert "20 rows broke the contract" in out and not re.search(r"^ref .*FAILED", out, re.M)
+    wrong = 4 * len(FEATURES)
+    assert len(re.findall(r"^torch .*FAILED$", out, re.MULTILINE)) == wrong
+    assert f"{wrong} rows broke the contract" in out and not re.search(r"^ref .*FAILED", out, re.M)
 
 
 def test_help_and_version(capsys):

@@ -84,7 +84,7 @@ def validate(log=print):
                 log(
                     f"{impl:<8}{str(dtype).removeprefix('torch.'):<10}{name:<26}"
                     f"{errors['log_probs']:>11.1e}{errors['dh']:>11.1e}{errors['dw']:>11.1e}"
-                    f"{share:>10.0%}  {'FAILED' if share > 1 else 'ok'}"
+                    f" {share:>9.0%}  {'FAILED' if share > 1 else 'ok'}"
                 )
     log("Limits at small logits, log-probs / gradients: " + "; ".join(
         f"{str(d).removeprefix('torch.')} {a:g} / {r:g}" for d, (a, r) in CONTRACT.items()
