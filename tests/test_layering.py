@@ -139,6 +139,17 @@ def test_files_of_a_folder_import_downwards(room):
     assert {p.stem for p in files} == {name for row in ROOMS[room] for name in row} | {"__init__"}
 
 
+def test_public_paths_lead_to_the_files_in_the_folders():
+    import rlsd
+    from rlsd.policy.advantages import group_advantages, rlsd_lambda_at
+    from rlsd.tasks import scorers
+    from rlsd.tasks.rewards import load_reward_funcs
+
+    assert rlsd.group_advantages is group_advantages and rlsd.rlsd_lambda_at is rlsd_lambda_at
+    (function,) = load_reward_funcs(["rlsd.rewards.exact_match"], rlsd.TrainConfig())
+    assert function is scorers.exact_match
+
+
 def test_every_folder_has_its_order():
     assert set(ROOMS) == {p.parent.name for p in (ROOT / "rlsd").glob("*/*.py")}
 
