@@ -342,7 +342,8 @@ def _check(
         )
     like = ("hidden", hidden)
     check_tensor("weight", weight, like=like)
-    check_weight("weight", weight, hidden)
+    sharded = tp_group is not None
+    check_weight("weight", weight, hidden, sharded=sharded)
     check_tensor("teacher_hidden", teacher_hidden, like=like)
     if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
@@ -350,10 +351,12 @@ def _check(
             f"got {tuple(teacher_hidden.shape)}; score the very same tokens."
         )
     if teacher_weight is None:
-        check_weight("weight", weight, teacher_hidden, "teacher_hidden")
+        check_weight("weight", weight, teacher_hidden, "teacher_hidden", sharded=sharded)
     else:
         check_tensor("teacher_weight", teacher_weight, like=like)
-        check_weight("teacher_weight", teacher_weight, teacher_hidden, "teacher_hidden")
+        check_weight(
+            "teacher_weight", teacher_weight, teacher_hidden, "teacher_hidden", sharded=sharded
+        )
         if teacher_weight.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"teacher_weight has {teacher_weight.shape[0]} rows but weight has "

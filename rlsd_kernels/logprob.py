@@ -166,7 +166,7 @@ def check_head(
             f"{tuple(hidden.shape)}."
         )
     check_tensor("weight", weight, like=("hidden", hidden))
-    check_weight("weight", weight, hidden)
+    check_weight("weight", weight, hidden, sharded=tp_group is not None)
     check_tensor(
         "completion_ids", completion_ids, shape=hidden.shape[:-1], like=("hidden", hidden),
         kind="int64", why=" (hidden's without its last dimension)",
@@ -220,18 +220,19 @@ def check_finite(tensors):
             )
 
 
-def check_weight(name, weight, hidden, hidden_name="hidden"):
-    """(V, H) with hidden's H and dtype, whole or this rank's vocabulary shard."""
+def check_weight(name, weight, hidden, hidden_name="hidden", *, sharded=False):
+    """(V, H) with hidden's H and dtype, whole or this rank's vocabulary shard, of which shard_of
+    refuses an empty one on every rank at once."""
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        sharded = (
+        hint = (
             "; it looks like an FSDP or ZeRO-3 shard, so call this inside the module's forward, "
             "where the parameter is gathered" if weight.dim() < 2 else ""
         )
         raise ValueError(
             f"{name} must have shape (V, {hidden.shape[-1]}) to match {hidden_name} "
-            f"{tuple(hidden.shape)}, but got {tuple(weight.shape)}{sharded}."
+            f"{tuple(hidden.shape)}, but got {tuple(weight.shape)}{hint}."
         )
-    if 0 in weight.shape:
+    if 0 in weight.shape[1 if sharded else 0 :]:
         raise ValueError(
             f"{name} must have at least one row and one column, but its shape is "
             f"{tuple(weight.shape)}."

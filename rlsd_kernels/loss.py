@@ -326,7 +326,9 @@ def fused_linear_rlsd_loss(
         t_weight = weight if teacher_weight is None else teacher_weight
         t_name = "weight" if teacher_weight is None else "teacher_weight"
         check_tensor(t_name, t_weight, like=("hidden", hidden))
-        check_weight(t_name, t_weight, teacher_hidden, "teacher_hidden")
+        check_weight(
+            t_name, t_weight, teacher_hidden, "teacher_hidden", sharded=tp_group is not None
+        )
         if t_weight.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"teacher_weight has {t_weight.shape[0]} rows but weight has {weight.shape[0]}; "

@@ -255,7 +255,10 @@ def _prelude(source, path):
 
 
 def _new_root(packages):
-    """A read-only root: the standard library, what it loads, packages, and a place for /tmp."""
+    """A read-only root: the standard library, what it loads, packages, and a place for /tmp.
+
+    Returns the place: /var/tmp where packages lie in /tmp, which it would hide.
+    """
     root = "/proc"  # a folder that surely exists, holds nothing of the new root and should go
     wanted = [f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64", *packages]
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
@@ -271,17 +274,19 @@ def _new_root(packages):
     for path in ("/dev/null", "/dev/zero", "/dev/urandom"):
         open(root + path, "w").close()
         _mount(path, root + path, None, MS_BIND)
-    os.makedirs(f"{root}/tmp")
+    folder = "/var/tmp" if any(p.startswith("/tmp/") for p in wanted) else "/tmp"
+    os.makedirs(root + folder, exist_ok=True)
     _mount(None, root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chroot(root)
     os.chdir("/")
+    return folder
 
 
-def _mount_tmp(limits):
-    """An empty /tmp of this run alone; the last run's goes away unread, nothing is deleted."""
+def _mount_tmp(folder, limits):
+    """An empty folder of this run alone; the last run's goes away unread, nothing is deleted."""
     # Its first inode is the folder itself.
     size = f"size={limits.file_mb}m,nr_inodes={limits.files + 1},mode=777"
-    _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, size)
+    _mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, size)
 
 
 def _give_up_everything(limits, isolate):
@@ -376,8 +381,12 @@ def _tasks_of(uid):
     return count
 
 
-def _serve(limits, isolate):
-    """Answer requests until they end; in a forked child, return the request that it shall run."""
+def _serve(limits, place):
+    """Answer requests until they end; in a forked child, return the request that it shall run.
+
+    place: _new_root's, None without isolation.
+    """
+    isolate = place is not None
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
         try:
@@ -389,8 +398,8 @@ def _serve(limits, isolate):
             continue
         pipes = [os.pipe(), os.pipe()]
         if isolate:
-            _mount_tmp(limits)
-            folder = "/tmp"
+            _mount_tmp(place, limits)
+            folder = place
         else:
             folder = tempfile.mkdtemp(dir=request["folder"])
             os.chmod(folder, 0o777)  # the folder around it is the user's alone
@@ -413,7 +422,7 @@ def _serve(limits, isolate):
         outcome, *texts = _watch(pid, [reader for reader, _ in pipes], limits)
         _kill_descendants(isolate)
         if isolate:
-            _call("umount2", "/tmp", MNT_DETACH)
+            _call("umount2", place, MNT_DETACH)
         else:
             shutil.rmtree(folder, ignore_errors=True)
         output, error = (base64.b64encode(text).decode() for text in texts)
@@ -430,7 +439,7 @@ def _say(answer):
 def _child():
     """Set up what the first request asks for; returns the request of a run."""
     setup = json.loads(sys.stdin.buffer.readline())
-    isolate, limits = setup["isolate"], Limits(**setup["limits"])
+    isolate, limits, place = setup["isolate"], Limits(**setup["limits"]), None
     os.umask(0o022)
     prelude, packages = setup["prelude"], []
     if isolate:
@@ -446,7 +455,7 @@ def _child():
                 os._exit(0)
             if prelude is not None:
                 packages = _prelude(prelude, setup["path"])
-            _new_root(packages)
+            place = _new_root(packages)
         except Exception as error:  # of a prelude, whatever it imports raises
             _say(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")
             os._exit(1)
@@ -464,7 +473,7 @@ def _child():
                 os._exit(1)
         _call("prctl", PR_SET_CHILD_SUBREAPER, *map(ctypes.c_ulong, (1, 0, 0, 0)))
     _say("ready")
-    return _serve(limits, isolate)
+    return _serve(limits, place)
 
 
 def _main():

@@ -61,7 +61,8 @@ def test_whole_surrogate_pairs_and_long_texts_of_digits_are_texts(tmp_path):
 class Letters:
     """A tokenizer of characters, with a template that opens the thoughts."""
 
-    chat_template, eos_token_id = "x", 0
+    chat_template, eos_token_id, bos_token, unk_token = "x", 0, None, None
+    added_tokens_decoder, all_special_tokens = {}, ()
 
     def __init__(self, opening):
         self.opening = opening
