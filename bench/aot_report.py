@@ -37,7 +37,7 @@ POINTERS = {
     name: "*fp32" for name in (
         "x", "bias", "c", "s", "t", "total", "z", "lse", "g", "g_entropy", "entropy", "log_probs",
         "advantages", "loss_weights", "teacher", "old", "ref", "rlsd_lambda", "loss", "values",
-        "partial", "factor",
+        "partial", "factor", "v", "columns", "rows",
         "student", "teacher", "s_bias", "t_bias", "lse_s", "lse_t", "value", "mean", "share", "top",
     )
 } | {"ids": "*i64", "mask": "*i1", "sums": "*fp64"}
@@ -95,6 +95,9 @@ def builds(arch):
         return (triton_impl._gemm_exp_kernel, {"h": dtype, "weight": dtype, "out": "*bf16"},
                 flags, False)
 
+    def energies(dtype):
+        return triton_impl._energies_kernel, {"e": dtype}, dict(tuning.ENERGY_TILES), False
+
     def scale(dtype):
         return triton_impl._scale_kernel, {"x": dtype}, {"BLOCK": 4096, "num_warps": 8}, False
 
@@ -131,6 +134,8 @@ def builds(arch):
         "target-logits-fp16": target("*fp16"),
         "fix-targets-bf16": fix("*bf16"),
         "fix-targets-fp32": fix("*fp32"),
+        "energies-bf16": energies("*bf16"),
+        "energies-fp32": energies("*fp32"),
         "distill-lse": distill(lse),
         "distill-lse-odd-V-bias-softcap": distill(lse, odd=True, **both),
         "distill-forward-kl": distill(value, "forward_kl"),

@@ -413,37 +413,38 @@ def target_logits(h, weight, ids):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _energies_kernel(
-    e, v, columns, rows, m, vocab, stride, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    e, v, columns, rows, M, V, stride_e, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
     """Squares of v e summed over all rows of BLOCK_V columns, and over them for each row."""
     j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = j < vocab
+    inside = j < V
     total = tl.zeros((BLOCK_V,), tl.float32)
-    rows += tl.program_id(0).to(tl.int64) * m
-    for first in range(0, m, BLOCK_M):
+    rows += tl.program_id(0).to(tl.int64) * M
+    for first in range(0, M, BLOCK_M):
         i = first + tl.arange(0, BLOCK_M)
-        here = (i < m)[:, None] & inside[None, :]
-        x = tl.load(e + i.to(tl.int64)[:, None] * stride + j[None, :], mask=here, other=0.0)
-        x = x.to(tl.float32) * tl.load(v + i, mask=i < m, other=0.0)[:, None]
-        x = tl.where(here, x * x, 0.0)
+        here = (i < M)[:, None] & inside[None, :]
+        x = tl.load(e + i.to(tl.int64)[:, None] * stride_e + j[None, :], mask=here, other=0.0)
+        x = x.to(tl.float32) * tl.load(v + i, mask=i < M, other=0.0)[:, None]
+        x = x * x
         total += tl.sum(x, 0)
-        tl.store(rows + i, tl.sum(x, 1), mask=i < m)
+        tl.store(rows + i, tl.sum(x, 1), mask=i < M)
     tl.store(columns + j, total, mask=inside)
 
 
 def energies(e, v):
     """Sums of (v_i e_ij)^2 down the columns (V,) and along the rows (M,): one read of e."""
     m, vocab = e.shape
-    block = 128
+    tiles = tuning.ENERGY_TILES
     columns = torch.zeros(vocab, dtype=torch.float32, device=e.device)
-    parts = torch.zeros(triton.cdiv(vocab, block), m, dtype=torch.float32, device=e.device)
+    parts = torch.zeros(
+        triton.cdiv(vocab, tiles["BLOCK_V"]), m, dtype=torch.float32, device=e.device
+    )
     if m:
         with torch.cuda.device_of(e):
             _energies_kernel[(len(parts),)](
-                e, v.contiguous(), columns, parts, m, vocab, e.stride(0), BLOCK_M=32,
-                BLOCK_V=block, num_warps=4,
+                e, v.contiguous(), columns, parts, m, vocab, e.stride(0), **tiles
             )
     return columns, parts.sum(0)
 

@@ -14,6 +14,8 @@ MAX_CHUNK = {"cpu": 1024, "cuda": 8192}
 WORKSPACE_BYTES = {"cpu": 256 * 1024**2, "cuda": 3584 * 1024**2}
 # Triton: "A" is cuBLAS into an fp32 chunk and a streaming exp; "B" one GEMM with the exp inside.
 SCORE_TIER = "A"
+# Energies of E: 128 columns are 256 bytes of a bf16 row, 32 rows at a time 16 values per thread.
+ENERGY_TILES = {"BLOCK_M": 32, "BLOCK_V": 128, "num_warps": 8}
 # One token per thread and step, 18 fp64 accumulators in registers, 16 steps for 8192 tokens.
 TOKEN_TILES = {"BLOCK_M": 512, "num_warps": 16}
 

@@ -85,5 +85,5 @@ sizes = {p.name: p.do_not_specialize for f in kernels.values() for p in f.params
 print(json.dumps([sorted(kernels), sorted(built), sizes]))
 """
     kernels, built, sizes = json.loads(run(tmp_path, "-c", code))
-    assert kernels == built and len(kernels) == 11
+    assert kernels == built and len(kernels) == 12
     assert sizes == {"M": True}  # else a batch of one token, or of 16, would compile anew
