@@ -146,6 +146,13 @@ class RLSDLossConfig:
         )
 
 
+def check_flags(**flags):
+    """Raise TypeError in one sentence unless each is a bool: a tensor would be read as one."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, but got {type(value).__name__}.")
+
+
 def check_config(config):
     """Raise TypeError in one sentence unless config is what the losses read."""
     if not isinstance(config, RLSDLossConfig):

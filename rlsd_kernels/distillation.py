@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from . import gemm, ref
-from .config import LOG_FLOOR, MAX_LOG_RATIO, TAIL_FLOOR, check_number, compute_dtype, stored_dtype
+from .config import (
+    LOG_FLOOR,
+    MAX_LOG_RATIO,
+    TAIL_FLOOR,
+    check_flags,
+    check_number,
+    compute_dtype,
+    stored_dtype,
+)
 from .logprob import (
     autocast_head,
     check_finite,
@@ -467,6 +475,7 @@ def linear_distillation_loss(
         tensors, divergence, alpha, loss_weights, temperature, logit_scale,
         final_logit_softcapping, max_workspace_bytes, tp_group,
     )
+    check_flags(check_inputs=check_inputs)
     _check_topk(distillation_topk, distillation_add_tail, len(weight), tp_group)
     impl, shape = _choose(impl, hidden, teacher_weight, distillation_topk), hidden.shape[:-1]
     if loss_weights is None:

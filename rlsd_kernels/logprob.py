@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import extension, pipeline, ref, torch_impl
-from .config import check_number, compute_dtype, constant_when_compiled
+from .config import check_flags, check_number, compute_dtype, constant_when_compiled
 from .ops import Need, custom_op, empty_gradients, flatten, unflatten
 from .shards import Shard, shard_of
 from .tuning import default_workspace_bytes
@@ -471,6 +471,7 @@ def linear_log_probs(
         max_workspace_bytes, tp_group,
     )
     check_tolerance(gradient_tolerance)
+    check_flags(return_entropy=return_entropy)
     shape = completion_ids.shape
     if old_log_probs is not None:
         check_tensor("old_log_probs", old_log_probs, shape=shape, like=("hidden", hidden))

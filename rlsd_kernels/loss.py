@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from . import pipeline, ref
-from .config import TOKEN_SUMS, RLSDLossConfig, check_config, check_number, compute_dtype
+from .config import (
+    TOKEN_SUMS,
+    RLSDLossConfig,
+    check_config,
+    check_flags,
+    check_number,
+    compute_dtype,
+)
 from .logprob import (
     autocast_head,
     check_finite,
@@ -294,6 +301,7 @@ def fused_linear_rlsd_loss(
         final_logit_softcapping, max_workspace_bytes, tp_group,
     )
     check_tolerance(gradient_tolerance)
+    check_flags(return_entropy=return_entropy, check_inputs=check_inputs)
     dtype = compute_dtype(hidden.dtype)
     lam, use_teacher = _effective_lambda(
         rlsd_lambda, config, dtype, hidden.device,

@@ -619,3 +619,19 @@ def test_gradients_are_handed_over_without_a_copy(dtype, monkeypatch):
             assert torch.equal(x, y)
         for x, one in zip(grads[upstream, False], grads[1.0, False], strict=True):
             torch.testing.assert_close(x, upstream * one)
+
+
+@pytest.mark.parametrize("flag", [torch.ones(3), torch.tensor(True), 1, "yes", None], ids=repr)
+def test_flags_are_bools(flag):
+    p = make_problem(6, 17, 4)
+    head = [p[k] for k in ("hidden", "weight", "completion_ids")]
+    for name, call in (
+        ("return_entropy", lambda **f: fused_linear_rlsd_loss(
+            *head, p["advantages"], rlsd_lambda=0.0, **f)),
+        ("check_inputs", lambda **f: fused_linear_rlsd_loss(
+            *head, p["advantages"], rlsd_lambda=0.0, **f)),
+        ("return_entropy", lambda **f: linear_log_probs(*head, **f)),
+        ("check_inputs", lambda **f: linear_distillation_loss(*head[:2], head[0], **f)),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} must be True or False, but got"):
+            call(**{name: flag})
