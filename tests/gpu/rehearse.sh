@@ -37,6 +37,9 @@ part() {
     echo "== $name"
     "$@" || { failed=1; echo "FAILED: $name"; }
 }
+says() {
+    [[ " $parts " != *" $1 "* ]] || echo "- $2."
+}
 compile_api() {
     RLSD_TORCH_HEADERS=$headers/torch/include "$venv/bin/python" -m pytest -q -p no:cacheprovider \
         tests/kernels/test_cuda_impl.py -k "oldest_torch or as_for_a_gpu" | tail -1 &&
@@ -59,13 +62,17 @@ print(f"torch {torch.__version__}, Triton {triton.__version__}, Python {sys.vers
         [[ " $parts " == *" $x "* ]] && echo -n "$x "; done)"
     [ ${#some[@]} -eq 0 ] || proven "${some[@]}" || { failed=1; echo "FAILED: ${some[*]}"; }
     part tests dry_run
+    echo
+    echo "Shown by the parts above that did not fail:"
+    says headers "csrc/api.cpp compiles against the oldest and the newest torch"
+    says build "csrc compiles, links and loads for every architecture"
+    says memory "PyTorch takes every operation of the plans with CUDA's dtypes, shapes and devices, its
+  fp32 results of 16-bit GEMMs included; bytes are those of tensors"
+    says kernels "Triton binds, specialises and compiles every launch for each architecture"
+    says tests "tests/gpu holds on the plans and operand dtypes of a GPU, csrc and Triton's kernels
+  emulated"
     cat << 'END'
 
-Proven above, where nothing failed: csrc compiles, links and loads; PyTorch takes every operation of
-the pipeline with CUDA's dtypes, shapes and devices, its fp32 results of 16-bit GEMMs included;
-Triton binds, specialises and compiles every launch for each architecture; the tests of tests/gpu
-hold on the plans and operand dtypes of a GPU, csrc and Triton's kernels emulated; bytes are those
-of tensors.
 Only a card can show: that the machine code computes what the emulation does; how tensor cores round
 and cuBLAS sums; races, barriers and memory outside of tensors as the hardware sees them; streams,
 CUDA graphs, several devices; waits for the host; the caching allocator and cuBLAS's workspace; that
