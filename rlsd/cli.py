@@ -273,11 +273,11 @@ def to_evaluate(name, options):
     if folder.exists() and not any((folder / file).exists() for file in made_of):
         raise UserError(f"{name} holds no checkpoint of a run, and no model.")
     if not options.get("train_dataset") and not options.get("eval_dataset"):
-        is_model = f"{name} is a model, not a run"
+        is_model = f"{name} is a model and no run, so"
         if not folder.exists():
-            is_model = f"There is no run folder or checkpoint {name}, and if it is a model's hub id"
+            is_model = f"There is no run folder or checkpoint {name}; if it is a model's hub id,"
         raise UserError(
-            f"{is_model}, eval needs --train_dataset, --eval_dataset or the --config of a run."
+            f"{is_model} eval needs --train_dataset, --eval_dataset or the --config of a run."
         )
     return name, make_config({"objective": "grpo", **options, "model_name_or_path": name})
 

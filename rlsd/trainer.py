@@ -136,6 +136,7 @@ class Trainer:
         )
         self.clock, self.peak_flops = Clock(self.model.device), peak_flops(self.model.device)
         self.step = self.saved = self.parts.load(resume_from) if resume_from else 0
+        self.between = True  # steps: all weights are those of self.step
 
     def train(self):
         """Run to the last step; returns the records of metrics.jsonl in the main process."""
@@ -155,7 +156,7 @@ class Trainer:
             while self.step < self.max_steps:
                 try:
                     (metrics, samples), evaluated = self.train_step(self.step + 1), {}
-                    self.step += 1
+                    self.step, self.between = self.step + 1, True
                     try:
                         evaluated = self.evaluate() if self._due(config.eval_steps) else {}
                     finally:
@@ -182,7 +183,9 @@ class Trainer:
         """The error, and where the steps are safe: saved now, unless NaN would replace them."""
         if not self.step:
             return error
-        together = self.processes.size == 1 or isinstance(error, rewards.RewardError | Stopped)
+        together = self.between and (
+            self.processes.size == 1 or isinstance(error, rewards.RewardError | Stopped)
+        )
         safe = checkpoint.standing(self.run_dir)
         if together and math.isfinite(whole(get_total_norm(self.weights.masters)).item()):
             if self.saved < self.step:
@@ -374,6 +377,7 @@ class Trainer:
                 said = f"Step {step}: loss is {loss} and the gradient norm {grad_norm}"
                 raise Stopped(f"{said}, so training stopped before this update; lower "
                               "learning_rate or look at the rewards.")
+            self.between = False
             self.optimizer.step()
             self.weights.publish()
         return grad_norm

@@ -621,6 +621,24 @@ def test_a_step_that_is_not_finite_loses_no_step(what, tmp_path, monkeypatch):
     assert_same(parameters(whole.model), parameters(resumed.model))
 
 
+def test_half_a_step_is_never_saved(tmp_path, monkeypatch):
+    """The second of two iterations fails: the weights are no longer those of the step before."""
+    trainer = make_trainer(tmp_path, max_steps=4, save_steps=2, num_iterations=2)
+    real, calls = trainer.accumulate, []
+
+    def accumulate(batch, step, *args):
+        calls.append(step)
+        passed = real(batch, step, *args)
+        return passed._replace(loss=math.inf) if calls == [1, 1, 2, 2, 3, 3, 4, 4] else passed
+
+    monkeypatch.setattr(trainer, "accumulate", accumulate)
+    with pytest.raises(UserError, match="^Step 4: loss is inf") as error:
+        trainer.train()
+    assert not (tmp_path / "run" / "checkpoint-3").exists()
+    assert str(tmp_path / "run" / "checkpoint-2") in str(error.value)
+    assert "3 steps before are safe" not in str(error.value)
+
+
 def test_a_failing_evaluation_loses_no_step(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=5, eval_steps=2)
 

@@ -353,11 +353,18 @@ class RunLock:
     @staticmethod
     def _take(folder, shown):
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
+            made = False
             try:
+                folder.mkdir(parents=True, exist_ok=True)
+                made = True
                 file = open(folder / LOCK, "a+", encoding="utf-8", errors="replace")
-            except FileNotFoundError:  # another run just removed the folder that it had made
-                continue
+            except OSError as error:
+                if made and isinstance(error, FileNotFoundError):
+                    continue  # another run just removed the folder that it had made
+                raise UserError(
+                    f"The run folder {shown} cannot be made ({error.strerror}); choose another "
+                    "--output_dir."
+                ) from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -593,3 +593,12 @@ def test_advice_never_is_to_remove_what_a_run_did_not_write(tmp_path, monkeypatc
             f"The run folder {folder} already exists; choose another --output_dir, a new or empty "
             "folder."
         )
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "x", "/proc/no-such-run"):
+        with pytest.raises(UserError, match=(
+            f"^The run folder {folder} cannot be made \\(.*\\); choose another --output_dir\\.$"
+        )):
+            checkpoint.RunLock(folder)
