@@ -465,7 +465,7 @@ def test_eval_of_what_is_neither_a_run_nor_a_model(tmp_path, capsys):
     model, data = given["model_name_or_path"], given["train_dataset"]
     for arguments, words in (
         ([model], f"{model} is a model and no run, so eval needs --train_dataset, --eval_dataset"),
-        (["me/model"], "There is no run folder or checkpoint me/model, and if it is a model's hub"),
+        (["me/model"], "There is no run folder or checkpoint me/model; if it is a model's hub id"),
         ([tmp_path, "--train_dataset", data], "holds no checkpoint of a run, and no model"),
         (["me/model", "--train_dataset", data], "Cannot load the model 'me/model'"),
         ([model, "--train_dataset", "nowhere.jsonl"], "Cannot read the dataset nowhere.jsonl"),
