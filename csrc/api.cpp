@@ -186,6 +186,21 @@ void fix_targets(const Tensor& e, const Tensor& ids, const Tensor& values) {
   launch(rlsd::fix_targets(p, launch.stream()));
 }
 
+void energies(const Tensor& e, const Tensor& v, const Tensor& columns, const Tensor& parts) {
+  STD_TORCH_CHECK(e.dim() == 2, "e must be a matrix.");
+  rlsd::EnergyParams p = {};
+  p.rows = e.size(0), p.vocab = e.size(1);
+  check_matrix(e, e, p.rows, p.vocab, "e");
+  check_sizes(p.rows, p.vocab);
+  p.e = e.data_ptr(), p.stride_e = e.stride(0), p.e_dtype = dtype_of(e, "e");
+  p.v = floats(v, e, p.rows, "v");
+  p.columns = floats(columns, e, p.vocab, "columns");
+  const int64_t strips = (p.vocab + rlsd::kEnergyColumns - 1) / rlsd::kEnergyColumns;
+  p.parts = floats(parts, e, strips * p.rows, "parts");
+  const Launch launch(e);
+  launch(rlsd::energies(p, launch.stream()));
+}
+
 void token_rows(const Tensor& log_probs, const Tensor& advantages, const Tensor& loss_weights,
                 const MaybeTensor& teacher, const MaybeTensor& old_log_probs,
                 const MaybeTensor& ref, const MaybeTensor& mask, const MaybeTensor& entropy,
@@ -233,6 +248,7 @@ STABLE_TORCH_LIBRARY(rlsd_cuda, m) {
       "Tensor? g_entropy, Tensor? entropy, float scale, float inv_post, bool capped) -> ()");
   m.def("target_logits(Tensor h, Tensor weight, Tensor ids, Tensor(a!) out) -> ()");
   m.def("fix_targets(Tensor(a!) e, Tensor ids, Tensor values) -> ()");
+  m.def("energies(Tensor e, Tensor v, Tensor(a!) columns, Tensor(b!) parts) -> ()");
   m.def(
       "token_rows(Tensor log_probs, Tensor advantages, Tensor loss_weights, Tensor? teacher, "
       "Tensor? old, Tensor? ref, Tensor? mask, Tensor? entropy, Tensor rlsd_lambda, "
@@ -251,5 +267,6 @@ STABLE_TORCH_LIBRARY_IMPL(rlsd_cuda, CPU, m) {
   m.impl("logit_gradient", TORCH_BOX(&logit_gradient));
   m.impl("target_logits", TORCH_BOX(&target_logits));
   m.impl("fix_targets", TORCH_BOX(&fix_targets));
+  m.impl("energies", TORCH_BOX(&energies));
   m.impl("token_rows", TORCH_BOX(&token_rows));
 }

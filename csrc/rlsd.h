@@ -75,6 +75,17 @@ struct FixTargetsParams {
   DType e_dtype;
 };
 
+constexpr int kEnergyColumns = 256;  // cuda_impl.ENERGY_COLUMNS
+
+struct EnergyParams {
+  const void* e;   // (M, V)
+  const float* v;  // (M,)
+  float* columns;  // (V,) sum_i (v_i e_ij)^2
+  float* parts;    // (ceil(V / kEnergyColumns), M) the same along rows, by strips of columns
+  int64_t rows, vocab, stride_e;
+  DType e_dtype;
+};
+
 // config.TOKEN_SUMS, in its order.
 enum TokenSum {
   kReweightedPos, kReweightedNeg, kActivePos, kActiveNeg, kDeltaPos, kDeltaNeg, kDeltaSquared,
@@ -111,6 +122,7 @@ const char* row_max(const RowMaxParams& params, void* stream);
 const char* logit_gradient(const LogitGradientParams& params, void* stream);
 const char* target_logits(const TargetLogitsParams& params, void* stream);
 const char* fix_targets(const FixTargetsParams& params, void* stream);
+const char* energies(const EnergyParams& params, void* stream);
 const char* token_rows(const RlsdParams& params, void* stream);
 
 }  // namespace rlsd

@@ -14,7 +14,6 @@ from .config import TOKEN_SUMS
 from .streaming import (
     STORE_NONE,
     StreamingScorer,
-    energies,
     padded,
     scratch_bytes,
     unit_stride,
@@ -22,6 +21,7 @@ from .streaming import (
 
 __all__ = ["Scorer", "energies", "fix_targets", "padded", "scale", "scratch_bytes",
            "target_logits", "token_rows"]
+ENERGY_COLUMNS = 256  # kEnergyColumns of csrc/rlsd.h
 
 
 def target_logits(h, weight, ids):
@@ -34,6 +34,14 @@ def target_logits(h, weight, ids):
 def fix_targets(e, ids, values):
     """In place e[i, ids[i]] = values[i] where 0 <= ids[i] < V."""
     extension.load().fix_targets(e, ids.contiguous(), values.contiguous())
+
+
+def energies(e, v):
+    """Sums of (v_i e_ij)^2 down the columns (V,) and along the rows (M,): one read of e."""
+    (m, vocab), strips = e.shape, -(-e.shape[1] // ENERGY_COLUMNS)
+    columns, parts = v.new_empty(vocab), v.new_empty(strips, m)
+    extension.load().energies(e, v.contiguous(), columns, parts)
+    return columns, parts.sum(0)
 
 
 def scale(x, factor):

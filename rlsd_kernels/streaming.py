@@ -14,7 +14,6 @@ import torch
 from . import gemm
 from .config import trusted_rows
 
-COLUMNS = 8192  # of E whose squares are held at once
 STORE_NONE, STORE_EXP, STORE_LOGITS = 0, 1, 2
 
 
@@ -28,16 +27,6 @@ def scratch_bytes(vocab, itemsize, keep, in_place):
     """Bytes per row of the fp32 chunk; none where an fp32 `out` takes the logits itself."""
     stored_there = keep == "logits" or (keep == "exp" and in_place)
     return 0 if stored_there else padded(vocab) * itemsize
-
-
-def energies(e, v):
-    """Sums of (v_i e_ij)^2 down the columns (V,) and along the rows (M,), in fp32."""
-    columns, rows = v.new_empty(e.shape[1]), torch.zeros_like(v)
-    for j in range(0, e.shape[1], COLUMNS):  # an fp32 copy of all of e would double its memory
-        squares = (e[:, j : j + COLUMNS].float() * v.unsqueeze(-1)).square_()
-        torch.sum(squares, 0, out=columns[j : j + COLUMNS])
-        rows += squares.sum(1)
-    return columns, rows
 
 
 def unit_stride(x):

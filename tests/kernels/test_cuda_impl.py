@@ -453,6 +453,12 @@ for v, rows, at_end in itertools.product((1, 2, 3, 5, 8, 31, 4099, 8200), (1, 3)
                            1.0, 1.0, False)
         ops.fix_targets(out, ids, guarded(zero + 2, at_end))
         assert (out[:, -1] == 2).all()
+        strips = -(-v // 256)
+        columns, parts = (guarded(torch.zeros(n), at_end) for n in (v, strips * rows))
+        ops.energies(out, guarded(zero + 3, at_end), columns, parts)
+        assert torch.allclose(columns.double(), 9 * out.double().square().sum(0), rtol=1e-5)
+        assert torch.allclose(parts.double().view(strips, rows).sum(0),
+                              9 * out.double().square().sum(1), rtol=1e-5)
         h, weight = torch.randn(rows, v).to(dtype), torch.randn(2, v).to(dtype)
         for kind in (dtype, torch.float32):
             z = guarded(zero, at_end)
@@ -558,7 +564,8 @@ import torch
 from rlsd_kernels import extension
 extension.build({str(tmp_path / "_cuda.so")!r}, extension.install_archs())
 torch.ops.load_library({str(tmp_path / "_cuda.so")!r})
-names = ("exp_rows", "row_max", "logit_gradient", "target_logits", "fix_targets", "token_rows")
+names = ("exp_rows", "row_max", "logit_gradient", "target_logits", "fix_targets", "energies",
+         "token_rows")
 print([len(getattr(torch.ops.rlsd_cuda, n).default._schema.arguments) for n in names])
 try:
     torch.ops.rlsd_cuda.fix_targets(torch.zeros(1, 1), torch.zeros(1).long(), torch.zeros(1))
@@ -572,7 +579,7 @@ except NotImplementedError as error:
     if torch.version.cuda is None and "undefined symbol" in done.stderr:
         pytest.skip("this torch has no CUDA to load it into")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["[11, 7, 10, 4, 3, 23]", "True"]
+    assert done.stdout.splitlines() == ["[11, 7, 10, 4, 3, 4, 23]", "True"]
 
 
 def test_the_committed_report_is_of_these_sources():
@@ -583,7 +590,7 @@ def test_the_committed_report_is_of_these_sources():
                for r in report["rows"]}
     defined = {x for path in (ROOT / "csrc").glob("*.cu")
                for x in re.findall(r"\b(rlsd_\w+)_kernel\(", path.read_text())}
-    assert {x.replace("-", "_") for x in kernels} == defined and len(defined) == 6
+    assert {x.replace("-", "_") for x in kernels} == defined and len(defined) == 7
     check(report["rows"])
     text = (REPORT / "report.md").read_text()
     for r in report["rows"]:
