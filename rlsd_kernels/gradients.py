@@ -13,7 +13,11 @@
 
 The rank-one term takes up that rows of W share a mean: without it dh errs ten times as much at 2.4
 nats. Both GEMMs shrink from M V to kept rows x kept columns; log-probs and loss never change.
+Where v is only known in backward, columns are chosen on rows of p - onehot scaled to energy 1, so
+that no row hides behind a louder one, and rows once v is there.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -25,13 +29,23 @@ DENSE_SHARE = 0.5  # a chunk that keeps more of its entries is not worth gatheri
 UNIT = 2**52  # energies are summed as integers of this fraction: exact, in whatever order
 
 
-def _order(energy, share):
-    """Indices by ascending energy (n,), and how many of the first carry at most `share` of it."""
+def _order(energy, tolerance):
+    """Indices by ascending energy (n,), and how many of the first carry at most tolerance^2 / 2 of
+    it; none where it has a NaN or an infinity, which must stay in the gradient."""
     energy = energy.double()
-    parts, order = (energy * (UNIT / energy.sum())).sort()
+    total = energy.sum()
+    parts, order = (energy * (UNIT / total)).sort()
     # All of them where nothing has energy.
     carried = parts.nan_to_num(0).ceil().long().cumsum(0)
-    return order, (carried <= share * UNIT).sum()
+    out = (carried <= tolerance * tolerance / 2 * UNIT).sum()
+    return order, torch.where(total.isfinite(), out, 0)
+
+
+def kept(energy, tolerance):
+    """Indices (K,), ascending, that carry all but tolerance^2 / 2 of the energy (n,); all where it
+    has a NaN, which must stay in the gradient. The host waits for their number."""
+    order, out = _order(energy, tolerance)
+    return order[int(out) :].sort().values
 
 
 def selection(columns, rows, tolerance):
@@ -39,13 +53,11 @@ def selection(columns, rows, tolerance):
 
     None where the whole matrix is taken: nearly all of it is kept, or a NaN must stay in it.
     """
-    share = tolerance * tolerance / 2
-    i, rows_out = _order(rows, share)
-    j, columns_out = _order(columns, share)
-    finite = columns.sum().isfinite()
-    rows_out, columns_out, finite = torch.stack([rows_out, columns_out, finite]).tolist()
+    i, rows_out = _order(rows, tolerance)
+    j, columns_out = _order(columns, tolerance)
+    rows_out, columns_out = torch.stack([rows_out, columns_out]).tolist()
     i, j = i[rows_out:], j[columns_out:]
-    if not finite or len(i) * len(j) > DENSE_SHARE * len(rows) * len(columns):
+    if len(i) * len(j) > DENSE_SHARE * len(rows) * len(columns):
         return None
     return i.sort().values, j.sort().values
 
@@ -56,6 +68,78 @@ def dropped_direction(weight, energy, j):
     total = share.sum()
     share = share / torch.where(total > 0, total, 1)
     return gemm.dx(share[None].to(gemm.operand_dtype(weight)), weight)[0]
+
+
+def lost_mass(e, d, shard, capped):
+    """Sums of the rows of e (M, V) over the columns that d (M, J) leaves out."""
+    dtype = compute_dtype(e.dtype)
+    lost = -d.sum(1, dtype=dtype)  # rows of the whole D sum to 0
+    if capped or shard.sum is not None:
+        lost += e.sum(1, dtype=dtype)
+    return lost
+
+
+def _rows(index, i):
+    """Rows i of an index, or of a slice."""
+    return i + index.start if isinstance(index, slice) else index[i]
+
+
+class Kept(NamedTuple):
+    """What a forward pass over N rows in K chunks leaves for their gradient; empty is nothing."""
+
+    e: torch.Tensor  # (N, V or more, rows are padded), or the chunks' kept columns, flat
+    s: torch.Tensor  # (N,) row sums of exp(z - c)
+    columns: torch.Tensor  # the chunks' columns, one after another
+    sizes: torch.Tensor  # (K, 2) on the CPU: rows, kept columns or -1: to be formed anew
+    energy: torch.Tensor  # (N,) of p - onehot
+    lost: torch.Tensor  # (N,) sums of e over the columns that are not kept
+    direction: torch.Tensor  # (K, H) dropped_direction
+
+    @classmethod
+    def nothing(cls, x, operand, dtype):
+        """On x's device."""
+        count, number = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=dtype)
+        return cls(
+            x.new_empty(0, dtype=operand), number, count, count.new_empty(0, device="cpu"),
+            *(number.clone() for _ in range(3)),
+        )
+
+
+class Columns:
+    """Collects Kept of rows whose coefficients are not known yet, chunk by chunk."""
+
+    def __init__(self, kernels, head, shard, tolerance, max_bytes):
+        self.kernels, self.head, self.shard = kernels, head, shard
+        self.tolerance, self.left, self.parts = tolerance, max_bytes, []
+
+    def add(
+        self,
+        e,  # (M, V) with fixed targets, in a buffer that will be overwritten
+        s,  # (M,)
+    ):
+        weight, size = self.head.weight, len(e) * e.itemsize
+        energy = (torch.linalg.vector_norm(e, dim=1, dtype=s.dtype) / s).square()
+        if self.shard.sum is not None:
+            energy = self.shard.sum(energy)
+        norm = s * energy.sqrt()
+        columns, _ = self.kernels.energies(e, torch.where(norm > 0, 1 / norm, 0))
+        j = kept(columns, self.tolerance)
+        if len(j) > DENSE_SHARE * len(columns):
+            j = kept(columns, 0.0)
+        fits = not self.shard.any(len(j) * size > self.left, s)
+        width = len(j) if fits else -1
+        if not fits:
+            j = j[:0]
+        self.left -= len(j) * size
+        d, w = e.index_select(1, j), weight.new_zeros(weight.shape[1], dtype=s.dtype)
+        if fits:
+            w = dropped_direction(weight, columns, j)
+        lost = lost_mass(e, d, self.shard, self.head.softcap is not None)
+        sizes = torch.tensor([[len(e), width]])
+        self.parts.append((d.view(-1), s, j, sizes, energy, lost, w[None]))
+
+    def kept(self):
+        return Kept(*map(torch.cat, zip(*self.parts, strict=True)))
 
 
 class Gradients:
@@ -97,9 +181,13 @@ class Gradients:
             columns, rows = self.kernels.energies(e, v / torch.where(largest > 0, largest, 1))
             if self.shard.sum is not None:
                 rows = self.shard.sum(rows)
-            chosen = self._agreed(selection(columns, rows, self.tolerance))
-            if chosen is not None:
-                return self._add_kept(index, h, v, e, columns, *chosen)
+            chosen = selection(columns, rows, self.tolerance)
+            if not self.shard.any(chosen is None, v):
+                i, j = chosen
+                d = e.index_select(1, j)
+                lost = lost_mass(e, d, self.shard, self.capped)[i]
+                w = dropped_direction(self.weight, columns, j) if self.need_dx else None
+                return self.add_columns(_rows(index, i), h[i], v[i], d[i], j, lost, w)
         self.work += len(h)
         if self.need_dx:
             dx = gemm.dx(e, self.weight).mul_(v.unsqueeze(-1))
@@ -119,37 +207,32 @@ class Gradients:
             self.db += gemm.add_dw(sums, e, parts, first=True).sum(-1)
         self.empty = False
 
-    def _agreed(self, chosen):
-        """The selection, None for all ranks of a sharded head where one takes the whole matrix."""
-        if self.shard.sum is None:
-            return chosen
-        whole = self.weight.new_full((), chosen is None, dtype=torch.float32)
-        return None if self.shard.sum(whole).item() else chosen
-
-    def _add_kept(self, index, h, v, e, energy, i, j):
-        """`add` of rows i and columns j alone, with the rank-one term for what is left out."""
-        self.work += len(i) * len(j) / e.shape[1]
-        if len(i) == 0:
+    def add_columns(
+        self,
+        index,  # (K,) rows of hidden
+        h,  # (K, H)
+        v,  # (K,)
+        d,  # (K, J) of e
+        j,  # (J,) its columns
+        lost,  # (K,) sums of what is left out of e
+        w,  # (H,) or None where dx is not needed
+    ):
+        """`add` of some columns alone, with the rank-one term for the others."""
+        self.work += len(h) * len(j) / len(self.weight)
+        if len(h) == 0:
             return
-        d = e.index_select(1, j).index_select(0, i)  # kept rows x kept columns, to be scaled by v
-        h, v = h[i], v[i]
         if self.need_dx:
-            dx = v.new_zeros(len(e), self.weight.shape[1])
-            lost = -d.sum(1, dtype=v.dtype)  # rows of the whole D sum to 0
-            if self.capped or self.shard.sum is not None:
-                lost += e.sum(1, dtype=v.dtype)[i]
-            w = dropped_direction(self.weight, energy, j)
-            part = torch.outer(lost, w)
+            dx = torch.outer(lost, w)
             if len(j):
-                part += gemm.dx(d, self.weight[j])
-            dx[i] = part.mul_(v.unsqueeze(-1))
+                dx += gemm.dx(d, self.weight[j])
+            dx.mul_(v.unsqueeze(-1))
             if self.shard.sum is not None:
                 dx = self.shard.sum(dx)
             self.dx[index] = dx.to(self.dx.dtype)
         if self.size is not None:
             v = v / self.size
         if self.need_dw and len(j):
-            x = (v.unsqueeze(-1) * h).to(e.dtype)
+            x = (v.unsqueeze(-1) * h).to(d.dtype)
             part = self.dw.new_empty(len(j), self.dw.shape[1])
             self.dw[j] += gemm.add_dw(part, d, x, first=True)
         if self.need_db:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import extension, pipeline, ref, torch_impl
 from .config import check_flags, check_number, compute_dtype, constant_when_compiled
+from .gradients import Kept
 from .ops import Need, custom_op, empty_gradients, flatten, unflatten
 from .shards import Shard, shard_of
 from .tuning import default_workspace_bytes
@@ -339,7 +340,7 @@ class LogProbsInputs(NamedTuple):
     completion_ids: Tensor  # (N,)
     old_log_probs: Tensor | None  # (N,)
     want_entropy: bool
-    keep: bool  # E and s for backward
+    keep: str | None  # for backward: "exp" E and s, "columns" those of E that count
     shard: Shard
     impl: str
     max_workspace_bytes: int
@@ -348,24 +349,27 @@ class LogProbsInputs(NamedTuple):
 
 def _log_probs_fake(x):
     dtype, n, weight = compute_dtype(x.hidden.dtype), x.hidden.shape[0], x.head.weight
+    left = Kept.nothing(x.hidden, pipeline.gemm.operand_dtype(weight), dtype)
+    if x.keep == "exp":
+        e = left.e.new_empty(n, load_impl(x.impl).padded(weight.shape[0]))
+        left = left._replace(e=e, s=left.s.new_empty(n))
     return (
         x.hidden.new_empty(n, dtype=dtype),
         x.hidden.new_empty(n if x.want_entropy else 0, dtype=dtype),
-        weight.new_empty(
-            (n, load_impl(x.impl).padded(weight.shape[0])) if x.keep else 0,
-            dtype=pipeline.gemm.operand_dtype(weight),
-        ),
-        x.hidden.new_empty(n if x.keep else 0, dtype=dtype),
+        *left,
     )
 
 
-@custom_op("rlsd::linear_log_probs", LogProbsInputs, outputs=4, fake=_log_probs_fake)
+@custom_op(
+    "rlsd::linear_log_probs", LogProbsInputs, outputs=2 + len(Kept._fields), fake=_log_probs_fake
+)
 def _log_probs_op(x):
     check_ids(x.completion_ids, x.shard.vocab)
-    return pipeline.linear_log_probs_fwd(
+    log_probs, entropy, left = pipeline.linear_log_probs_fwd(
         load_impl(x.impl), x.hidden, x.head, x.completion_ids, x.old_log_probs, x.shard,
-        x.want_entropy, x.keep, x.max_workspace_bytes,
+        x.want_entropy, x.keep, x.max_workspace_bytes, x.gradient_tolerance,
     )
+    return log_probs, entropy, *left
 
 
 class LogProbsBackwardInputs(NamedTuple):
@@ -377,8 +381,7 @@ class LogProbsBackwardInputs(NamedTuple):
     head: pipeline.Head
     completion_ids: Tensor  # (N,)
     log_probs: Tensor  # (N,)
-    e: Tensor  # (N, V) with padded rows, or (0,) to be formed anew
-    s: Tensor  # (N,) or (0,)
+    left: Kept
     need: Need
     shard: Shard
     impl: str
@@ -393,15 +396,15 @@ class LogProbsBackwardInputs(NamedTuple):
 def _log_probs_backward_op(x):
     return pipeline.linear_log_probs_bwd(
         load_impl(x.impl), x.hidden, x.grad_log_probs, x.grad_entropy, x.head, x.completion_ids,
-        x.log_probs, x.e, x.s, x.shard, x.need, x.max_workspace_bytes, x.gradient_tolerance,
+        x.log_probs, x.left, x.shard, x.need, x.max_workspace_bytes, x.gradient_tolerance,
     )
 
 
 def _setup_context(ctx, inputs, output):
     x = unflatten(LogProbsInputs, inputs)
-    log_probs, _, e, s = output
+    log_probs, _, *left = output
     ctx.save_for_backward(
-        x.hidden, x.head.weight, x.head.bias, x.completion_ids, log_probs, e, s
+        x.hidden, x.head.weight, x.head.bias, x.completion_ids, log_probs, *left
     )
     ctx.inputs = x._replace(
         hidden=None, head=x.head._replace(weight=None, bias=None), completion_ids=None,
@@ -412,7 +415,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_log_probs, grad_entropy, *unused):
-    hidden, weight, bias, completion_ids, log_probs, e, s = ctx.saved_tensors
+    hidden, weight, bias, completion_ids, log_probs, *left = ctx.saved_tensors
     x = ctx.inputs
     if not x.want_entropy:
         grad_entropy = None
@@ -423,7 +426,7 @@ def _backward(ctx, grad_log_probs, grad_entropy, *unused):
     need = Need(*ctx.needs_input_grad[:3])
     grads = _log_probs_backward_op(*flatten(LogProbsBackwardInputs(
         grad_log_probs, grad_entropy, hidden, x.head._replace(weight=weight, bias=bias),
-        completion_ids, log_probs, e, s, need, x.shard, x.impl, x.max_workspace_bytes,
+        completion_ids, log_probs, Kept(*left), need, x.shard, x.impl, x.max_workspace_bytes,
         x.gradient_tolerance,
     )))
     grads = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
@@ -490,9 +493,11 @@ def linear_log_probs(
         log_probs = log_probs.masked_fill(safe != ids, math.nan)
     else:
         shard = shard_of(weight, tp_group)
-        keep = needs_grad(rows, weight, bias) and pipeline.keeps_exponentials(
-            load_impl(impl), weight, shard.rows, rows.shape[0], workspace
-        )
+        keep = None
+        if needs_grad(rows, weight, bias):
+            keep = pipeline.what_is_kept(
+                load_impl(impl), weight, shard.rows, rows.shape[0], workspace, gradient_tolerance
+            )
         head = pipeline.Head(
             weight, bias, float(temperature), float(logit_scale), final_logit_softcapping
         )

@@ -24,7 +24,7 @@ from .config import (
     compute_dtype,
     stored_dtype,
 )
-from .gradients import FP16_SCALE, Gradients
+from .gradients import FP16_SCALE, Columns, Gradients, Kept, kept
 
 MAX_GUESS = 40.0  # the rollout's log-prob as a guess is trusted down to e^-40
 NO_GUESS = 8.0  # without one the target is taken to lie 8 nats below the log-sum-exp
@@ -137,8 +137,25 @@ def keeps_exponentials(kernels, weight, vocab, n, max_workspace_bytes):
     rows of the largest shard."""
     if gradient_source(weight, False) != "exp":
         return False
-    stored, scratch = _row_bytes(kernels, weight, vocab, "exp")
-    return tuning.fits_at_once(n, stored, scratch, max_workspace_bytes)
+    group, _ = _plan_log_probs(kernels, weight, vocab, n, max_workspace_bytes)
+    return group >= n
+
+
+def _plan_log_probs(kernels, weight, vocab, n, max_workspace_bytes):
+    """Rows held and rows scored at once: as if E were kept, and chunks also where it is not."""
+    return tuning.plan_rows(
+        max(n, 1), *_row_bytes(kernels, weight, vocab, "exp", with_teacher=True),
+        max_workspace_bytes, tuning.max_chunk(weight.device.type),
+    )
+
+
+def what_is_kept(kernels, weight, vocab, n, max_workspace_bytes, gradient_tolerance):
+    """For linear_log_probs_fwd's `keep`. Sizes that depend on the data are for eager mode."""
+    dynamic = not torch.compiler.is_compiling() and not capturing(weight)
+    if gradient_tolerance and dynamic and gradient_source(weight, False) == "exp":
+        return "columns"
+    fits = keeps_exponentials(kernels, weight, vocab, n, max_workspace_bytes)
+    return "exp" if fits else None
 
 
 def _largest(x):
@@ -174,6 +191,12 @@ class Rows:
             in_place = self.operand == self.dtype
             self.z = self.e if in_place else weight.new_empty(size, dtype=self.dtype)[:, :vocab]
         self.scorer = kernels.Scorer(*head, self.chunk, shard.sum, shard.max)
+
+    def slices(self, n):
+        """Of n rows: those held at once. No group is cut elsewhere than into its chunks."""
+        return [
+            q for r in _slices(0, n, self.group) for q in _slices(r.start, r.stop, self.held)
+        ]
 
     def targets(
         self,
@@ -218,7 +241,7 @@ class Rows:
         return _concatenate(
             [
                 self.score(h[r], ids[r], _take(old_log_probs, r), want_entropy=want_entropy)
-                for r in _slices(0, len(h), self.group)
+                for r in self.slices(len(h))
             ], h.new_empty(0, dtype=self.dtype),
         )
 
@@ -286,20 +309,33 @@ def linear_log_probs_fwd(
     head,
     completion_ids,  # (N,)
     old_log_probs,  # (N,) or None
-    shard, want_entropy, keep, max_workspace_bytes,
+    shard, want_entropy, keep, max_workspace_bytes, gradient_tolerance=0.0,
 ):
-    """log p(y) (N,), entropy (N,) or (0,), and if kept for backward E (N, V) and s (N,)."""
+    """log p(y) (N,), entropy (N,) or (0,), and what Kept says for keep None, "exp" or "columns"."""
     n = len(hidden)
+    # The same chunks whatever is kept: log-probs are then equal to the bit.
+    plan = _plan_log_probs(kernels, head.weight, shard.rows, n, max_workspace_bytes)
     rows = Rows(
         kernels, head, shard, n, keep="exp" if keep else None,
-        max_workspace_bytes=max_workspace_bytes,
+        max_workspace_bytes=max_workspace_bytes, plan=plan, by_chunk=keep == "columns",
     )
-    scored = rows.score_all(hidden, completion_ids, old_log_probs, want_entropy=want_entropy)
-    e, s = hidden.new_empty(0, dtype=rows.operand), hidden.new_empty(0, dtype=rows.dtype)
-    if keep:
-        rows.fix_targets(rows.e[:n], completion_ids, scored)
-        e, s = rows.padded_e[:n], scored.s
-    return scored.log_probs, scored.entropy, e, s
+    left = Kept.nothing(hidden, rows.operand, rows.dtype)
+    columns = Columns(kernels, head, shard, gradient_tolerance, max_workspace_bytes)
+    parts = []
+    for r in rows.slices(n):
+        ids = completion_ids[r]
+        scored = rows.score(hidden[r], ids, _take(old_log_probs, r), want_entropy=want_entropy)
+        parts.append(scored)
+        if keep:
+            rows.fix_targets(rows.e[: len(ids)], ids, scored)
+        if keep == "columns":
+            columns.add(rows.e[: len(ids)], scored.s)
+    scored = _concatenate(parts, hidden.new_empty(0, dtype=rows.dtype))
+    if keep == "exp":
+        left = left._replace(e=rows.padded_e[:n], s=scored.s)
+    elif columns.parts:
+        left = columns.kept()
+    return scored.log_probs, scored.entropy, left
 
 
 @full_precision
@@ -311,11 +347,9 @@ def linear_log_probs_bwd(
     head,
     completion_ids,  # (N,)
     log_probs,  # (N,)
-    e,  # (N, V or more, rows are padded) with fixed targets, or (0,)
-    s,  # (N,) or (0,)
-    shard, need, max_workspace_bytes, gradient_tolerance=0.0,
+    left: Kept, shard, need, max_workspace_bytes, gradient_tolerance=0.0,
 ):
-    """dh, dW, db of sum(grad_log_probs log p(y) + grad_entropy H), from E or by chunk anew."""
+    """dh, dW, db of sum(grad_log_probs log p(y) + grad_entropy H), from Kept or by chunk anew."""
     dtype, weight = log_probs.dtype, head.weight
     g = grad_log_probs.to(dtype)
     g_entropy = None if grad_entropy is None else grad_entropy.to(dtype)
@@ -326,35 +360,65 @@ def linear_log_probs_bwd(
     size = None
     if gemm.operand_dtype(weight) == torch.float16:
         size = _largest(g.abs() if g_entropy is None else g.abs() + g_entropy.abs())
-    if e.numel() > 0 and g_entropy is None:
+
+    def gradients(one_group):
+        return Gradients(
+            kernels, hidden, head, shard, hidden.dtype, need, one_group, size, gradient_tolerance
+        )
+
+    e = left.e
+    if e.dim() == 2 and g_entropy is None:
         step, row_bytes = n, shard.rows * e.itemsize
         if index is not None:  # copies of rows beside E: what it leaves free, or an eighth
             free = max(max_workspace_bytes - len(e) * row_bytes, max_workspace_bytes // 8)
             step = tuning.rows_per_chunk(n, row_bytes, free)
         if gradient_tolerance:
             step = min(step, tuning.max_chunk(weight.device.type))
-        grads = Gradients(
-            kernels, hidden, head, shard, hidden.dtype, need, step >= n, size, gradient_tolerance
-        )
-        v = -g / s * head.slope
+        grads = gradients(step >= n)
+        v = -g / left.s * head.slope
         for r in _slices(0, n, step):
             i = r if index is None else index[r]
             grads.add(i, hidden[i].to(e.dtype), v[i], e[i][:, : len(weight)])
         return grads.cast(weight.dtype, db_dtype)
+    grads = None
+    if len(left.sizes) and g_entropy is None:
+        grads = gradients(False)
+        index = _indices((g != 0) & _add_columns(grads, hidden, g, head.slope, left))
+        n = len(g) if index is None else len(index)
     rows = Rows(
         kernels, head, shard, n, keep=gradient_source(weight, g_entropy is not None),
         max_workspace_bytes=max_workspace_bytes, by_chunk=gradient_tolerance > 0,
     )
-    grads = Gradients(
-        kernels, hidden, head, shard, hidden.dtype, need, rows.held >= n, size, gradient_tolerance
-    )
-    for r in _slices(0, n, rows.held):
+    grads = grads or gradients(rows.held >= n)
+    for r in rows.slices(n):
         i = r if index is None else index[r]
         h, ids = hidden[i].to(rows.operand), completion_ids[i]
         scored = rows.score(h, ids, log_probs[i], want_entropy=g_entropy is not None)
         v, dlogits = rows.logit_gradient(ids, scored, g[i], _take(g_entropy, i))
         grads.add(i, h, v, dlogits)
     return grads.cast(weight.dtype, db_dtype)
+
+
+def _add_columns(grads, hidden, g, slope, left):
+    """Adds the rows whose columns were kept; a mask (N,) of those that were not."""
+    largest = _largest(g.abs())  # whose square may be no number of fp32
+    energy = (g / torch.where(largest > 0, largest, 1)).square() * left.energy
+    index, v = kept(energy, grads.tolerance), -g / left.s * slope
+    sizes, anew = left.sizes.tolist(), torch.zeros_like(g, dtype=torch.bool)
+    bounds = torch.cat([left.sizes.new_zeros(1), left.sizes[:, 0].cumsum(0)])
+    places = torch.searchsorted(index, bounds.to(g.device)).tolist()
+    bounds, at, column = bounds.tolist(), 0, 0
+    for k, (rows, width) in enumerate(sizes):
+        if width < 0:
+            anew[bounds[k] : bounds[k + 1]] = True
+            continue
+        d = left.e[at : at + rows * width].view(rows, width)
+        i, j = index[places[k] : places[k + 1]], left.columns[column : column + width]
+        grads.add_columns(
+            i, hidden[i].to(d.dtype), v[i], d[i - bounds[k]], j, left.lost[i], left.direction[k]
+        )
+        at, column = at + rows * width, column + width
+    return anew
 
 
 @full_precision

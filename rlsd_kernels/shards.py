@@ -49,6 +49,12 @@ class Shard(NamedTuple):
     def max(self):
         return self._reduce(dist.ReduceOp.MAX)
 
+    def any(self, flag, like):
+        """Whether flag holds on any rank; like: a tensor on the device that ranks talk through."""
+        if self.group_name is None:
+            return flag
+        return bool(self.max(like.new_full((), flag, dtype=torch.float32)))
+
     def _reduce(self, op):
         return self.group_name and functools.partial(_all_reduce, self.group_name, op)
 

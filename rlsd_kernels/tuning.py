@@ -5,8 +5,9 @@ SCORE_TILE = 2048
 # Fewest rows worth a logits GEMM of their own beside E for all rows: at 2048 rows of V = 151936 the
 # fp32 chunk is 1.2 GB and the GEMM still fills the device.
 MIN_CHUNK = 2048
-# Rows beyond which a taller logits GEMM gains nothing.
-MAX_CHUNK = {"cpu": 1024, "cuda": 8192}
+# Rows beyond which a taller logits GEMM gains nothing. CPU: with a gradient tolerance no more than
+# these are held, and fewer rows have fewer columns in common that count.
+MAX_CHUNK = {"cpu": 512, "cuda": 8192}
 # Beyond the gradients an op holds E = exp(z - c) and a chunk of logits.
 # CPU: 256 MiB are 441 rows of V = 151936 in fp32, tall enough that the head is read a few dozen
 # times, not thousands. CUDA: 3.5 GiB hold E of 8192 x 151936 in bf16 (2.3 GiB), which makes dW one

@@ -277,7 +277,7 @@ def run_ops(impl):
                 max_workspace_bytes=None if keep else 20 * v,
             )
             lp, h_out = out if entropy else (out, None)
-            dx, dw, db, *_ = backward(lp, gpu(n), gpu(n) if entropy else None, None, None)
+            dx, dw, db, *_ = backward(lp, gpu(n), gpu(n) if entropy else None, *[None] * 7)
             assert dx.shape == hidden.shape and dw.dtype == weight.dtype and db.shape == (v,)
             calls += 1
     for terms in ({}, {"entropy": 1, "config": RLSDLossConfig(entropy_coef=0.1)},

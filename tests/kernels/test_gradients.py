@@ -87,8 +87,9 @@ def test_other_dtypes(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 @pytest.mark.parametrize("stage", ["torch", "triton", "cuda"])
+# Rows and columns beyond a tile, and less than one.
 @pytest.mark.parametrize("shape", [(33, 129), (1, 1), (70, 304), (3, 9000)], ids=str)
-def test_energies(shape, stage, dtype, monkeypatch):  # rows and columns beyond a tile, and less than one
+def test_energies(shape, stage, dtype, monkeypatch):
     installed(stage)
     if stage == "cuda":
         emulation.stand_in(monkeypatch)
@@ -223,32 +224,115 @@ def test_bad_tolerances_are_one_sentence(bad):
         assert str(error.value).startswith("gradient_tolerance must be a finite number in [0, 1)")
 
 
-@pytest.mark.parametrize("impl", ["ref", "torch"])
-@pytest.mark.parametrize("workspace", [None, 40_000], ids=["kept", "anew"])
-@pytest.mark.parametrize("with_entropy", [False, True], ids=["log-probs", "entropy"])
-def test_log_probs_take_any_loss_on_top(impl, workspace, with_entropy):
+def log_probs_of(problem, impl, upstream, with_entropy=False, **options):
+    """log p(y) and the gradients of any loss on top of them."""
+    names = [k for k in ("hidden", "weight", "bias") if k in problem]
+    leaves = {k: problem[k].clone().requires_grad_() for k in names}
+    out = linear_log_probs(
+        **leaves, completion_ids=problem["completion_ids"], impl=impl, return_entropy=with_entropy,
+        **options,
+    )
+    log_probs = out[0] if with_entropy else out
+    loss = (log_probs * upstream).sum() + (0.1 * out[1].sum() if with_entropy else 0)
+    loss.backward()
+    return {"log_probs": log_probs.detach(), **{f"d_{k}": x.grad for k, x in leaves.items()}}
+
+
+HEADS = {k: FEATURES[k] for k in ("plain", "bias", "softcap")} | {
+    "scale": {"logit_scale": 0.7, "temperature": 0.8}
+}
+# Room for E of all rows; for columns of all chunks; for those of some; for none.
+ROOM = {"kept": None, "columns": 60_000, "some": 12_000, "none": 500}
+
+
+@pytest.mark.parametrize("impl, head, room, with_entropy", [
+    *itertools.product(["torch"], HEADS, ROOM, [False]), ("torch", "plain", "kept", True),
+    *itertools.product(["ref", "triton"], ["plain"], ["columns"], [False, True]),
+    ("triton", "bias", "some", False), ("cuda", "plain", "columns", False),
+])
+def test_log_probs_take_any_loss_on_top(impl, head, room, with_entropy, monkeypatch):
     installed(impl)
+    if impl == "cuda":
+        emulation.stand_in(monkeypatch)
     problem, _ = problem_of("plain")
+    options = dict(HEADS[head])
+    if options.pop("bias", False):
+        problem["bias"] = torch.linspace(-2, 2, 512)
     upstream = torch.linspace(-1, 1, 96) ** 3
+    run = {"max_workspace_bytes": ROOM[room], "with_entropy": with_entropy, **options}
+    truth = log_probs_of(cast(problem, torch.float64), "ref", upstream.double(), **run)
+    exact = log_probs_of(problem, impl, upstream, **run)
+    got = log_probs_of(problem, impl, upstream, gradient_tolerance=1e-2, **run)
+    again = log_probs_of(problem, impl, upstream, gradient_tolerance=1e-2, **run)
+    assert torch.equal(got["log_probs"], exact["log_probs"])
+    assert all(torch.equal(again[k], x) for k, x in got.items())
+    for name, bound in (("d_hidden", 5e-2), ("d_weight", 2e-2), ("d_bias", 2e-2)):
+        if name in truth:
+            assert relative(got[name], truth[name]) <= bound, name
+    assert not torch.equal(got["d_weight"], exact["d_weight"])
 
-    def run(impl, dtype=torch.float32, **options):
-        hidden, weight = (
-            problem[k].to(dtype, copy=True).requires_grad_() for k in ("hidden", "weight")
-        )
-        out = linear_log_probs(
-            hidden, weight, problem["completion_ids"], impl=impl, return_entropy=with_entropy,
-            max_workspace_bytes=workspace, **options,
-        )
-        log_probs = out[0] if with_entropy else out
-        loss = (log_probs * upstream).sum() + (0.1 * out[1].sum() if with_entropy else 0)
-        loss.backward()
-        return log_probs.detach(), hidden.grad, weight.grad
 
-    exact, truth = run(impl), run("ref", torch.float64)
-    got = run(impl, gradient_tolerance=1e-2)
-    assert torch.equal(got[0], exact[0])
-    assert relative(got[1], truth[1]) <= 5e-2 and relative(got[2], truth[2]) <= 2e-2
-    assert not torch.equal(got[2], exact[2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=NAMES.get)
+def test_log_probs_of_other_dtypes(dtype):
+    problem, _ = problem_of("plain", dtype)
+    upstream = torch.linspace(-1, 1, 96) ** 3
+    truth = log_probs_of(cast(problem, torch.float64), "ref", upstream.double())
+    got = log_probs_of(problem, "torch", upstream, gradient_tolerance=1e-2)
+    assert relative(got["d_weight"], truth["d_weight"]) <= 2e-2
+    assert relative(got["d_hidden"], truth["d_hidden"]) <= 5e-2
+
+
+def saved(output):
+    """Bytes that the op of log-probs keeps for backward, but for its inputs."""
+    node = output.grad_fn
+    while not hasattr(node, "saved_tensors"):
+        node = node.next_functions[0][0]
+    return sum(x.nbytes for x in node.saved_tensors[4:])
+
+
+def test_backward_of_log_probs_holds_and_forms_little():
+    case = measure.Case(256, 64, 16384)
+    p = measure.make_problem(case, profile="trained")
+    upstream = torch.randn(256)
+
+    def forward(tolerance):
+        for x in (p.hidden, p.weight):
+            x.grad = None
+        return linear_log_probs(
+            p.hidden, p.weight, p.completion_ids, impl="torch", gradient_tolerance=tolerance,
+            max_workspace_bytes=4 * 16384 * 100,
+        )
+
+    out = forward(1e-3)
+    assert saved(out) < 0.4 * case.rows * case.vocab * 4
+    assert measure.measured_nhv(case, lambda: (out * upstream).sum().backward()) < 1.6
+    out = forward(0.0)
+    assert measure.measured_nhv(case, lambda: (out * upstream).sum().backward()) > 5.9
+
+
+def test_no_row_of_log_probs_hides_behind_louder_ones():
+    problem, _ = problem_of("plain", n=256)
+    for row in (0, 100, 255):
+        upstream = torch.zeros(256)
+        upstream[row] = 1.0
+        truth = log_probs_of(cast(problem, torch.float64), "ref", upstream.double())
+        got = log_probs_of(problem, "torch", upstream, gradient_tolerance=1e-3)
+        assert relative(got["d_weight"], truth["d_weight"]) <= 2e-2
+        assert (got["d_hidden"] != 0).any(1).nonzero().flatten().tolist() == [row]
+
+
+@pytest.mark.parametrize("room", ["columns", "none"])
+def test_log_probs_without_or_beyond_numbers(room):
+    problem, _ = problem_of("plain")
+    options = {"gradient_tolerance": 1e-3, "max_workspace_bytes": ROOM[room]}
+    got = log_probs_of(problem, "torch", torch.zeros(96), **options)
+    assert not got["d_weight"].any() and not got["d_hidden"].any()
+    problem["hidden"][5] = math.nan
+    got = log_probs_of(problem, "torch", torch.ones(96), **options)
+    assert got["d_hidden"][5].isnan().all() and got["d_weight"].isnan().any()
+    assert got["d_hidden"][6].isfinite().all()
+    tiny = log_probs_of(problem_of("plain")[0], "torch", torch.full((96,), 1e-30), **options)
+    assert tiny["d_weight"].any() and tiny["d_weight"].isfinite().all()
 
 
 def test_runs_repeat_to_the_bit_and_the_module_passes_it_on():

@@ -16,6 +16,7 @@ from rlsd_kernels import (
     pipeline,
     rlsd_loss,
 )
+from rlsd_kernels.gradients import Kept
 from rlsd_kernels.ops import Need, flatten, unflatten
 from rlsd_kernels.pipeline import Head, Tokens
 from rlsd_kernels.shards import Shard
@@ -260,7 +261,7 @@ OPCHECKS = {
 }
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "anew"])
+@pytest.mark.parametrize("keep", ["exp", None], ids=["kept", "anew"])
 @pytest.mark.parametrize("case", OPCHECKS)
 def test_opcheck_log_probs(case, keep):
     dtype, bias, softcap, entropy, n = OPCHECKS[case]
@@ -282,14 +283,15 @@ def test_opcheck_log_probs_backward(case, need):
     dtype, bias, softcap, entropy, n = OPCHECKS[case]
     hidden, weight, ids = (x.detach() for x in small(dtype, n))
     out = torch.float64 if dtype == torch.float64 else torch.float32
+    left = Kept.nothing(hidden, out, out)
     torch.library.opcheck(
         torch.ops.rlsd.linear_log_probs_backward.default,
         flatten(logprob.LogProbsBackwardInputs(
             torch.randn(n, dtype=out), torch.randn(n, dtype=out) if entropy else None, hidden,
             Head(weight, torch.randn(7).to(dtype) if bias else None, 1.3, 0.7, softcap), ids,
             -torch.ones(n, dtype=out),
-            *((torch.rand(n, 7, dtype=out), torch.ones(n, dtype=out)) if need[0] else
-              (torch.empty(0, dtype=out), torch.empty(0, dtype=out))),
+            left._replace(e=torch.rand(n, 7, dtype=out), s=torch.ones(n, dtype=out))
+            if need[0] else left,
             Need(need[0], need[1], bias and need[2]), Shard([0, 7, 7], None), "torch", 2**20,
             0.0,
         )),

@@ -466,6 +466,7 @@ def _sharded_results(rank, world):
         names = ("log_probs", "entropy", "d_hidden", "d_weight")
         values = (lp.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves))
         results["log_probs", room, impl] = dict(zip(names, values, strict=True))
+    results["tolerance"] = {impl: _within_a_tolerance(p, impl, mine, group) for impl in KERNELS}
     # another vocabulary, whose shard differs on the last rank alone
     longer = torch.cat([p["weight"], p["weight"][:1]])[mine.start : mine.stop + (rank == world - 1)]
     results["longer"] = linear_log_probs(
@@ -488,6 +489,23 @@ def _sharded_results(rank, world):
     return results
 
 
+def _within_a_tolerance(p, impl, mine, group):
+    """dh and this shard's dW from peaked logits, by both ops, with room for all rows or for few."""
+    found = []
+    for room in (None, 17 * 10 * 4):
+        shard = {"max_workspace_bytes": room, "tp_group": group, "gradient_tolerance": 0.05}
+        leaves = [p["hidden"].clone().requires_grad_(),
+                  (6 * p["weight"])[mine].clone().requires_grad_()]
+        lp = linear_log_probs(*leaves, p["completion_ids"], impl=impl, **shard)
+        found.append(torch.autograd.grad((lp * p["advantages"]).sum(), leaves))
+        loss = fused_linear_rlsd_loss(
+            *leaves, p["completion_ids"], p["advantages"], rlsd_lambda=0.0, impl=impl, **shard,
+            loss_weights=torch.ones(17),
+        ).loss
+        found.append(torch.autograd.grad(loss, leaves))
+    return found
+
+
 def _free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -506,6 +524,19 @@ def test_vocabulary_shards_equal_the_whole_head(world, tmp_path):
     want = linear_log_probs(p["hidden"], longer, p["completion_ids"] * 0 + 53, impl="ref")
     for r in ranks.values():
         torch.testing.assert_close(r["longer"], want)
+
+    leaves = [p["hidden"].clone().requires_grad_(), (6 * p["weight"]).requires_grad_()]
+    lp = linear_log_probs(*leaves, p["completion_ids"], impl="ref")
+    d_hidden, d_weight = torch.autograd.grad((lp * p["advantages"]).sum(), leaves)
+    for r, impl in itertools.product(ranks.values(), KERNELS):
+        for k, (dh, dw) in enumerate(r["tolerance"][impl]):
+            sign = 1 - 2 * (k % 2)  # a loss is what is made small
+            want = d_weight[slice(*r["rows"])]
+            assert (sign * dh - d_hidden).norm() <= 0.2 * d_hidden.norm(), (impl, k)
+            assert (sign * dw - want).norm() <= 0.1 * d_weight.norm(), (impl, k)
+    firsts = [r["tolerance"]["torch"][0] for r in ranks.values()]
+    assert any((dw == 0).all(1).any() for _, dw in firsts)  # columns were left out
+    assert all(torch.equal(dh, firsts[0][0]) for dh, _ in firsts)
 
     for case, room in itertools.product((*SHARDED, "log_probs"), ROOM):
         if case == "log_probs":
