@@ -149,6 +149,51 @@ def test_a_wrong_guess_is_redone(offset, dtype, impl):
     assert error <= CONTRACT[dtype][0], sentence
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_the_head_of_an_8b_model(dtype, impl):
+    """H = 4096 summed by tensor cores, and targets with p near 1 as well as far out."""
+    require(impl, dtype)
+    n, v, h = size(512, 9), size(151936, 303), size(4096, 32)
+    p, options = problem("off-policy", n, v, h, dtype, std=20.0)
+    logits = p["hidden"][: n // 2].float() @ p["weight"].float().T
+    p["completion_ids"][: n // 2] = logits.argmax(-1)
+    check_accuracy(p, options, impl, dtype)
+
+
+@pytest.mark.parametrize("rows", [None, 100], ids=["at-once", "in-groups"])
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_gradient_tolerance(dtype, impl, rows):
+    """Both ops on peaked logits: nothing but the gradients moves, and they no further than said."""
+    require(impl, dtype)
+    n, v, tolerance = size(512, 48), size(151936, 515), 1e-2
+    p, options = problem("off-policy", n, v, 64, dtype, std=14.0)
+    call = {"max_workspace_bytes": rows and size(rows, 7) * 8 * v}
+    truth = truth_of(p, options)
+    exact = run_fused(p, impl, **options, **call)
+    got = run_fused(p, impl, **options, **call, gradient_tolerance=tolerance)
+    for name in ("loss", "log_probs", "teacher_log_probs"):
+        assert torch.equal(got[name], exact[name]), name
+    grads, absolute = [], []
+    for width in (dtype, torch.float64):
+        leaves = [p[k].to(width).requires_grad_() for k in ("hidden", "weight")]
+        lp = linear_log_probs(
+            *leaves, p["completion_ids"], impl=impl if width == dtype else "ref",
+            gradient_tolerance=tolerance * (width == dtype), **call,
+        )
+        absolute.append(lp.detach())
+        grads.append(torch.autograd.grad((lp * p["advantages"]).sum(), leaves))
+    assert worst(*absolute)[0] <= CONTRACT[dtype][0] * 20
+    for dh, dw, exact_dh, exact_dw in (
+        (got["d_hidden"], got["d_weight"], truth["d_hidden"], truth["d_weight"]),
+        (*grads[0], *grads[1]),
+    ):
+        assert relative(dw, exact_dw) <= 2 * tolerance + share_of(dtype, n)
+        assert relative(dh, exact_dh) <= 5 * tolerance + share_of(dtype, n, v)
+        assert (dw == 0).all(1).double().mean() > 0.1
+
+
 @pytest.mark.parametrize("shift", [-100.0, 100.0], ids="{:+g}".format)
 @pytest.mark.parametrize("impl", KERNELS)
 def test_shifted_logits(impl, shift):
