@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 import rlsd.trainer
+from rlsd.cli import main
 from rlsd.config import make_config
 from rlsd.demo import OPERATIONS, save_model, tiny_model, word_tokenizer
 from rlsd.trainer import Trainer
@@ -34,6 +36,13 @@ def quick(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def clean_logging():
+    """main() logs to the standard output of its test, which is closed in the next one."""
+    yield
+    logging.getLogger("rlsd_kernels").handlers.clear()
 
 
 def sum_reward(prompts, completions, completion_ids, **columns):
@@ -244,3 +253,10 @@ def one_sentence(stderr):
     assert lines[0].startswith("rlsd: ") and lines[0][-1] in ".?", stderr
     assert not re.search(r"[.!?] [A-Z]|\.\.$", lines[0]), stderr
     return lines[0]
+
+
+def fails(capsys, *arguments, status=2):
+    """The one sentence on standard error of a command that must fail."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == status
+    return one_sentence(capsys.readouterr().err)

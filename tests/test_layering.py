@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted((ROOT / "rlsd_kernels").rglob("*.py"))
 TRAINER = sorted((ROOT / "rlsd").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 IMPLS = {"ref", "torch_impl", "triton_impl", "cuda_impl"}
 # A file imports only files of a later row.
 KERNEL_ORDER = [
@@ -204,7 +205,7 @@ def test_importing_the_kernels_loads_no_extras():
     assert loaded_by("import json", ["json", "triton"]) == ["json"]
 
 
-@pytest.mark.parametrize("path", KERNELS + TRAINER, ids=ids(KERNELS + TRAINER))
+@pytest.mark.parametrize("path", KERNELS + TRAINER + TESTS, ids=ids(KERNELS + TRAINER + TESTS))
 def test_file_sizes(path):
     limits = {"trainer.py": 400, "trl.py": 400, "ms_swift.py": 150, "verl.py": 150}
     limit = 660 if path == ROOT / "rlsd" / "config.py" else limits.get(path.name, 600)
@@ -212,5 +213,5 @@ def test_file_sizes(path):
 
 
 def test_no_utils():
-    files = [*KERNELS, *TRAINER, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    files = [*KERNELS, *TRAINER, *TESTS, *(ROOT / "bench").rglob("*.py")]
     assert files and not [str(p) for p in files if p.stem in ("utils", "util", "helpers", "misc")]

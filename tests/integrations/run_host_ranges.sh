@@ -27,7 +27,7 @@ for end in ${ENDS:-oldest newest}; do
     "$venv/bin/python" -m pip install --quiet --no-deps --force-reinstall .
     PYTHONPATH=. "$venv/bin/python" -m pytest -q -p no:cacheprovider \
         tests/parity/test_parity_trl.py tests/integrations/test_integrations_trl.py \
-        tests/policy/test_models.py tests/sampling tests/test_trainer.py
+        tests/policy/test_models.py tests/sampling tests/test_trainer*.py
     for use_peft in false true; do  # outside of the repository: what was installed runs
         (cd "$scratch" && "$venv/bin/rlsd" train --config "$repository/examples/reasoning_gym.yaml" \
             --scratch_steps 50 --dataset_size 200 --eval_size 8 --max_steps 2 --device cpu \

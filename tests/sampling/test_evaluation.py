@@ -6,15 +6,10 @@ import random
 
 import pytest
 import torch
-from test_rollout import EOS, TOKENIZER, build, canned, config, rows, sequences
+from test_rollout import EOS, TOKENIZER, canned, config, rows, sequences
 
 from rlsd.policy.distributed import Processes
 from rlsd.sampling.evaluation import evaluate, interval, ks_of, pass_at_k, summary
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    return build("qwen3")
 
 
 @pytest.mark.parametrize("n", range(1, 7))
