@@ -38,10 +38,10 @@ WRONG = {"log_prob": 0.1, "d_hidden": 0.05, "d_weight": 0.05}
 @dataclass(frozen=True)
 class Provider:
     """name; call: the entry point; package: distribution it comes from; logits: dtype that the
-    log-softmax sees; nhv, nhv_frozen: GEMM work of a step at the tests' shape; step: the step;
-    modules: what it imports; compiled: by a C++ compiler on the CPU; impl: of this library;
-    in_torch: whether PyTorch runs its GEMMs, where the profiler sees them; drops_dead: whether rows
-    without effect are left out; gradient_tolerance: 0 for an exact gradient."""
+    log-softmax sees, "input's" for its; nhv, nhv_frozen: GEMM work of a step at the tests' shape;
+    step: the step; modules: what it imports; compiled: by a C++ compiler on the CPU; impl: of this
+    library; in_torch: whether PyTorch runs its GEMMs, where the profiler sees them; drops_dead:
+    whether rows without effect are left out; gradient_tolerance: 0 for an exact gradient."""
 
     name: str
     call: str
@@ -206,6 +206,7 @@ def two_ops(problem, impl, gradient_tolerance):
 EAGER = "PyTorch, full logits"
 COMPILED = "torch.compile of it"
 OURS, TWO_OPS = "RLSD fused", "RLSD two ops"
+ITS_OPTIONS = "as its options choose; results the input's"
 TOLERANT = ", tolerance "  # and the tolerance, after the name of the exact row
 PLAIN = (
     Provider(
@@ -218,7 +219,7 @@ PLAIN = (
     Provider(
         "PyTorch linear_cross_entropy",
         'linear_cross_entropy(reduction="none", options=LinearCrossEntropyOptions())', "torch",
-        "input's", 10, 8, lambda problem: compose(torch_log_probs, problem),
+        ITS_OPTIONS, 10, 8, lambda problem: compose(torch_log_probs, problem),
         ("torch.nn.modules.linear_cross_entropy",),  # absent from older releases
     ),
     Provider(
