@@ -1,4 +1,5 @@
-"""Everything that is made from results.json: table.md, times.png, scaling.png, the README's rows.
+"""Everything that is made from results.json: table.md, times.png, scaling.png, tolerance.png, the
+README's rows.
 
     python -m bench.plot bench/results/cpu              # table and plots
     python -m bench.plot bench/results/cpu --readme     # and the block between README's markers
@@ -13,12 +14,12 @@ import json
 from pathlib import Path
 
 from bench.common import MIB, ROOT
-from bench.providers import EAGER, OURS
+from bench.providers import EAGER, OURS, TOLERANT
 
 BARE = "bare GEMMs"
 COLUMNS = (
-    "step, ms (p20-p80)", "speed, x of eager", "speed, % of bare GEMMs", "peak extra, MiB",
-    "% of eager's",
+    "profile, nats", "step, ms (p20-p80)", "speed, x of eager", "speed, % of bare GEMMs",
+    "peak extra, MiB", "% of eager's",
 )
 ACCURACY = ("NHV", "max log-prob error", "ratios off > 1 %", "dH error", "dW error")
 MARKERS = ("<!-- bench/results/cpu -->", "<!-- end of bench/results/cpu -->")
@@ -30,7 +31,12 @@ COLORS = ("tab:blue", "tab:cyan", "tab:purple", "tab:green", "tab:olive", "tab:o
 def heading(block):
     live = "all rows live" if block["live"] == 1 else f"{block['live']:.0%} of the rows live"
     head = "frozen head" if block["frozen_head"] else "full head"
-    return f"{block['shape']}, {head}, {live}"
+    return f"{block['shape']}, {block['profile']}, {head}, {live}"
+
+
+def softmax(block):
+    """The profile and the mean entropy of its softmax."""
+    return f"{block['profile']}, {block['entropy']:.2f}"
 
 
 def rows_of(lines):
@@ -52,7 +58,8 @@ def _times(block, found):
     eager = block["providers"].get(EAGER)
     t, mib = found["time"], found["peak_bytes"] / MIB
     on_gpu = "model" in block
-    cells = [_ms(t)[1] if on_gpu else f"{t['ms']:.0f} ({t['p20']:.0f}-{t['p80']:.0f})"]
+    cells = [softmax(block),
+             _ms(t)[1] if on_gpu else f"{t['ms']:.0f} ({t['p20']:.0f}-{t['p80']:.0f})"]
     cells.append(f"{eager['time']['ms'] / t['ms']:.2f}" if eager else "")
     cells += [f"{block['bare']['ms'] / t['ms']:.0%}", f"{mib:.0f}"]
     cells.append(f"{found['peak_bytes'] / eager['peak_bytes']:.0%}" if eager else "")
@@ -72,24 +79,71 @@ def block_table(results, block):
     """Heading and Markdown table of one block; a provider that did not run says why."""
     on_gpu = "model" in block
     timed = (*COLUMNS, "TFLOP/s on the step") if on_gpu else COLUMNS
-    columns = (*(timed if block["timed"] else ()), *ACCURACY)
+    columns = (*(timed if block["timed"] else COLUMNS[:1]), *ACCURACY)
     lines = [["provider", *columns], ["---", *["--:"] * len(columns)]]
     for provider in results["providers"]:
+        if block["only"] and provider["name"] not in block["only"]:
+            continue
         found = block["providers"].get(provider["name"])
         if found is None:
             why = block.get("not_run", {}).get(provider["name"]) or provider["not_run"]
             cells = [f"not run: {why}", *[""] * (len(columns) - 1)]
         else:
-            cells = [*(_times(block, found) if block["timed"] else ()), *_accuracy(found)]
+            cells = _times(block, found) if block["timed"] else [softmax(block)]
+            cells += _accuracy(found)
         lines.append([provider["name"], *(cell.replace("|", "/") for cell in cells)])
     if block["timed"]:
         t = block["bare"]
-        cells = [_ms(t)[1] if on_gpu else f"{t['ms']:.0f} ({t['p20']:.0f}-{t['p80']:.0f})"]
-        cells += [""] * (len(columns) - 1)
+        cells = [softmax(block),
+                 _ms(t)[1] if on_gpu else f"{t['ms']:.0f} ({t['p20']:.0f}-{t['p80']:.0f})"]
+        cells += [""] * (len(columns) - 2)
         if on_gpu:
             cells[len(COLUMNS)] = f"{tflops(block, t['ms']):.0f}"
         lines.append([BARE, *cells])
     return f"### {heading(block)}\n\n{rows_of(lines)}\n"
+
+
+def tolerance_rows(results):
+    """[(block, name, its result, that of the exact row, fastest other library and its ms)]: what a
+    tolerance does to a full step."""
+    rows = []
+    for block in results["blocks"]:
+        if not block["timed"] or block["frozen_head"] or block["live"] < 1:
+            continue
+        found = block["providers"]
+        others = [(f["time"]["ms"], name) for name, f in found.items() 
+                  if not name.startswith("RLSD")]
+        for name, f in found.items():
+            exact = found.get(name.split(TOLERANT)[0])
+            if TOLERANT in name and exact:
+                rows.append((block, name, f, exact, min(others, default=None)))
+    return rows
+
+
+def tolerance_table(results):
+    """What each tolerance saves, and the errors of more of them."""
+    columns = ("shape", "profile, nats", "time, x of the exact row's", "fastest other library here",
+               "its time, x of ours", "peak, x of the exact row's", "NHV", "dH error", "dW error")
+    lines = [["row", *columns], ["---"] * 3 + ["--:"] * (len(columns) - 2)]
+    for block, name, f, exact, other in tolerance_rows(results):
+        lines.append([
+            name, block["shape"], softmax(block), f"{f['time']['ms'] / exact['time']['ms']:.2f}",
+            *((other[1], f"{other[0] / f['time']['ms']:.2f}") if other else ("", "")),
+            f"{f['peak_bytes'] / max(1, exact['peak_bytes']):.2f}", f"{f['nhv']:.1f}",
+            *_accuracy(f)[-2:],
+        ])
+    text = ""
+    if len(lines) > 2:
+        text = f"### Full head, all rows live: a tolerance against exact\n\n{rows_of(lines)}\n\n"
+    columns = ("shape", "tolerance", "NHV", "dH error", "dW error", "loss, log-probs")
+    lines = [["profile, nats", *columns], ["---"] * 2 + ["--:"] * 4 + ["---"]]
+    for block in results["blocks"]:
+        for row in block["by_tolerance"]:
+            lines.append([
+                softmax(block), block["shape"], f"{row['tolerance']:g}", f"{row['nhv']:.2f}",
+                *_accuracy(row)[-2:], "bit for bit" if row["same_bits"] else "CHANGED",
+            ])
+    return text + (f"### Error by tolerance\n\n{rows_of(lines)}\n" if len(lines) > 2 else "")
 
 
 def _machine(env, rounds):
@@ -123,16 +177,15 @@ def table(results):
         "hidden, teacher hidden, W, ids, old log-probs, A, loss weights -> loss, dH, dW; providers"
         f" interleaved over {results['rounds']} rounds in one process, medians. Speeds: the time"
         " of eager (the first row) or of the bare GEMMs divided by the provider's. Bare GEMMs: the"
-        f" 8 NHV (6 with a frozen head) of the live rows alone. Peak extra: {memory}."
+        f" 8 NHV (6 with a frozen head) of the live rows alone, which a tolerance can beat. Nats:"
+        f" mean entropy of the profile's softmax. Peak extra: {memory}."
         " Errors: against fp64 on the same inputs; dH, dW relative (Frobenius).\n",
+        tolerance_table(results),
         *(block_table(results, block) for block in results["blocks"]),
     ]
     if results.get("not_reached"):
-        missing = "; ".join(
-            heading({"shape": shape, "frozen_head": head, "live": live})
-            for shape, head, live in results["not_reached"]
-        )
-        text.append(f"Not reached in the time given: {missing}.\n")
+        missing = "; ".join(f"{label} ({why})" for label, why in results["not_reached"])
+        text.append(f"Not measured: {missing}.\n")
     text.append("### Providers\n")
     lines = [["provider", "call", "version", "logits rounded to"], ["---"] * 4]
     for p in results["providers"]:
@@ -145,22 +198,35 @@ def table(results):
 
 
 def readme_rows(results):
-    """What the README quotes: time and memory of the first block, one short line each."""
+    """What the README quotes: of the first block time, memory, work and error, one short line each;
+    beside them the time of those that ran on other profiles, too."""
     block = results["blocks"][0]
-    lines = [["", "step, ms", "speed, % of bare GEMMs", "peak extra, MiB", "NHV"],
-             ["---", *["--:"] * 4]]
+    others = [b for b in results["blocks"] if b["timed"] and b["profile"] != block["profile"]]
+    others = _like(others, block, "rows", "frozen_head", "live")
+
+    def ms(block, name):
+        found = block["providers"].get(name)
+        digits = _ms(found["time"])[0] if found and "model" in block else 0
+        return f"{found['time']['ms']:.{digits}f}" if found else ""
+
+    columns = ("speed, % of bare GEMMs", "peak extra, MiB", "NHV", "dH error",
+               *(f"ms, {b['profile']}" for b in others))
+    lines = [["", f"ms, {block['profile']}", *columns], ["---", *["--:"] * (1 + len(columns))]]
     for name, found in block["providers"].items():
-        _, _, bare, mib, *_ = _times(block, found)
-        shown = f"**{name}**" if name == OURS else name
-        digits = _ms(found["time"])[0] if "model" in block else 0
+        _, _, _, bare, mib, *_ = _times(block, found)
         lines.append([
-            shown, f"{found['time']['ms']:.{digits}f}", bare, mib, f"{found['nhv']:.0f}",
+            f"**{name}**" if name.startswith(OURS) else name, ms(block, name), bare, mib,
+            f"{found['nhv']:.1f}", _accuracy(found)[-2], *(ms(b, name) for b in others),
         ])
     env = results["environment"]
     machine = env["gpu"]["name"] if "gpu" in env else f"{env['cpu']}, {env['threads']} threads"
+    shapes = "; ".join(
+        f"{b['profile']}: {b['entropy']:.2f} nats, H={b['hidden']}, V={b['vocab']}"
+        for b in (block, *others)
+    )
     return (
         f"{rows_of(lines)}\n\n{heading(block)}; {machine}, medians of"
-        f" {results['rounds']} rounds.\n"
+        f" {results['rounds']} rounds. Profiles: {shapes}.\n"
     )
 
 
@@ -200,7 +266,7 @@ def plot_times(results, path):
         left.set(xlabel=f"forward + backward, ms (median, p20 to p80); dashed: {BARE}")
         right.bar_label(right.barh(names, mib, color=colors), fmt="%.0f", padding=3)
         right.set(xlabel="peak memory beyond the inputs, MiB")
-        left.set_title(heading(block), loc="left", fontsize=10)
+        left.set_title(f"{heading(block)} ({block['entropy']:.2f} nats)", loc="left", fontsize=10)
         for axis, top in ((left, max(f["time"]["p80"] for f in found)), (right, max(mib))):
             axis.set_xlim(0, 1.15 * max(top, 1e-9))
             axis.spines[["top", "right"]].set_visible(False)
@@ -229,9 +295,12 @@ def scaling(results):
     if not blocks:
         return {}
     first = blocks[0]
-    rows = _like(blocks, first, "hidden", "vocab", "frozen_head", "live")
-    whole = _like(blocks, first, "rows", "frozen_head", "live")
-    shares = _like(blocks, first, "rows", "hidden", "vocab", "frozen_head")
+    rows = _like(blocks, first, "hidden", "vocab", "profile", "frozen_head", "live")
+    whole = _like(blocks, first, "rows", "profile", "frozen_head", "live")
+    shares = _like(blocks, first, "rows", "hidden", "vocab", "profile", "frozen_head")
+    softmaxes = _like(blocks, first, "rows", "frozen_head", "live")
+    if "model" in first:
+        softmaxes = _like(softmaxes, first, "model")
     full = next((b["providers"] for b in shares if b["live"] == 1), {})
 
     def ms(block, found):
@@ -255,6 +324,9 @@ def scaling(results):
         ),
         "memory against V": ("vocabulary V", "peak beyond the inputs, MiB",
                              series(whole, lambda b: b["vocab"], mib)),
+        "speed by what the softmax is like": (
+            "mean entropy, nats", f"% of {BARE}",
+            series(softmaxes, lambda b: b["entropy"], of_bare)),
         "speed by block, in the table's order": (
             "block", f"% of {BARE}", series(blocks, lambda b: place[id(b)], of_bare)),
         "dead rows": (
@@ -307,11 +379,40 @@ def plot_scaling(results, path):
     plt.close(figure)
 
 
+def plot_tolerance(results, path):
+    """Error and work by tolerance, one line per profile."""
+    blocks = [b for b in results["blocks"] if b["by_tolerance"]]
+    if not blocks:
+        return
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for block in blocks:
+        rows = [r for r in block["by_tolerance"] if r["tolerance"] > 0]
+        x = [r["tolerance"] for r in rows]
+        for axis, y in zip(axes, ([r["errors"]["d_hidden"] for r in rows],
+                                  [r["errors"]["d_weight"] for r in rows],
+                                  [r["nhv"] for r in rows]), strict=True):
+            axis.plot(x, y, marker="o", label=f"{softmax(block)} nats, H={block['hidden']}")
+    for axis, title in zip(axes, ("dH, relative error", "dW, relative error", "NHV"), strict=True):
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set(xscale="log", xlabel="gradient_tolerance")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.9")
+    for axis in axes[:2]:
+        axis.set(yscale="log")
+        axis.plot(x, x, color="0.6", linestyle=":", label="the tolerance")
+    axes[2].set(ylim=(0, None))
+    axes[0].legend(fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw(folder, readme=False):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     (folder / "table.md").write_text(table(results), encoding="utf-8")
     plot_times(results, folder / "times.png")
     plot_scaling(results, folder / "scaling.png")
+    plot_tolerance(results, folder / "tolerance.png")
     if readme:
         path = ROOT / "README.md"
         before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])

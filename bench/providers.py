@@ -4,7 +4,9 @@ Each maps a measure.Problem to (loss, log_probs, teacher_log_probs). Libraries h
 is composed of their own per-token log-prob op (teacher under no_grad, student differentiable) and
 the same plain loss on top. NHV is 2 per GEMM over the head: an op that recomputes logits in
 backward makes 10, one that keeps them, or forms the gradient at once, 8. linear_log_probs keeps
-them where they fit its workspace: on a CPU at the shape of the tests, not at the main one.
+them where they fit its workspace: on a CPU at the shape of the tests, not at the main one. With a
+gradient tolerance 8 is what a softmax without a peak costs. A name says what ran: a library's own
+kernel, or what it falls back to on a CPU.
 """
 
 import functools
@@ -36,10 +38,10 @@ WRONG = {"log_prob": 0.1, "d_hidden": 0.05, "d_weight": 0.05}
 @dataclass(frozen=True)
 class Provider:
     """name; call: the entry point; package: distribution it comes from; logits: dtype that the
-    log-softmax sees; nhv, nhv_frozen: GEMM work of a step at the tests' shape; step: the step;
-    modules: what it imports; compiled: by a C++ compiler on the CPU; impl: of this library;
-    in_torch: whether PyTorch runs its GEMMs, where the profiler sees them; drops_dead: whether rows
-    without effect are left out."""
+    log-softmax sees, "input's" for its; nhv, nhv_frozen: GEMM work of a step at the tests' shape;
+    step: the step; modules: what it imports; compiled: by a C++ compiler on the CPU; impl: of this
+    library; in_torch: whether PyTorch runs its GEMMs, where the profiler sees them; drops_dead:
+    whether rows without effect are left out; gradient_tolerance: 0 for an exact gradient."""
 
     name: str
     call: str
@@ -53,6 +55,7 @@ class Provider:
     impl: str = ""
     in_torch: bool = True
     drops_dead: bool = False
+    gradient_tolerance: float = 0.0
 
     def id(self):
         return self.name.replace(",", "").replace(" ", "-")
@@ -88,6 +91,12 @@ def first_line(error):
 
 
 compiled_full_logits = torch.compile(full_logits, dynamic=False)
+
+
+def torch_log_probs(hidden, weight, ids):
+    return -torch.nn.functional.linear_cross_entropy(
+        hidden, weight, ids, reduction="none", options=torch.nn.LinearCrossEntropyOptions()
+    )
 
 
 def trl_log_probs(hidden, weight, ids):
@@ -161,10 +170,12 @@ def verl_log_probs(hidden, weight, ids):
     return verl_kernel()(hidden, weight, ids, 1.0, "none")[0]
 
 
-def cut_cross_entropy(hidden, weight, ids, impl="torch_compile"):
+def cut_cross_entropy(hidden, weight, ids, impl, filter_eps="high"):
     from cut_cross_entropy import linear_cross_entropy
 
-    return -linear_cross_entropy(hidden, weight, ids, reduction="none", impl=impl)
+    return -linear_cross_entropy(
+        hidden, weight, ids, reduction="none", impl=impl, filter_eps=filter_eps
+    )
 
 
 def tier_b(problem):
@@ -173,12 +184,12 @@ def tier_b(problem):
         return fused(problem, "triton")
 
 
-def two_ops(problem, impl):
+def two_ops(problem, impl, gradient_tolerance):
     """For trainers with their own loss: differentiable log-probs, then any loss on top."""
     def log_probs(hidden):
         return linear_log_probs(
             hidden, problem.weight, problem.completion_ids, impl=impl,
-            old_log_probs=problem.old_log_probs,
+            old_log_probs=problem.old_log_probs, gradient_tolerance=gradient_tolerance,
         )
 
     with torch.no_grad():
@@ -193,24 +204,52 @@ def two_ops(problem, impl):
 
 
 EAGER = "PyTorch, full logits"
-OURS = "RLSD fused"
+COMPILED = "torch.compile of it"
+OURS, TWO_OPS = "RLSD fused", "RLSD two ops"
+ITS_OPTIONS = "as its options choose; results the input's"
+TOLERANT = ", tolerance "  # and the tolerance, after the name of the exact row
 PLAIN = (
     Provider(
         EAGER, "(hidden @ W.T).float().log_softmax(-1)", "torch", "input's", 8, 6, eager,
     ),
     Provider(
-        "torch.compile of it", "torch.compile(full_logits)", "torch", "input's", 8, 6,
+        COMPILED, "torch.compile(full_logits)", "torch", "input's", 8, 6,
         lambda problem: compose(compiled_full_logits, problem), compiled=True,
+    ),
+    Provider(
+        "PyTorch linear_cross_entropy",
+        'linear_cross_entropy(reduction="none", options=LinearCrossEntropyOptions())', "torch",
+        ITS_OPTIONS, 10, 8, lambda problem: compose(torch_log_probs, problem),
+        ("torch.nn.modules.linear_cross_entropy",),  # absent from older releases
     ),
     Provider(
         "TRL", "trl.kernels.ChunkedLogProbFunction", "trl", "input's", 10, 8,
         lambda problem: compose(trl_log_probs, problem), ("trl.kernels", "trl.trainer.utils"),
     ),
 )
+
+
+FUSED = (fused, "fused_linear_rlsd_loss")
+SPLIT = (two_ops, "linear_log_probs + rlsd_loss")
+
+
+def ours(op, name, impl, tolerance="0", drops_dead=False):
+    """FUSED or SPLIT of this library, exact or with a gradient tolerance."""
+    (step, entry), value = op, float(tolerance)
+    call = f'{entry}, impl="{impl}"'
+    return Provider(
+        f"{name}{TOLERANT}{tolerance}" if value else name,
+        f"{call}, gradient_tolerance={tolerance}" if value else call, "rlsd", "fp32", 8, 6,
+        lambda problem: step(problem, impl, value), impl=impl, gradient_tolerance=value,
+        drops_dead=drops_dead,
+    )
+
+
 PROVIDERS = (
     *PLAIN,
     Provider(
-        "Liger scaled CE", "LigerFusedLinearScaledCrossEntropyFunction, its PyTorch fallback",
+        "Liger scaled CE, PyTorch fallback",
+        "LigerFusedLinearScaledCrossEntropyFunction, its PyTorch fallback",
         "liger-kernel", "input's", 10, 10,  # computes dW even where nobody asks for it
         lambda problem: compose(liger_scaled_ce, problem),
         ("liger_kernel.ops.fused_linear_scaled_cross_entropy",),
@@ -221,33 +260,39 @@ PROVIDERS = (
         ("liger_kernel.chunked_loss.fused_linear_ppo",),
     ),
     Provider(
-        "cut-cross-entropy", 'linear_cross_entropy(impl="torch_compile", reduction="none")',
-        "cut-cross-entropy", "input's", 8, 6,
-        lambda problem: compose(cut_cross_entropy, problem), ("cut_cross_entropy",),
-        compiled=True,
+        "cut-cross-entropy, torch.compile",
+        'linear_cross_entropy(impl="torch_compile", reduction="none")', "cut-cross-entropy",
+        "input's", 8, 6,
+        lambda problem: compose(
+            functools.partial(cut_cross_entropy, impl="torch_compile"), problem
+        ), ("cut_cross_entropy",), compiled=True,
     ),
-    Provider(
-        "RLSD two ops", 'linear_log_probs + rlsd_loss, impl="torch"', "rlsd", "fp32", 8, 6,
-        lambda problem: two_ops(problem, "torch"),
-    ),
-    Provider(
-        OURS, 'fused_linear_rlsd_loss, impl="torch"', "rlsd", "fp32", 8, 6,
-        lambda problem: fused(problem, "torch"),
-    ),
+    ours(SPLIT, TWO_OPS, "torch"),
+    ours(SPLIT, TWO_OPS, "torch", "1e-3"),
+    ours(FUSED, OURS, "torch"),
+    ours(FUSED, OURS, "torch", "1e-3"),
+    ours(FUSED, OURS, "torch", "1e-2"),
 )
 
 
-def ours(impl):
-    """A fused provider of this library on a GPU."""
+def cut_kernel(name, filter_eps):
+    """cut-cross-entropy's own kernels, which need a GPU."""
+    log_probs = functools.partial(cut_cross_entropy, impl="cce", filter_eps=filter_eps)
+    call = f'linear_cross_entropy(impl="cce", reduction="none", filter_eps={filter_eps!r})'
     return Provider(
-        f"{OURS}, {impl}", f'fused_linear_rlsd_loss, impl="{impl}"', "rlsd", "fp32", 8, 6,
-        lambda problem: fused(problem, impl), impl=impl, drops_dead=True,
+        name, call, "cut-cross-entropy", "fp32", 10, 10,
+        lambda problem: compose(log_probs, problem), ("cut_cross_entropy",), in_torch=False,
     )
+
+
+def ours_on_gpu(impl, tolerance="0"):
+    return ours(FUSED, f"{OURS}, {impl}", impl, tolerance, drops_dead=True)
 
 
 # Stated NHV of ops whose GEMMs PyTorch's profiler does not see: logits of both models, those of the
 # student again in backward, dH, and dW, which all but Liger's Triton op also compute for a frozen
-# head. cut-cross-entropy leaves out blocks of small gradients.
+# head. Of cut-cross-entropy's gradient filter, which leaves out blocks whose entries of the softmax
+# are all small (below 2^-12 in bf16), nothing is known beforehand: its 10 is the most it does.
 GPU_PROVIDERS = (
     *PLAIN,
     Provider(
@@ -264,31 +309,29 @@ GPU_PROVIDERS = (
         ("liger_kernel.ops.fused_linear_cross_entropy",),
     ),
     Provider(
-        "Liger fallback", "LigerFusedLinearScaledCrossEntropyFunction, its PyTorch fallback",
-        "liger-kernel", "input's", 10, 10, lambda problem: compose(liger_fallback, problem),
+        "Liger scaled CE, PyTorch fallback",
+        "LigerFusedLinearScaledCrossEntropyFunction, its PyTorch fallback", "liger-kernel",
+        "input's", 10, 10, lambda problem: compose(liger_fallback, problem),
         ("liger_kernel.ops.fused_linear_scaled_cross_entropy",),
     ),
     Provider(
         "verl Triton", "verl.utils.kernel.linear_cross_entropy", "verl", "fp32", 10, 10,
         lambda problem: compose(verl_log_probs, problem), in_torch=False,
     ),
-    Provider(
-        "cut-cross-entropy", 'linear_cross_entropy(impl="cce", reduction="none")',
-        "cut-cross-entropy", "fp32", 10, 10,
-        lambda problem: compose(functools.partial(cut_cross_entropy, impl="cce"), problem),
-        ("cut_cross_entropy",), in_torch=False,
-    ),
-    Provider(
-        "RLSD two ops, triton", 'linear_log_probs + rlsd_loss, impl="triton"', "rlsd", "fp32", 8,
-        6, lambda problem: two_ops(problem, "triton"), impl="triton",
-    ),
-    ours("torch"),
+    cut_kernel("cut-cross-entropy, gradient filter", "high"),
+    cut_kernel("cut-cross-entropy, no filter", None),
+    ours(SPLIT, f"{TWO_OPS}, triton", "triton"),
+    ours(SPLIT, f"{TWO_OPS}, triton", "triton", "1e-3"),
+    ours_on_gpu("torch"),
     Provider(
         f"{OURS}, triton tier B", 'fused_linear_rlsd_loss, impl="triton", GEMM with exp', "rlsd",
         "fp32", 8, 6, tier_b, impl="triton", in_torch=False, drops_dead=True,
     ),
-    ours("triton"),
-    ours("cuda"),
+    ours_on_gpu("triton"),
+    ours_on_gpu("triton", "1e-3"),
+    ours_on_gpu("cuda"),
+    ours_on_gpu("cuda", "1e-3"),
+    ours_on_gpu("cuda", "1e-2"),
 )
 
 

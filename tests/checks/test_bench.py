@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from bench import bench_loss, common, plot, stages
-from bench.providers import EAGER, GPU_PROVIDERS, OURS, PROVIDERS
-from rlsd.checks import measure
+from bench.providers import EAGER, GPU_PROVIDERS, OURS, PROVIDERS, TOLERANT, TWO_OPS
+from rlsd.checks import measure, profiles
+from rlsd.config import UserError
 from rlsd_kernels import available_impls
 
 CASE = common.CASES["tiny"]
@@ -51,15 +52,48 @@ def test_every_provider_computes_the_specification(provider, live, frozen_head, 
     got = measure.gradients(problem, provider.step)
     assert (got["d_weight"] is None) == frozen_head
     wrong = measure.errors(got, truth, problem.live())
-    logits_rounded = dtype == torch.bfloat16 and provider.logits == "input's"
+    logits_rounded = dtype == torch.bfloat16 and provider.logits != "fp32"
     assert wrong["log_prob"] < (1e-2 if logits_rounded else 1e-5)
     assert wrong["loss"] < (1e-3 if logits_rounded else 1e-6)
     for key in ("d_hidden", "d_weight"):
         assert (wrong[key] or 0) < (5e-3 if dtype == torch.bfloat16 else 1e-5), key
 
 
-def gemm_work(case, provider, frozen_head, live):
-    problem = measure.make_problem(case, frozen_head=frozen_head, live=live)
+def same_bits(one, other):
+    return all(torch.equal(one[k], other[k]) for k in ("loss", "log_probs", "teacher_log_probs"))
+
+
+TOLERANT_PROVIDERS = [p for p in PROVIDERS if p.gradient_tolerance]
+
+
+@pytest.mark.parametrize("provider", TOLERANT_PROVIDERS, ids=lambda p: p.id())
+def test_a_tolerant_row_is_its_exact_one_but_for_the_gradient(provider):
+    name, _, tolerance = provider.name.partition(TOLERANT)
+    assert float(tolerance) == provider.gradient_tolerance
+    assert provider.call.endswith(f"gradient_tolerance={tolerance}")
+    problem = measure.make_problem(CASE, profile="trained")
+    got, exact = (measure.gradients(problem, p.step) for p in (provider, BY_NAME[name]))
+    assert same_bits(got, exact)
+    off = (got["d_hidden"] - exact["d_hidden"]).norm() / exact["d_hidden"].norm()
+    assert 0.3 * provider.gradient_tolerance < off < 3 * provider.gradient_tolerance
+    work = gemm_work(CASE, provider, False, 1.0, profile="trained")
+    assert 4 < work < 7 < gemm_work(CASE, BY_NAME[name], False, 1.0, profile="trained")
+
+
+def test_rows_are_named_for_what_runs():
+    assert {p.name for p in TOLERANT_PROVIDERS} == {
+        f"{OURS}{TOLERANT}1e-3", f"{OURS}{TOLERANT}1e-2", f"{TWO_OPS}{TOLERANT}1e-3",
+    }
+    assert "PyTorch fallback" in next(n for n in BY_NAME if n.startswith("Liger scaled CE"))
+    assert 'impl="torch_compile"' in BY_NAME["cut-cross-entropy, torch.compile"].call
+    cut = {p.name: p.call for p in GPU_PROVIDERS if p.package == "cut-cross-entropy"}
+    assert "filter_eps='high'" in cut["cut-cross-entropy, gradient filter"]
+    assert "filter_eps=None" in cut["cut-cross-entropy, no filter"]
+    assert all('impl="cce"' in call for call in cut.values())
+
+
+def gemm_work(case, provider, frozen_head, live, **profile):
+    problem = measure.make_problem(case, frozen_head=frozen_head, live=live, **profile)
     measure.gradients(problem, provider.step)  # torch.compile traces now, not under the profiler
     return measure.measured_nhv(case, lambda: measure.gradients(problem, provider.step))
 
@@ -83,7 +117,8 @@ def results():
     """A run at the tiny shape: two providers, a third that cannot."""
     providers = [BY_NAME[EAGER], BY_NAME[OURS]]
     absent = dataclasses.replace(BY_NAME["TRL"], modules=("no_such_module",))
-    options = {"frozen_head": False, "live": 0.5, "warmup_s": 0.0}
+    block = bench_loss.Block(CASE, live=0.5, tolerances=(1e-2, 0.1))
+    bf16 = bench_loss.Block(common.CASES["tiny-bf16"], live=0.5, timed=False)
     data = {
         "environment": common.environment(bench_loss.PACKAGES), "rounds": 5, "warmup_s": 0.0,
         "providers": [
@@ -92,8 +127,8 @@ def results():
             for p in (*providers, absent)
         ],
         "blocks": [
-            bench_loss.run_block(CASE, providers, rounds=5, **options),
-            bench_loss.run_block(common.CASES["tiny-bf16"], providers, rounds=0, **options),
+            bench_loss.run_block(block, providers, rounds=5, warmup_s=0.0),
+            bench_loss.run_block(bf16, providers, rounds=5, warmup_s=0.0),
         ],
     }
     return json.loads(json.dumps(data))
@@ -110,28 +145,121 @@ def test_table_is_derived_from_the_results(results):
     results["blocks"][0]["bare"]["ms"] = 30.0
     text = plot.table(results)
     row = next(line for line in text.splitlines() if line.startswith(f"| {OURS} |"))
-    assert row.startswith(f"| {OURS} | 40 (40-60) | 1.25 | 75% | 1 | 33% | 4.0 |")
+    nats = results["blocks"][0]["entropy"]
+    assert 0.3 < nats < 0.9
+    assert row.startswith(
+        f"| {OURS} | trained, {nats:.2f} | 40 (40-60) | 1.25 | 75% | 1 | 33% | 4.0 |"
+    )
     assert "not run: no_such_module cannot be imported: No module named" in text
-    assert "fp32, N=64, H=32, V=301, full head, 50% of the rows live" in text
+    assert "### fp32, N=64, H=32, V=301, trained, full head, 50% of the rows live" in text
     timed, accuracy = plot.block_table(results, results["blocks"][1]), plot.readme_rows(results)
-    assert "step, ms" not in timed and f"| **{OURS}** | 40 | 75% | 1 | 4 |" in accuracy
+    assert "step, ms" not in timed and f"| **{OURS}** | 40 | 75% | 1 | 4.0 |" in accuracy
+    assert f"| {OURS} | trained, {results['blocks'][1]['entropy']:.2f} | 4.0 |" in timed
     for block in results["blocks"]:
         for line in plot.block_table(results, block).splitlines()[2:]:
             assert line.count("|") == plot.block_table(results, block).splitlines()[2].count("|")
 
 
 @needs_proc
-def test_plot_is_drawn(results, tmp_path):
+def test_errors_by_tolerance_are_measured(results):
+    exact, fine, coarse = results["blocks"][0]["by_tolerance"]
+    assert [r["tolerance"] for r in (exact, fine, coarse)] == [0, 1e-2, 0.1]
+    assert all(r["same_bits"] for r in (exact, fine, coarse))
+    assert exact["nhv"] == 4 > fine["nhv"] > coarse["nhv"] > 2  # half of the rows are live
+    assert exact["errors"]["d_hidden"] < 1e-5 < 5e-3 < fine["errors"]["d_hidden"] < 2e-2
+    assert 0.05 < coarse["errors"]["d_hidden"] < 0.2
+    nats = results["blocks"][0]["entropy"]
+    row = f"| trained, {nats:.2f} | fp32, N=64, H=32, V=301 | 0.01 | {fine['nhv']:.2f} |"
+    assert row in plot.table(results) and results["blocks"][1]["by_tolerance"] == []
+
+
+@needs_proc
+def test_plots_are_drawn(results, tmp_path):
     plot.plot_times(results, tmp_path / "times.png")
-    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+    plot.plot_tolerance(results, tmp_path / "tolerance.png")
+    for name in ("times.png", "tolerance.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tolerance_is_held_against_exact_and_the_fastest_other():
+    def result(ms, mib, nhv, d_hidden):
+        errors = {"log_prob": 0, "ratio_off": 0, "d_hidden": d_hidden, "d_weight": d_hidden}
+        return {"time": {"ms": ms}, "peak_bytes": mib * 2**20, "nhv": nhv, "errors": errors}
+
+    block = {
+        "shape": "fp32", "profile": "trained", "entropy": 0.4, "frozen_head": False, "live": 1.0,
+        "timed": True, "by_tolerance": [], "providers": {
+            EAGER: result(120, 9, 8, 0), "TRL": result(90, 9, 10, 0), OURS: result(100, 8, 8, 0),
+            f"{OURS}{TOLERANT}1e-3": result(50, 4, 4.1, 1e-3),
+        },
+    }
+    skipped = [block | {"frozen_head": True}, block | {"live": 0.5}, block | {"timed": False}]
+    text = plot.tolerance_table({"blocks": [block, *skipped]})
+    assert text.count(TOLERANT) == 1
+    assert (f"| {OURS}{TOLERANT}1e-3 | fp32 | trained, 0.40 | 0.50 | TRL | 1.80 | 0.50 | 4.1 |"
+            " 1.0e-03 | 1.0e-03 |") in text
+
+
+def test_profiles_come_first_and_alone_with_what_depends_on_them():
+    plan = bench_loss.cpu_plan(common.CASES["main"], common.CASES["bf16"])
+    assert [b.profile for b in plan[:3]] == ["trained", "uniform", "smollm2"]
+    assert not plan[0].only and {OURS, EAGER} < set(plan[1].only) <= set(BY_NAME)
+    assert (plan[2].case.hidden, plan[2].case.vocab) == (576, 49152)
+    assert plan[3].case.rows == 4 * plan[0].case.rows
+    assert len({b.label() for b in plan}) == len(plan)  # by which a resumed run knows them
+    gpu = bench_loss.gpu_plan(False)
+    assert [b.profile for b in gpu[:2]] == ["trained", "uniform"] and not any(b.only for b in gpu)
+
+
+@pytest.fixture
+def short_run(monkeypatch, tmp_path):
+    """run(*arguments) of bench_loss with two providers and two blocks; returns the results."""
+    def run(*arguments):
+        bench_loss.main(["--out", str(tmp_path), "--rounds", "1", "--warmup", "0", *arguments])
+        return json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+
+    blocks = [bench_loss.Block(CASE), bench_loss.Block(CASE, "smollm2")]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(bench_loss, "cpu_plan", lambda case, bf16_case: blocks)
+    monkeypatch.setattr(bench_loss, "providers_for", lambda device: [BY_NAME[EAGER], BY_NAME[OURS]])
+    yield run
+    torch.set_num_threads(threads)
+
+
+@needs_proc
+def test_a_run_that_stopped_goes_on(short_run, monkeypatch, tmp_path, capsys):
+    first = short_run()
+    assert len(first["blocks"]) == 1
+    (missing,) = first["not_reached"]
+    assert missing[0].endswith("smollm2, full head, all rows live")
+    assert missing[1].startswith("Profile smollm2 ")  # lacks its package, or has other sizes
+    assert "Not measured: fp32, N=64, H=32, V=301, smollm2" in (tmp_path / "table.md").read_text()
+    monkeypatch.setitem(profiles.PROFILES, "smollm2", profiles.trained)
+    second = short_run("--resume")
+    assert second["blocks"][0] == first["blocks"][0] and "not_reached" not in second
+    assert [b["profile"] for b in second["blocks"]] == ["trained", "smollm2"]
+    with pytest.raises(SystemExit):
+        short_run("--resume", "--rounds", "2")
+    assert "rounds differ from this run's" in capsys.readouterr().err
+    with pytest.raises(UserError, match="environment|git differ"):
+        bench_loss.resumed(tmp_path / "results.json", second | {
+            "environment": second["environment"] | {"git": "0" * 40}})
+    assert len(short_run()["blocks"]) == 2
+
+
+@needs_proc
+def test_a_budget_that_is_over_is_told_in_the_results(short_run, monkeypatch):
+    monkeypatch.setitem(profiles.PROFILES, "smollm2", profiles.trained)
+    found = short_run("--seconds", "0")
+    assert len(found["blocks"]) == 1 and found["not_reached"][0][1] == "the time was over"
 
 
 FAKE_MS = {EAGER: 80.0, "TRL": 73.0, f"{OURS}, triton": 56.0}
 
 
-def fake_block(model, rows, frozen_head, live):
+def fake_block(case, profile, frozen_head, live, *_):
     """A block as a GPU would give it; times in proportion to the work."""
-    case = common.model_case(model, rows)
+    model, rows = case.model, case.rows
     share = case.rows * case.hidden * case.vocab / (8192 * 4096 * 151936)
     providers = {}
     for name, ms in FAKE_MS.items():
@@ -149,7 +277,9 @@ def fake_block(model, rows, frozen_head, live):
     bare = 52 * share * live
     return {
         "shape": case.label(), "model": model, "rows": rows, "hidden": case.hidden,
-        "vocab": case.vocab, "frozen_head": frozen_head, "live": live, "timed": True,
+        "vocab": case.vocab, "profile": profile, "only": (), "by_tolerance": [],
+        "entropy": 0.43 if profile == "trained" else 10.65,
+        "frozen_head": frozen_head, "live": live, "timed": True,
         "providers": providers, "not_run": not_run,
         "bare": {"ms": bare, "p20": bare, "p80": bare, "rounds": [bare]},
     }
@@ -165,13 +295,13 @@ def gpu_results():
             "git": "0" * 40, "dirty": False,
             "gpu": {"name": "NVIDIA H200", "processors": 132, "driver_version": "580"},
         },
-        "rounds": 30, "warmup_s": 0.5, "not_reached": [["Qwen3-4B, bf16", False, 1.0]],
+        "rounds": 30, "warmup_s": 0.5, "not_reached": [["Qwen3-4B", "the time was over"]],
         "providers": [
             {"name": p.name, "call": p.call, "package": p.package, "logits": p.logits,
              "not_run": None if p.name in FAKE_MS else "no wheel"}
             for p in providers
         ],
-        "blocks": [fake_block(*block) for block in bench_loss.GPU_BLOCKS],
+        "blocks": [fake_block(*block) for block in bench_loss.gpu_plan(False)],
     }
 
 
@@ -179,17 +309,21 @@ def test_gpu_table(gpu_results):
     text = plot.table(gpu_results)
     row = next(line for line in text.splitlines() if line.startswith(f"| {OURS}, triton |"))
     # 8 x 8192 x 4096 x 151936 FLOP in 56 ms
-    assert row.startswith(f"| {OURS}, triton | 56.0 (55.4-56.6) | 1.43 | 93% | 1024 | 100% | 728 |")
+    assert row.startswith(
+        f"| {OURS}, triton | trained, 0.43 | 56.0 (55.4-56.6) | 1.43 | 93% | 1024 | 100% | 728 |"
+    )
     assert "| verl Triton | not run: no wheel |" in text
     assert f"| {EAGER} | not run: out of memory |" in text
-    assert "Not reached in the time given: Qwen3-4B, bf16, full head, all rows live." in text
+    assert "Not measured: Qwen3-4B (the time was over)." in text
     assert text.startswith("# One RLSD step on NVIDIA H200\n") and "driver version 580" in text
-    frozen = plot.block_table(gpu_results, gpu_results["blocks"][3])
-    assert "frozen head" in frozen and "| bare GEMMs | 52.0 (52.0-52.0) |" in frozen
+    frozen = plot.block_table(gpu_results, gpu_results["blocks"][4])
+    assert "frozen head" in frozen and "| bare GEMMs | trained, 0.43 | 52.0 (52.0-52.0) |" in frozen
     for block in gpu_results["blocks"]:
         lines = plot.block_table(gpu_results, block).splitlines()[2:]
         assert len({line.count("|") for line in lines}) == 1
-    assert "NVIDIA H200, medians of 30 rounds" in plot.readme_rows(gpu_results)
+    quoted = plot.readme_rows(gpu_results)
+    assert "NVIDIA H200, medians of 30 rounds" in quoted and "ms, trained" in quoted
+    assert f"| **{OURS}, triton** | 56.0 | 93% | 1024 | 8.0 | 2.0e-03 | 56.0 |" in quoted
 
 
 def test_scaling_panels_compare_blocks_that_differ_in_one_thing(gpu_results, tmp_path):
@@ -203,8 +337,10 @@ def test_scaling_panels_compare_blocks_that_differ_in_one_thing(gpu_results, tmp
     _, _, lines = panels["dead rows"]
     assert lines[name] == [(30, pytest.approx(30)), (50, pytest.approx(50)), (100, 100)]
     assert lines[EAGER] == [(30, 100), (50, 100), (100, 100)]
+    _, _, lines = panels["speed by what the softmax is like"]
+    assert [x for x, _ in lines[name]] == [0.43, 10.65]
     _, _, lines = panels["speed by block, in the table's order"]
-    assert lines[name][0] == (1, pytest.approx(100 * 52 / 56)) and len(lines[name]) == 10
+    assert lines[name][0] == (1, pytest.approx(100 * 52 / 56)) and len(lines[name]) == 11
     plot.plot_scaling(gpu_results, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     one = gpu_results | {"blocks": gpu_results["blocks"][:1]}
@@ -214,11 +350,12 @@ def test_scaling_panels_compare_blocks_that_differ_in_one_thing(gpu_results, tmp
 
 
 def test_gpu_plan_spends_a_budget_on_the_main_blocks_first():
-    assert bench_loss.gpu_plan(False) == list(bench_loss.GPU_BLOCKS)
-    full = bench_loss.gpu_plan(True)
-    assert full[: len(bench_loss.GPU_BLOCKS)] == list(bench_loss.GPU_BLOCKS)
+    short, full = bench_loss.gpu_plan(False), bench_loss.gpu_plan(True)
+    assert full[: len(short)] == short
+    assert [(b.case.model, b.case.rows, *b[1:4]) for b in short] == list(bench_loss.GPU_BLOCKS)
     models, rows, live = (bench_loss.GPU_MODELS, bench_loss.GPU_ROWS, bench_loss.LIVE)
-    assert len(full) == len(set(full)) == 2 * len(models) * len(rows) * len(live)
+    all_trained = 2 * len(models) * len(rows) * len(live)
+    assert len(full) == len({b.label() for b in full}) == all_trained + 1  # one is uniform
     assert set(bench_loss.GPU_MODELS) <= set(common.HEADS)
 
 
