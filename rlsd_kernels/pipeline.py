@@ -320,7 +320,8 @@ def linear_log_probs_fwd(
         max_workspace_bytes=max_workspace_bytes, plan=plan, by_chunk=keep == "columns",
     )
     left = Kept.nothing(hidden, rows.operand, rows.dtype)
-    columns = Columns(kernels, head, shard, gradient_tolerance, max_workspace_bytes)
+    # Chunks are there twice while they are put together.
+    columns = Columns(kernels, head, shard, gradient_tolerance, max_workspace_bytes // 2)
     parts = []
     for r in rows.slices(n):
         ids = completion_ids[r]
