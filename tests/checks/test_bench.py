@@ -60,12 +60,13 @@ def test_every_provider_computes_the_specification(provider, live, frozen_head, 
     got = measure.gradients(problem, provider.step)
     assert (got["d_weight"] is None) == frozen_head
     wrong = measure.errors(got, truth, problem.live())
+    # Log-probs of 6 in 16 bits instead of logits of 1; loss and gradients are made of them.
+    coarse = 4 if provider.logits == ITS_OPTIONS else 1
     rounded = dtype == torch.bfloat16 and provider.logits != "fp32"
-    limit = 2e-2 if provider.logits == ITS_OPTIONS else 1e-2  # log-probs of 6 in 16 bits, or logits
-    assert wrong["log_prob"] < (limit if rounded else 1e-5)
-    assert wrong["loss"] < (1e-3 if rounded else 1e-6)
+    assert wrong["log_prob"] < (1e-2 * coarse if rounded else 1e-5)
+    assert wrong["loss"] < (1e-3 * coarse if rounded else 1e-6)
     for key in ("d_hidden", "d_weight"):
-        assert (wrong[key] or 0) < (5e-3 if dtype == torch.bfloat16 else 1e-5), key
+        assert (wrong[key] or 0) < (5e-3 * coarse if dtype == torch.bfloat16 else 1e-5), key
 
 
 def same_bits(one, other):

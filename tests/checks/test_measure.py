@@ -194,7 +194,7 @@ def test_rlsd_bench_prints_what_it_measured():
     row = next(line for line in lines if line.startswith("rlsd, impl='torch'"))
     assert f"{ours['ms']:.2f}" in row and f"{ours['errors']['d_hidden']:.1e}" in row
     assert len(row.split()) == 2 + len(bench.COLUMNS)
-    assert "rlsd, impl='triton'       not run: for a GPU" in text
+    assert "rlsd, impl='triton'         not run: for a GPU" in text
 
 
 @pytest.mark.parametrize(
