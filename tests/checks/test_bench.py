@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from bench import bench_loss, common, plot, stages
+from bench import bench_loss, common, plot, prediction, stages
 from bench.providers import (
     EAGER,
     GPU_PROVIDERS,
@@ -464,6 +464,16 @@ def test_committed_results_can_be_traced():
     data = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert not data["environment"]["dirty"] and data["rounds"] >= 5
     assert {p["name"] for p in data["providers"]} == set(BY_NAME)
+
+
+def test_the_prediction_is_arithmetic_and_says_so():
+    text = prediction.table()
+    assert text.startswith("# A prediction for an H100: nothing here was measured\n")
+    assert prediction.PATH.read_text(encoding="utf-8") == text
+    dense, none_left = prediction.total(0.0)
+    assert dense == pytest.approx(66.2) and prediction.chunks() == 4
+    assert none_left > dense - prediction.DH - prediction.DW  # choosing is not free
+    assert prediction.total(0.1)[1] > none_left + 0.1 * (prediction.DH + prediction.DW)
 
 
 # -- gpu_run.sh ------------------------------------------------------------------------------------
