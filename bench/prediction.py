@@ -64,8 +64,8 @@ def table():
     return (
         "# A prediction for an H100: nothing here was measured\n\n"
         f"One step at N={ROWS}, H={HIDDEN}, V={VOCAB}, bf16, full head, in {chunks()} chunks, by"
-        " bench/prediction.py; left: the share of the gradient GEMMs that a tolerance does, on a CPU"
-        " (NHV - 4) / 4 of the benchmark's tables, and more the taller a chunk is.\n\n"
+        " bench/prediction.py; left: the share of the gradient GEMMs that a tolerance does, on a"
+        " CPU (NHV - 4) / 4 of the benchmark's tables, and more the taller a chunk is.\n\n"
         f"{rows_of(lines)}\n"
     )
 
