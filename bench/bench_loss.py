@@ -55,8 +55,8 @@ class Block(NamedTuple):
                              "frozen_head": self.frozen_head, "live": self.live})
 
 
-# On a CPU no peer but cut-cross-entropy's kernel depends on the data, so that the dense ones are
-# timed on one profile, and only two of them on the others.
+# No other library's op that runs on a CPU looks at the data: all of them are timed on one profile,
+# and two on the others, to show it.
 TOLERANT_ROWS = tuple(f"{OURS}{TOLERANT}{t}" for t in ("1e-3", "1e-2"))
 FEW = (EAGER, COMPILED, OURS, *TOLERANT_ROWS)
 LONG = 4  # times the rows: whether memory grows with them
