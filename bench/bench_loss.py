@@ -375,7 +375,8 @@ def main(argv=None):
     for block in plan:
         if block.label() in there:
             continue
-        now, work = time.monotonic(), block.case.rows * block.case.hidden * block.case.vocab
+        now, case = time.monotonic(), block.case
+        work = case.rows * case.hidden * case.vocab * (len(block.only) or len(providers))
         missing = "the time was over"
         if affordable(work, done, now - first, args.seconds - (now - start)):
             try:
