@@ -79,5 +79,6 @@ CUDA graphs, several devices; waits for the host; the caching allocator and cuBL
 nothing is compiled anew; autograd's engine on a device thread; time.
 END
     exit $failed
-} 2>&1 | sed -u "s#$PWD/##g; s#$(cd "$venv" && pwd)/##g; s#${TMPDIR:-/tmp}/##g" | tee "$out"
+} 2>&1 | sed -u "s#$PWD/##g; s#$(cd "$venv" && pwd)/##g; s#${TMPDIR:-/tmp}/##g; s# with /[^ ]*/nvcc# with nvcc#" |
+    tee "$out"
 exit "${PIPESTATUS[0]}"
