@@ -21,6 +21,7 @@ from .config import TrainConfig, UserError
 from .policy import checkpoint
 from .policy.advantages import group_advantages, lambda_of
 from .policy.distributed import Processes, whole
+from .policy.hints import hint_contexts, teacher_prompts
 from .policy.models import (
     Flops,
     MasterWeights,
@@ -38,11 +39,11 @@ from .policy.update import (
     log_probs_under,
     memory_named,
     require_contract,
+    reweighted,
     router_totals,
     sampling_metrics,
     student_terms,
     teacher_inputs,
-    teacher_prompts,
     token_weights,
 )
 from .reports.report import (
@@ -239,12 +240,12 @@ class Trainer:
             "training", "per_device_train_batch_size or max_tokens_per_micro_batch, or set "
             "gradient_checkpointing, bf16 or use_peft",
         ):
-            batch, live = self.make_batch(rollout, advantages, step)
+            batch, live, noted = self.make_batch(rollout, advantages, step)
             metrics, outputs = self.update(batch, step)
         if self.teacher:
             self.teacher.after_step(step)
 
-        metrics |= {"live_sequences": len(live), "time/update": time.monotonic() - rolled}
+        metrics |= noted | {"live_sequences": len(live), "time/update": time.monotonic() - rolled}
         metrics |= rollout_metrics(rollout, advantages, size, config)
         metrics |= self.clock.metrics(
             rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows),
@@ -263,23 +264,28 @@ class Trainer:
         return metrics, samples
 
     def make_batch(self, rollout, advantages, step):
-        """The live sequences of a rollout as a Batch, and their indices."""
-        config = self.config
-        privileged = teacher_prompts(
-            rollout, advantages, lambda_of(config, step), step, self.tokenizer, config
-        )
+        """The live sequences of a rollout as a Batch, their indices, metrics of their hints."""
+        config, lam = self.config, lambda_of(self.config, step)
+        mask, asked = loss_mask(rollout, config), (rollout, advantages, lam, step, self.tokenizer)
         batch, live = live_batch(
-            rollout, loss_mask(rollout, config), advantages, privileged, config
+            rollout, mask, advantages, teacher_prompts(*asked, config), config,
+            hint_contexts(*asked, config),
+        )
+        batch, noted = reweighted(
+            batch, live, mask, lambda part: self._scored(self.teacher, part), lam, config
         )
         if self.reference is not None and live:
-            with self.clock("teacher"), self.reference.scoring() as reference:
-                log_probs = log_probs_under(
-                    self.policy._replace(model=reference), batch, self._micro_batches(batch),
-                    config.temperature, config.impl,
-                )
-                self.processes.sum_(log_probs)
-                batch = batch._replace(ref_log_probs=log_probs)
-        return batch, live
+            batch = batch._replace(ref_log_probs=self._scored(self.reference, batch))
+        return batch, live, noted
+
+    def _scored(self, scorer, batch):
+        """(B, T) log-probs after a Batch's prompts, under a Teacher's weights, in all processes."""
+        config, parts = self.config, self._micro_batches(batch)
+        with self.clock("teacher"), scorer.scoring() as model:
+            policy = self.policy._replace(model=model)
+            log_probs = log_probs_under(policy, batch, parts, config.temperature, config.impl)
+            self.processes.sum_(log_probs)
+        return log_probs
 
     def _micro_batches(self, batch):
         """This process's: lists of sequences, [] where it only keeps the others company."""
@@ -295,7 +301,8 @@ class Trainer:
         The first pass is on-policy (ratio 1), and its log-probs are the old ones of the rest. A
         batch without a live sequence carries no signal and makes no optimizer step.
         """
-        config, lam = self.config, lambda_of(self.config, step)
+        config = self.config
+        lam = lambda_of(config, step) if batch.a_hat is None else 0.0  # which weighs A by itself
         # Until old log-probs exist, delta's student is this very forward under either source.
         loss_config = dataclasses.replace(self.loss_config, rlsd_delta_source="current")
         metrics = {

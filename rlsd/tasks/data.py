@@ -395,6 +395,11 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
         if chat and isinstance(row["prompt"], str):
             row = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
         hint = row.get("teacher_prompt") or row["privileged_context"].strip()
+        if need_hint and row.get("teacher_prompt") and config.rlsd_contrast_hints:
+            raise UserError(
+                f"Row {source} has a teacher_prompt, in which no wrong solution can stand instead, "
+                "as a contrast needs; give it as privileged_context, or set hint_source to rollout."
+            )
         if need_hint and not hint and not config.allow_missing_privileged_context:
             raise UserError(
                 f"Row {source} has no privileged context, so it would silently train as plain "
