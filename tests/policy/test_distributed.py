@@ -72,7 +72,8 @@ def test_a_world_of_processes_trains_as_one(world, case, results):
         assert distance(got["teacher"], want["teacher"]) < TOLERANCE
         wanted = want["records"][-len(got["records"]):]
         for a, b in zip(got["records"], wanted, strict=True):
-            for name in ("loss", "grad_norm", "aux_loss", "rlsd/delta_mean", "entropy", "kl"):
+            for name in ("loss", "grad_norm", "aux_loss", "rlsd/delta_mean", "entropy", "kl",
+                         "rlsd/contrast_missing_frac", "rlcsd/selected_frac"):
                 if b.get(name) is not None:
                     assert a[name] == pytest.approx(b[name], rel=TOLERANCE, abs=TOLERANCE), name
 
