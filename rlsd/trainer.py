@@ -21,7 +21,7 @@ from .config import TrainConfig, UserError
 from .policy import checkpoint
 from .policy.advantages import group_advantages, lambda_of
 from .policy.distributed import Processes, whole
-from .policy.hints import hint_contexts, teacher_prompts
+from .policy.hints import contrast_hints, teacher_prompts
 from .policy.models import (
     Flops,
     MasterWeights,
@@ -269,7 +269,7 @@ class Trainer:
         mask, asked = loss_mask(rollout, config), (rollout, advantages, lam, step, self.tokenizer)
         batch, live = live_batch(
             rollout, mask, advantages, teacher_prompts(*asked, config), config,
-            hint_contexts(*asked, config),
+            contrast_hints(*asked, config),
         )
         batch, noted = reweighted(
             batch, live, mask, lambda part: self._scored(self.teacher, part), lam, config

@@ -15,7 +15,7 @@ from ..tasks.prompts import control_token, encode, insert_hint
 def teacher_prompts(rollout, advantages, rlsd_lambda, step, tokenizer, config):
     """What the teacher reads in the loss, before each of the B completions: token ids, or None.
 
-    Nothing where a contrast says it all: hint_contexts are read before the loss.
+    Nothing where a contrast says it all: contrast_hints are read before the loss.
     """
     rows = rollout.rows
     method = config.method
@@ -36,7 +36,7 @@ def teacher_prompts(rollout, advantages, rlsd_lambda, step, tokenizer, config):
     ]
 
 
-def hint_contexts(rollout, advantages, rlsd_lambda, step, tokenizer, config):
+def contrast_hints(rollout, advantages, rlsd_lambda, step, tokenizer, config):
     """Of each of the B completions what a contrast reads: [correct, wrong, wrong, ..], token ids.
 
     Empty where it has none; None where the step is no contrast.

@@ -56,7 +56,7 @@ class Batch(NamedTuple):
     old_log_probs: torch.Tensor | None = None
     teacher_log_probs: torch.Tensor | None = None
     sampling_log_probs: torch.Tensor | None = None  # as the tokens were drawn; NaN: not known
-    contexts: list | None = None  # what a contrast reads, [correct, wrong, ..] of each, or []
+    hints: list | None = None  # prompts that a contrast reads, [correct, wrong, ..] of each, or []
     a_hat: torch.Tensor | None = None  # where it is known before the loss, which has lambda 0 then
 
     def lengths(self):
@@ -66,6 +66,20 @@ class Batch(NamedTuple):
             for prompt, hinted in zip(self.prompts, self.teacher_prompts, strict=True)
         ]
         return list(zip(longest, self.mask.sum(1).tolist(), strict=True))
+
+    def under_hints(self):
+        """(Batch of every sequence after every hint of it, its sequence, its place in hints).
+
+        The same prompts lie side by side, so that passes can share them.
+        """
+        pairs = [(i, k) for i, prompts in enumerate(self.hints) for k in range(len(prompts))]
+        order = {}
+        for i, k in pairs:
+            order.setdefault(tuple(self.hints[i][k]), len(order))
+        pairs.sort(key=lambda pair: order[tuple(self.hints[pair[0]][pair[1]])])
+        rows, places = [i for i, _ in pairs], [k for _, k in pairs]
+        part = self.select(rows)
+        return part._replace(prompts=[self.hints[i][k] for i, k in pairs]), rows, places
 
     def select(self, rows):
         """The sequences `rows` (index list), cut to their longest completion.
@@ -197,12 +211,11 @@ def has_signal(prompts, advantages, config):
     return advantages != 0
 
 
-def live_batch(rollout, mask, advantages, privileged, config, contexts=None):
+def live_batch(rollout, mask, advantages, privileged, config, hints=None):
     """(Batch of the sequences with a gradient, their indices).
 
-    mask: (B, T) loss_mask of the rollout; privileged, contexts: teacher_prompts and hint_contexts
-    of it. Aggregation weights come from the whole rollout, so dropping and micro-batching are
-    exact.
+    mask: (B, T) loss_mask of the rollout; privileged, hints: teacher_prompts and contrast_hints of
+    it. Aggregation weights come from the whole rollout, so dropping and micro-batching are exact.
     """
     weights = aggregation_weights(
         mask, config.loss_type, max_completion_length=config.max_completion_length
@@ -216,7 +229,7 @@ def live_batch(rollout, mask, advantages, privileged, config, contexts=None):
         completion_ids=rollout.completion_ids[live], mask=mask[live],
         advantages=advantages[live], loss_weights=weights[live],
         sampling_log_probs=None if drawn is None else drawn[live],
-        contexts=None if contexts is None else [contexts[i] for i in live],
+        hints=None if hints is None else [hints[i] for i in live],
     ), live
 
 
@@ -231,10 +244,10 @@ def reweighted(batch, live, mask, score, rlsd_lambda, config):
     a, wanted = batch.advantages[:, None], weighed(batch.advantages, config)
     if not rlsd_lambda or not config.reads_siblings() or not config.method.reweights:
         return batch, {}
-    given = batch.teacher_prompts if batch.contexts is None else batch.contexts
+    given = batch.teacher_prompts if batch.hints is None else batch.hints
     given = torch.tensor([bool(ids) for ids in given], dtype=torch.bool, device=wanted.device)
     metrics = {"rlsd/contrast_missing_frac": _mean((~given).double(), wanted)}
-    if batch.contexts is None:
+    if batch.hints is None:
         return batch, metrics
     evidence = _evidence(batch, score, config.rlsd_contrast_hints)
     alive = batch.mask & (a != 0)
@@ -274,19 +287,12 @@ def reweighted(batch, live, mask, score, rlsd_lambda, config):
 
 
 def _evidence(batch, score, count):
-    """(B, T) e_t of a Batch with contexts of 1 + at most `count` prompts; 0 without."""
-    pairs = [(i, k) for i, prompts in enumerate(batch.contexts) for k in range(len(prompts))]
-    order = {}  # passes after the same prompt lie side by side, so that they can share it
-    for i, k in pairs:
-        order.setdefault(tuple(batch.contexts[i][k]), len(order))
-    pairs.sort(key=lambda pair: order[tuple(batch.contexts[pair[0]][pair[1]])])
+    """(B, T) e_t of a Batch with 1 + at most `count` hints each; 0 without."""
     log_probs = batch.loss_weights.new_zeros((1 + count, *batch.mask.shape))
     present = torch.zeros_like(log_probs[:, :, :1], dtype=torch.bool)
-    if pairs:
-        rows, places = map(list, zip(*pairs, strict=True))
-        scored = score(
-            batch.select(rows)._replace(prompts=[batch.contexts[i][k] for i, k in pairs])
-        )
+    if any(batch.hints):
+        asked, rows, places = batch.under_hints()
+        scored = score(asked)
         log_probs[places, rows, : scored.shape[1]] = scored.to(log_probs.dtype)
         present[places, rows] = True
     return contrast(log_probs[0], log_probs[1:], present[1:])

@@ -18,7 +18,9 @@ from ..packages import package
 from .answers import last_boxed
 from .images import PromptImages
 from .prompts import (
+    encode,
     encode_pair,
+    insert_hint,
     is_chat,
     require_plain,
     require_template_options,
@@ -28,8 +30,8 @@ from .prompts import (
 SOURCE = "_source"
 GENERATED = " of reasoning-gym:"  # in the source of rows that reasoning-gym made
 # What the trainer keeps in a row, and reward functions never see.
-INTERNAL = {SOURCE, "_as_chat", "_images", "_reference_ids", "_opening", "prompt_ids",
-            "teacher_prompt_ids"}
+INTERNAL = {SOURCE, "_as_chat", "_images", "_reference_ids", "_opening", "_around_sibling",
+            "prompt_ids", "teacher_prompt_ids"}
 # A column of such a name would take the place of what reward functions are given.
 RESERVED = {"prompts", "completions", "completion_ids"} | INTERNAL
 # Tasks of reasoning-gym 0.1.25 whose scorers do not give their own stored answers full marks.
@@ -417,6 +419,12 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
             asked = ("prompt", "_images", "_template_options")
             read = row if need_hint else {k: row[k] for k in asked if k in row}
             student, teacher = encode_pair(read, tokenizer, config.privileged_template)
+            around = student
+            if config.reads_siblings():  # whose template must find its place, and room
+                hinted = insert_hint(
+                    row["prompt"], "0", config.privileged_template, tokenizer.bos_token
+                )
+                around = encode(hinted, tokenizer, row)
             if need_reference:
                 require_plain({"privileged_context": row["privileged_context"]}, tokenizer)
         except UserError as error:
@@ -437,6 +445,7 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
             kept.append({
                 **row, "prompt_ids": student, "teacher_prompt_ids": teacher if hint else None,
                 "_reference_ids": reference, "_opening": _opening(student, tokenizer),
+                "_around_sibling": len(around),
             })
     note = ""
     if dropped:

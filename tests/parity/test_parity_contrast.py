@@ -536,7 +536,7 @@ def test_sequences_without_a_sibling_keep_plain_a_and_are_counted(tmp_path):
         batch, live, noted = trainer.make_batch(
             rollout, group_advantages(rollout.rewards, 4), 1
         )
-        alone = [i for i, prompts in enumerate(batch.contexts or batch.teacher_prompts)
+        alone = [i for i, prompts in enumerate(batch.hints or batch.teacher_prompts)
                  if not prompts]
         if want is None:
             assert noted["rlsd/contrast_missing_frac"] == 0 and alone == []
@@ -593,3 +593,29 @@ def test_a_teacher_prompt_has_no_wrong_counterpart(tmp_path):
     with pytest.raises(UserError, match="line 3 of .* has a teacher_prompt.*no wrong solution"):
         run_of(tmp_path, "rlsd-data")
     run_of(tmp_path, "rlsd-rollout")  # which reads none of it
+
+
+@pytest.mark.parametrize("arm", ["rlsd-data", "rlcsd", "one-sided", "sdpo"])
+def test_a_sibling_must_find_room_in_its_template(arm, tmp_path):
+    changed = {"objective": "sdpo"} if arm == "sdpo" else RUN | ARMS[arm]
+    changed["max_completion_length"] = 55  # twice this and a prompt fit the 128 positions
+    make_trainer(tmp_path, **changed)
+    template = " ".join(["<h>"] * 12) + " {privileged_context} {prompt}"
+    with pytest.raises(UserError, match="exceeds the 128 positions"):
+        make_trainer(tmp_path, privileged_template=template, **changed)
+
+
+def test_a_chat_that_no_sibling_can_enter_is_named(tmp_path, monkeypatch):
+    rows = [r | {"prompt": [{"role": "user", "content": r["prompt"]}]} for r in problems(12)]
+    rows[4]["prompt"][0]["role"] = "system"
+    write_rows(tmp_path / "train.jsonl", rows)
+    real = rlsd.trainer.checkpoint.load_tokenizer
+
+    def with_template(path):
+        tokenizer = real(path)
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        return tokenizer
+
+    monkeypatch.setattr(rlsd.trainer.checkpoint, "load_tokenizer", with_template)
+    with pytest.raises(UserError, match="Row line 5 of .* its chat has no user message"):
+        run_of(tmp_path, "rlcsd")

@@ -66,7 +66,8 @@ def made_up(rows, config):
     ids[torch.arange(len(rows)), lengths - 1] = 1
     rewards = torch.randint(0, 5, (len(rows),), generator=rng).double() / 4
     rewards[: config.num_generations] = 1.0  # a group without signal
-    texts = [" ".join(WORDS[i - 3] for i in y[keep][:-1]) for y, keep in zip(ids, mask, strict=True)]
+    said = [y[keep][:-1] for y, keep in zip(ids, mask, strict=True)]
+    texts = [" ".join(WORDS[i - 3] for i in y) for y in said]
     return Rollout(
         rows, ids, mask, texts, torch.zeros(len(rows), dtype=torch.bool), rewards,
         rewards[:, None], -(ids % 7).float(),

@@ -5,7 +5,7 @@ import torch
 
 from rlsd import TrainConfig
 from rlsd.demo import word_tokenizer
-from rlsd.policy.hints import group_hints, hint_contexts, teacher_prompts
+from rlsd.policy.hints import contrast_hints, group_hints, teacher_prompts
 from rlsd.sampling.rollout import Rollout
 from rlsd.tasks.prompts import encode, insert_hint
 
@@ -154,12 +154,12 @@ def test_a_contrast_is_read_before_the_loss_and_a_plain_hint_in_it():
     for source in ("data", "rollout"):
         config = config_of(hint_source=source)
         assert teacher_prompts(rollout, advantages, 0.5, *rest, config) == [None] * 8
-        assert len(hint_contexts(rollout, advantages, 0.5, *rest, config)) == 8
-        assert hint_contexts(rollout, advantages, 0.0, *rest, config) is None
+        assert len(contrast_hints(rollout, advantages, 0.5, *rest, config)) == 8
+        assert contrast_hints(rollout, advantages, 0.0, *rest, config) is None
     plain = config_of(rlsd_contrast_hints=0)
-    assert hint_contexts(rollout, advantages, 0.5, *rest, plain) is None
+    assert contrast_hints(rollout, advantages, 0.5, *rest, plain) is None
     got = teacher_prompts(rollout, advantages, 0.5, *rest, plain)
     # The same right siblings as a contrast has.
-    want = hint_contexts(rollout, advantages, 0.5, *rest, config_of())
+    want = contrast_hints(rollout, advantages, 0.5, *rest, config_of())
     assert got == [contexts[0] for contexts in want]
     assert teacher_prompts(rollout, advantages, 0.0, *rest, plain) == [None] * 8
