@@ -302,7 +302,7 @@ class Trainer:
         batch without a live sequence carries no signal and makes no optimizer step.
         """
         config = self.config
-        lam = lambda_of(config, step) if batch.a_hat is None else 0.0  # which weighs A by itself
+        lam = lambda_of(config, step) if batch.a_hat is None else 0.0  # a_hat has it
         # Until old log-probs exist, delta's student is this very forward under either source.
         loss_config = dataclasses.replace(self.loss_config, rlsd_delta_source="current")
         metrics = {
