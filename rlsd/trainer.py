@@ -21,7 +21,6 @@ from .config import TrainConfig, UserError
 from .policy import checkpoint
 from .policy.advantages import group_advantages, lambda_of
 from .policy.distributed import Processes, whole
-from .policy.hints import contrast_hints, teacher_prompts
 from .policy.models import (
     Flops,
     MasterWeights,
@@ -35,16 +34,15 @@ from .policy.teacher import Teacher, teacher_of
 from .policy.update import (
     Passed,
     Stopped,
-    live_batch,
     log_probs_under,
     memory_named,
     require_contract,
-    reweighted,
     router_totals,
     sampling_metrics,
     student_terms,
     teacher_inputs,
     token_weights,
+    training_batch,
 )
 from .reports.report import (
     Clock,
@@ -265,14 +263,9 @@ class Trainer:
 
     def make_batch(self, rollout, advantages, step):
         """The live sequences of a rollout as a Batch, their indices, metrics of their hints."""
-        config, lam = self.config, lambda_of(self.config, step)
-        mask, asked = loss_mask(rollout, config), (rollout, advantages, lam, step, self.tokenizer)
-        batch, live = live_batch(
-            rollout, mask, advantages, teacher_prompts(*asked, config), config,
-            contrast_hints(*asked, config),
-        )
-        batch, noted = reweighted(
-            batch, live, mask, lambda part: self._scored(self.teacher, part), lam, config
+        batch, live, noted = training_batch(
+            rollout, loss_mask(rollout, self.config), advantages, step, self.tokenizer, self.config,
+            lambda part: self._scored(self.teacher, part),
         )
         if self.reference is not None and live:
             batch = batch._replace(ref_log_probs=self._scored(self.reference, batch))
@@ -301,8 +294,7 @@ class Trainer:
         The first pass is on-policy (ratio 1), and its log-probs are the old ones of the rest. A
         batch without a live sequence carries no signal and makes no optimizer step.
         """
-        config = self.config
-        lam = lambda_of(config, step) if batch.a_hat is None else 0.0  # a_hat has it
+        config, lam = self.config, 0.0 if batch.a_hat is not None else lambda_of(self.config, step)
         # Until old log-probs exist, delta's student is this very forward under either source.
         loss_config = dataclasses.replace(self.loss_config, rlsd_delta_source="current")
         metrics = {

@@ -22,8 +22,14 @@ from rlsd_kernels import (
 
 from ..config import UserError
 from ..objectives import policy_gradient
-from .advantages import contrast, contrast_advantages, rlcsd_advantages, rlcsd_loss_weights
-from .hints import weighed
+from .advantages import (
+    contrast,
+    contrast_advantages,
+    lambda_of,
+    rlcsd_advantages,
+    rlcsd_loss_weights,
+)
+from .hints import contrast_hints, teacher_prompts, weighed
 from .packing import completion_hidden
 
 # Largest deviation from fp64 that each input dtype may show at small logits: log-probs absolute,
@@ -196,6 +202,20 @@ def sampling_metrics(batch, log_probs, clip_max):
         for name in ("min", "mean", "max"):
             metrics[f"sampling/importance_sampling_ratio/{name}"] = getattr(ratio, name)().item()
     return metrics
+
+
+def training_batch(rollout, mask, advantages, step, tokenizer, config, score):
+    """(Batch of the sequences with a gradient, their indices, metrics of their hints).
+
+    mask: (B, T) loss_mask of the rollout. score: as of reweighted.
+    """
+    lam = lambda_of(config, step)
+    read = rollout, advantages, lam, step, tokenizer, config
+    batch, live = live_batch(
+        rollout, mask, advantages, teacher_prompts(*read), config, contrast_hints(*read)
+    )
+    batch, metrics = reweighted(batch, live, mask, score, lam, config)
+    return batch, live, metrics
 
 
 def has_signal(prompts, advantages, config):

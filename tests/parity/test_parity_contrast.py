@@ -22,7 +22,7 @@ from rlsd import TrainConfig, UserError, group_advantages
 from rlsd.demo import tiny_model
 from rlsd.policy.hints import group_hints
 from rlsd.policy.models import Policy, head_of, open_forward
-from rlsd.policy.packing import Layout, micro_batches
+from rlsd.policy.packing import Layout
 from rlsd.policy.update import (
     live_batch,
     log_probs_under,
@@ -178,7 +178,8 @@ def prepared(teacher, rollout, contexts, lam, config, size=5):
 
     def score(part):
         seen.append(part)
-        parts = micro_batches(part.lengths(), size, None, False)
+        count = len(part.prompts)
+        parts = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
         return log_probs_under(policy, part, parts, config.temperature, "torch")
 
     advantages = group_advantages(rollout.rewards, 4).double()
