@@ -181,7 +181,9 @@ def test_the_teacher_scores_each_context_once_and_nothing_else(tmp_path, monkeyp
     rollouts = recorded(monkeypatch)
     trainer = run_of(tmp_path, "rlsd-data", num_iterations=2, reward=half_right)
     counted = passes(trainer)
-    trainer.train_step(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(rlsd.trainer, "teacher_inputs", pytest.fail)
+        trainer.train_step(1)
     found = group_hints(
         rollouts[0], group_advantages(rollouts[0].rewards, 4), 1, trainer.tokenizer, trainer.config
     )
