@@ -162,32 +162,24 @@ def test_after_lambda_nothing_is_scored_and_it_is_grpo_to_the_bit(tmp_path):
     assert_same(results[2], results[0])
 
 
-def passes(trainer):
-    """Sequences of every pass of the teacher, appended as they run."""
-    counted, real = [], trainer.teacher.model.base_model.forward
-
-    def forward(*args, **kwargs):
-        counted.append(len(kwargs["input_ids"]))
-        return real(*args, **kwargs)
-
-    trainer.teacher.model.base_model.forward = forward
-    return counted
-
-
 def test_the_teacher_scores_each_context_once_and_nothing_else(tmp_path, monkeypatch):
     def half_right(prompts, completions, completion_ids, **columns):
         return [float(i % 2) for i in range(len(prompts))]
 
     rollouts = recorded(monkeypatch)
     trainer = run_of(tmp_path, "rlsd-data", num_iterations=2, reward=half_right)
-    counted = passes(trainer)
+    counted, real = [], trainer._scored
     with monkeypatch.context() as patched:
         patched.setattr(rlsd.trainer, "teacher_inputs", pytest.fail)
+        patched.setattr(
+            trainer, "_scored", lambda by, part: counted.append((by, part)) or real(by, part)
+        )
         trainer.train_step(1)
     found = group_hints(
         rollouts[0], group_advantages(rollouts[0].rewards, 4), 1, trainer.tokenizer, trainer.config
     )
-    assert sum(counted) == sum(map(len, found)) > 16
+    ((scorer, part),) = counted
+    assert scorer is trainer.teacher and len(part.prompts) == sum(map(len, found)) > 16
     plain = make_trainer(tmp_path, num_iterations=2, reward=half_right)
     spent = [t.flops.update(b, t.config) for t, b in (
         (trainer, trainer.make_batch(rollouts[0], group_advantages(rollouts[0].rewards, 4), 1)[0]),
