@@ -86,6 +86,8 @@ def test_the_cases_are_not_vacuous(results):
                 4 if case == "sft" else 12
             )
         assert result["records"][0]["aux_loss"] > 0 or case != "moe"
+        selected = [record.get("rlcsd/selected_frac") for record in result["records"]]
+        assert all(0 < share < 1 for share in selected) if case == "rlcsd" else not any(selected)
         assert bool(result["teacher"]) == (case not in ("moe", "sft"))
 
 
