@@ -1,15 +1,17 @@
 """What the teacher reads before each completion: the data's hint, or completions of its own group.
 
 A completion stands as the hint in the very template of the data's hints, and never before itself.
-None serves that is blank or over-long, or spells a control token, which would end its turn. All of
-it is a function of the rollout, the seed and the step, so that every process finds the same.
+None serves that is blank or over-long, spells a control token, which would end its turn, or writes
+what starts an assistant's. All of it is a function of the rollout, the seed and the step, so that
+every process finds the same.
 """
 
 import itertools
 
 import torch
 
-from ..tasks.prompts import control_token, encode, insert_hint
+from ..config import UserError
+from ..tasks.prompts import control_token, encode, insert_hint, require_same_start
 
 
 def teacher_prompts(rollout, advantages, rlsd_lambda, step, tokenizer, config):
@@ -95,9 +97,14 @@ def can_hint(text, tokenizer):
 
 
 def hinted_ids(row, text, tokenizer, config):
-    """Token ids of a row's question with a text as its hint, None where they are over-long."""
+    """Token ids of a row's question with a text as its hint, None where it cannot be one."""
     limit = config.max_teacher_prompt_length
     hinted = insert_hint(row["prompt"], text, config.privileged_template, tokenizer.bos_token)
+    read = {**row, "privileged_context": text, "teacher_prompt": None}
+    try:
+        require_same_start(read, hinted, tokenizer, row.get("_template_options"))
+    except UserError:
+        return None
     ids = encode(hinted, tokenizer, row)
     return ids if limit is None or len(ids) <= limit else None
 

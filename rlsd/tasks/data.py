@@ -18,9 +18,7 @@ from ..packages import package
 from .answers import last_boxed
 from .images import PromptImages
 from .prompts import (
-    encode,
     encode_pair,
-    insert_hint,
     is_chat,
     require_plain,
     require_template_options,
@@ -421,10 +419,8 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
             student, teacher = encode_pair(read, tokenizer, config.privileged_template)
             around = student
             if config.reads_siblings():  # whose template must find its place, and room
-                hinted = insert_hint(
-                    row["prompt"], "0", config.privileged_template, tokenizer.bos_token
-                )
-                around = encode(hinted, tokenizer, row)
+                trial = {**row, "privileged_context": "0", "teacher_prompt": None}
+                _, around = encode_pair(trial, tokenizer, config.privileged_template)
             if need_reference:
                 require_plain({"privileged_context": row["privileged_context"]}, tokenizer)
         except UserError as error:

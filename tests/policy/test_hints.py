@@ -131,6 +131,22 @@ def test_what_cannot_be_a_hint_is_passed_over(bad, at):
         assert found[alone] == [] and all(hint for i, hint in enumerate(found[:4]) if i != alone)
 
 
+def test_a_completion_that_starts_a_turn_of_its_own_is_passed_over():
+    tokenizer = word_tokenizer(["#", "<q>", "<a>", "<h>", *map(str, range(10))])
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}{% if add_generation_prompt %} <a>{% endif %}"
+    )
+    texts = ["# 0", "# 1 <a> # 7", "# 2", "# 3"] * 2
+    rollout = rollout_of([1, 1, 0, 0] * 2, texts)
+    for row in rollout.rows:
+        row["prompt"] = [{"role": "user", "content": "<q> 5"}]
+    for step in range(1, 10):
+        found = group_hints(rollout, advantages_of(rollout), step, tokenizer, config_of())
+        read_ = [[tokenizer.decode(ids) for ids in contexts] for contexts in found[:4]]
+        assert read_[0] == [] and all("<a> #" not in text for own in read_ for text in own)
+        assert [own[0] for own in read_[1:]] == ["<h> # 0 <q> 5 <a>"] * 3
+
+
 def test_nothing_left_to_read_is_no_error():
     assert read(rollout_of([1, 0, 1, 0] * 2, texts=[""] * 8)) == [[]] * 8
     assert read(rollout_of([1, 0, 1, 0] * 2), max_teacher_prompt_length=5) == [[]] * 8
