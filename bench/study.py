@@ -37,6 +37,10 @@ STRONG = {"objective": "rlsd", "rlsd_lambda": 1.0, "rlsd_reweight_clip_range": 1
           "rlsd_lambda_decay_steps": 60}
 PAPER = {"objective": "rlsd", "rlsd_lambda": 0.5, "rlsd_reweight_clip_range": 0.2,
          "rlsd_lambda_decay_steps": 50}
+CONTRAST = {**STRONG, "rlsd_contrast_hints": 4}
+# Lambda stays, as in its authors' configurations.
+RLCSD = {"objective": "rlcsd", "hint_source": "rollout", "rlsd_lambda": 0.5,
+         "rlsd_lambda_decay_steps": 0}
 WARM_UP_STEPS, CHAIN_SEEDS = 400, [0, 1, 2, 3, 4]
 
 
@@ -53,6 +57,9 @@ def chain_arms(teacher):
         "SFT": {"objective": "sft"},
         "RLSD, shuffled hints": {**STRONG, "shuffle_privileged_context": True},
         "RLSD, answer-only hints": {**STRONG, "answer_only_privileged_context": True},
+        "RLSD, contrast, data's hints": CONTRAST,
+        "RLSD, contrast, own hints": {**CONTRAST, "hint_source": "rollout"},
+        "RLCSD": RLCSD,
     }
 
 

@@ -210,8 +210,24 @@ class TrainConfig:
     distillation_alpha: float = option(0.5, "weight of the teacher in jsd's mixture, in (0, 1)")
     distillation_coef: float = option(1.0, "c of grpo+opsd, the loss grpo + c * opsd")
     success_reward_threshold: float = option(
-        1.0, "sdpo takes completions with at least this reward as hints"
+        1.0, "completions with at least this reward are right, as hints of sdpo and hint_source "
+        "rollout, and those below are wrong"
     )
+    hint_source: str = option(
+        "data", "what the teacher of rlsd and rlcsd reads: data, the privileged context; rollout, "
+        "a right completion of the same group", choices=("data", "rollout"),
+    )
+    rlsd_contrast_hints: int | None = option(
+        None, "up to so many wrong completions of the group, against which the hint is held in "
+        "place of the student; 0: none; default: 4 for rlcsd, else 0"
+    )
+    rlcsd_beta: float = option(
+        1.0, "rlcsd adds r = clip(beta lambda tanh(e / tau), -c, c) to A, e the contrast"
+    )
+    rlcsd_tau: float = option(0.02, "tau of rlcsd, in nats")
+    rlcsd_clip: float = option(2.0, "c of rlcsd")
+    rlcsd_threshold: float = option(0.02, "rlcsd adds r to A where |r| is above this, selected")
+    rlcsd_eta: float = option(1.0, "weight of the mean over selected tokens beside that of others")
     rlsd_lambda: float = option(
         0.5, "mix of the token weight into the advantage, 0 to 1; 0 is GRPO"
     )
@@ -361,9 +377,10 @@ class TrainConfig:
                 f"reward_weights has {len(self.reward_weights)} entries but reward_funcs has "
                 f"{len(self.reward_funcs)}; give one weight per function."
             )
-        for name in ("reward_timeout", "verify_timeout"):
+        for name in ("reward_timeout", "verify_timeout", *_RLCSD):
             if not 0 < (got := getattr(self, name)) < math.inf:
-                raise UserError(f"{name} must be a positive number of seconds, but got {got}.")
+                unit = " of seconds" if name.endswith("timeout") else ""
+                raise UserError(f"{name} must be a positive number{unit}, but got {got}.")
         self._check_split_and_format()
         self._check_sampler()
         self._check_objective()
@@ -487,9 +504,27 @@ class TrainConfig:
                 f"beta and entropy_coef are terms of the policy gradient, which objective {name} "
                 "does not have; set both to 0."
             )
+        self._check_contrast()
         if self.shuffle_privileged_context and self.answer_only_privileged_context:
             raise UserError(
                 "Give shuffle_privileged_context or answer_only_privileged_context, but not both."
+            )
+
+    def _check_contrast(self):
+        if self.rlsd_contrast_hints is None:
+            self.rlsd_contrast_hints = 4 if self.method.selects else 0
+        of_rollout, hints = self.hint_source == "rollout", self.rlsd_contrast_hints
+        if (of_rollout or hints) and not self.method.reweights:
+            raise UserError(
+                "hint_source rollout and rlsd_contrast_hints are for objectives rlsd and rlcsd, "
+                f"but objective is {self.objective}; leave them out."
+            )
+        if self.method.selects and not hints:
+            raise UserError("objective rlcsd needs rlsd_contrast_hints of 1 or more, but got 0.")
+        if of_rollout and (self.shuffle_privileged_context or self.answer_only_privileged_context):
+            raise UserError(
+                "shuffle_privileged_context and answer_only_privileged_context change the data's "
+                "hints, which hint_source rollout does not read; leave them out."
             )
 
     @property
@@ -504,7 +539,16 @@ class TrainConfig:
     def reads_hints(self):
         """Whether a teacher reads the privileged context of the data."""
         method = self.method
-        return method.teacher_reads == "hint" and (not method.reweights or self.rlsd_lambda > 0)
+        return method.teacher_reads == "hint" and self.hint_source == "data" and (
+            not method.reweights or self.rlsd_lambda > 0
+        )
+
+    def reads_siblings(self):
+        """Whether a teacher reads completions of the group that it scores."""
+        if self.method.reweights:
+            from_group = self.hint_source == "rollout" or self.rlsd_contrast_hints > 0
+            return from_group and self.rlsd_lambda > 0
+        return self.method.teacher_reads == "sibling"
 
     def loss_config(self):
         """The scalars of the loss; lambda is 0 where the objective weighs no token."""
@@ -516,6 +560,7 @@ class TrainConfig:
         return config if self.method.reweights else dataclasses.replace(config, rlsd_lambda=0.0)
 
 
+_RLCSD = "rlcsd_beta", "rlcsd_tau", "rlcsd_clip", "rlcsd_eta"
 _HINTS = typing.get_type_hints(TrainConfig)
 _CHOICES = {
     f.name: f.metadata["choices"]
@@ -533,7 +578,8 @@ _AT_LEAST = {
     "log_completions_steps": 0, "validate_every": 0, "num_generations_eval": 1,
     "soft_punish_cache": 1, "code_memory_mb": 16, "vllm_server_port": 1, "vllm_group_port": 1,
     "vllm_server_timeout": 0, "vllm_max_model_length": 1, "vllm_importance_sampling_clip_max": 1,
-    "distillation_coef": 0, "top_k": 0, "gradient_accumulation_steps": 1,
+    "distillation_coef": 0, "top_k": 0, "gradient_accumulation_steps": 1, "rlsd_contrast_hints": 0,
+    "rlcsd_threshold": 0,
 }
 
 

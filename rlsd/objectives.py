@@ -4,6 +4,8 @@ They share rollouts, data, teacher and evaluation; aggregation weights a_t come 
 rollout, so every loss is a sum over tokens that micro-batches may split:
 
     rlsd, grpo        section 1 of the method; GRPO is RLSD with lambda 0, and runs no teacher
+    rlcsd             section 7: the same surrogate with A + r_t on selected tokens, which have a
+                      mean of their own (policy/advantages.py)
     opsd, sdpo, opd   sum_t a_t D(P_T, P_S) over the full vocabulary, gradient through P_S alone
     grpo+opsd         grpo + c opsd, in one pass of the student
     sft               - sum_t a_t log P_S(y_t) on reference solutions
@@ -37,6 +39,7 @@ class Objective(NamedTuple):
     teacher_reads: str | None = None
     distils: bool = False  # reads the teacher's whole distribution, not the tokens' log-probs
     reweights: bool = False  # lambda weighs its tokens; 0 for all others
+    selects: bool = False  # by what a contrast adds to A, instead of a weight on it
     policy_gradient: bool = True  # has a term in the advantages, so that beta, entropy_coef apply
     supervised: bool = False  # trains on the references of the data instead of completions
 
@@ -108,6 +111,10 @@ OBJECTIVES = {
     "rlsd": Objective(
         policy_gradient, "GRPO whose token weights come from the model under the hint",
         teacher_reads="hint", reweights=True,
+    ),
+    "rlcsd": Objective(
+        policy_gradient, "GRPO plus what right hints say against wrong ones, on selected tokens",
+        teacher_reads="hint", reweights=True, selects=True,
     ),
     "grpo": Objective(policy_gradient, "group-relative policy gradient, no teacher"),
     "opsd": Objective(

@@ -34,7 +34,6 @@ from .policy.teacher import Teacher, teacher_of
 from .policy.update import (
     Passed,
     Stopped,
-    live_batch,
     log_probs_under,
     memory_named,
     require_contract,
@@ -42,8 +41,8 @@ from .policy.update import (
     sampling_metrics,
     student_terms,
     teacher_inputs,
-    teacher_prompts,
     token_weights,
+    training_batch,
 )
 from .reports.report import (
     Clock,
@@ -239,12 +238,12 @@ class Trainer:
             "training", "per_device_train_batch_size or max_tokens_per_micro_batch, or set "
             "gradient_checkpointing, bf16 or use_peft",
         ):
-            batch, live = self.make_batch(rollout, advantages, step)
+            batch, live, noted = self.make_batch(rollout, advantages, step)
             metrics, outputs = self.update(batch, step)
         if self.teacher:
             self.teacher.after_step(step)
 
-        metrics |= {"live_sequences": len(live), "time/update": time.monotonic() - rolled}
+        metrics |= noted | {"live_sequences": len(live), "time/update": time.monotonic() - rolled}
         metrics |= rollout_metrics(rollout, advantages, size, config)
         metrics |= self.clock.metrics(
             rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows),
@@ -263,23 +262,23 @@ class Trainer:
         return metrics, samples
 
     def make_batch(self, rollout, advantages, step):
-        """The live sequences of a rollout as a Batch, and their indices."""
-        config = self.config
-        privileged = teacher_prompts(
-            rollout, advantages, lambda_of(config, step), step, self.tokenizer, config
-        )
-        batch, live = live_batch(
-            rollout, loss_mask(rollout, config), advantages, privileged, config
+        """The live sequences of a rollout as a Batch, their indices, metrics of their hints."""
+        batch, live, noted = training_batch(
+            rollout, loss_mask(rollout, self.config), advantages, step, self.tokenizer, self.config,
+            lambda part: self._scored(self.teacher, part),
         )
         if self.reference is not None and live:
-            with self.clock("teacher"), self.reference.scoring() as reference:
-                log_probs = log_probs_under(
-                    self.policy._replace(model=reference), batch, self._micro_batches(batch),
-                    config.temperature, config.impl,
-                )
-                self.processes.sum_(log_probs)
-                batch = batch._replace(ref_log_probs=log_probs)
-        return batch, live
+            batch = batch._replace(ref_log_probs=self._scored(self.reference, batch))
+        return batch, live, noted
+
+    def _scored(self, scorer, batch):
+        """(B, T) log-probs after a Batch's prompts, under a Teacher's weights, in all processes."""
+        config, parts = self.config, self._micro_batches(batch)
+        with self.clock("teacher"), scorer.scoring() as model:
+            policy = self.policy._replace(model=model)
+            log_probs = log_probs_under(policy, batch, parts, config.temperature, config.impl)
+            self.processes.sum_(log_probs)
+        return log_probs
 
     def _micro_batches(self, batch):
         """This process's: lists of sequences, [] where it only keeps the others company."""
@@ -295,7 +294,7 @@ class Trainer:
         The first pass is on-policy (ratio 1), and its log-probs are the old ones of the rest. A
         batch without a live sequence carries no signal and makes no optimizer step.
         """
-        config, lam = self.config, lambda_of(self.config, step)
+        config, lam = self.config, 0.0 if batch.a_hat is not None else lambda_of(self.config, step)
         # Until old log-probs exist, delta's student is this very forward under either source.
         loss_config = dataclasses.replace(self.loss_config, rlsd_delta_source="current")
         metrics = {

@@ -245,7 +245,7 @@ def test_command_line_runs_one_arm_and_overrides_the_plan(tmp_path, capsys, laun
 
 def test_the_example_is_a_plan_whose_arms_are_valid():
     made = load_plan(ROOT / "examples" / "compare.yaml")
-    assert made.baseline == "GRPO" and len(made.arms) == 9
+    assert made.baseline == "GRPO" and len(made.arms) == 12
     for arm in made.arms:
         assert made.config(arm, 0).max_steps == 60
 

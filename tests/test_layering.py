@@ -29,7 +29,7 @@ ROOMS = {
     "tasks": [["rewards"], ["scorers"], ["data"], ["grader"], ["judges"], ["deadline"], ["sandbox"],
               ["prompts"], ["images"], ["answers"]],
     "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"],
-               ["distributed"], ["advantages"]],
+               ["distributed"], ["hints"], ["advantages"]],
     "sampling": [["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
     "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],
     "integrations": [["trl", "liger", "ms_swift", "verl"], ["head"]],

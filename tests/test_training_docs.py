@@ -47,6 +47,8 @@ def logged(tmp_path_factory):
     trainer = make_trainer(folder, **everything)
     trainer.peak_flops = 1e12  # as on a GPU with a data sheet
     keys = {key for record in trainer.train() for key in record}
+    contrasting = make_trainer(folder, output_dir=str(folder / "rlcsd"), objective="rlcsd")
+    keys |= contrasting.train_step(1)[0].keys()
     return {general(key) for key in keys}
 
 

@@ -1,6 +1,19 @@
-"""Group-relative advantages and the lambda schedule: the scalars above the token level."""
+"""Group-relative advantages, the lambda schedule, and what a contrast of hints makes of them.
+
+The contrast, section 7 of the method, needs teacher passes alone, no student:
+
+    e_t    = log P_T(y_t | x, y_c, y_<t) - log(1/K sum_k P_T(y_t | x, y_w,k, y_<t))
+    rlsd:    A_hat_t = A ((1 - lambda) + lambda clip(exp(sign(A) e_t), 1 - eps_w, 1 + eps_w))
+    rlcsd:   r_t     = clip(beta_r lambda tanh(e_t / tau), -c, c), selected where |r_t| > d
+             A_hat_t = A + r_t where selected, A elsewhere, never across 0
+             a_t     = those of the unselected tokens, plus eta times those of the selected ones
+
+Source: RLCSD, arXiv 2606.11709, equations 7 to 15.
+"""
 
 import torch
+
+from rlsd_kernels import aggregation_weights, rlsd_advantages
 
 from ..config import SCALE_REWARDS, UserError
 
@@ -57,3 +70,82 @@ def lambda_of(config, step):
         step, config.loss_config().rlsd_lambda, config.rlsd_lambda_warmup_steps,
         config.rlsd_lambda_decay_steps,
     )
+
+
+def contrast(correct_log_probs, wrong_log_probs, present=None):
+    """e_t of each token: by how much a correct hint makes it likelier than wrong ones do.
+
+    Equals `correct_log_probs - wrong_log_probs.exp().mean(0).log()`, without underflow.
+
+    Args:
+        correct_log_probs: (...) of the tokens after the correct hint, in nats, by the teacher.
+        wrong_log_probs: (K, ...), the same tokens after each wrong hint.
+        present: bool that broadcasts to (K, ...): which wrong hints there are; default: all. What
+            stands in the place of an absent one is never read.
+    Returns: (...), detached; 0 where no wrong hint is present, or both sides are log 0.
+    """
+    correct, wrong = correct_log_probs.detach(), wrong_log_probs.detach()
+    present = torch.ones_like(wrong, dtype=torch.bool) if present is None else present
+    present = present.expand_as(wrong)
+    count = present.sum(0).to(wrong.dtype)
+    mean = torch.where(present, wrong, -torch.inf).logsumexp(0) - count.clamp(min=1).log()
+    return torch.where((count == 0) | (correct == mean), 0.0, correct - mean)
+
+
+def contrast_advantages(
+    advantages, evidence, *, rlsd_lambda=0.5, rlsd_reweight_clip_range=0.2,
+    rlsd_negative_only=False, reweight_mask=None,
+):
+    """A_hat of rlsd with e_t in place of delta_t: rlsd_kernels.rlsd_advantages, no student in it.
+
+    Args: advantages (...), or (B,) for (B, T); evidence (...), contrast's; the others as there.
+    Returns: (...) in fp32 (fp64 if evidence is), detached, exactly A outside of reweight_mask.
+    """
+    return rlsd_advantages(
+        advantages, torch.zeros_like(evidence), evidence, rlsd_lambda=rlsd_lambda,
+        rlsd_reweight_clip_range=rlsd_reweight_clip_range, rlsd_negative_only=rlsd_negative_only,
+        reweight_mask=reweight_mask,
+    )
+
+
+def rlcsd_advantages(
+    advantages, evidence, *, rlsd_lambda=0.5, rlcsd_beta=1.0, rlcsd_tau=0.02, rlcsd_clip=2.0,
+    rlcsd_threshold=0.02, rlsd_negative_only=False, reweight_mask=None,
+):
+    """(A_hat, selected) of rlcsd: what is added to A is bounded, and stops at 0.
+
+    Args:
+        advantages: (...), or (B,) for (B, T); 0 stays 0.
+        evidence: (...), contrast's.
+        rlsd_lambda, rlcsd_beta, rlcsd_tau, rlcsd_clip, rlcsd_threshold: lambda, beta_r, tau, c, d.
+        rlsd_negative_only, reweight_mask: which tokens may be selected, as in rlsd.
+    Returns: (...) in evidence's dtype, and (...) bool; both detached.
+    """
+    if advantages.dim() < evidence.dim():
+        advantages = advantages[..., None]
+    a = advantages.detach().to(evidence.dtype).expand_as(evidence)
+    added = rlcsd_beta * rlsd_lambda * torch.tanh(evidence.detach() / rlcsd_tau)
+    added = added.clamp(-rlcsd_clip, rlcsd_clip)
+    chosen = a < 0 if rlsd_negative_only else a != 0
+    if reweight_mask is not None:
+        chosen = chosen & reweight_mask
+    selected = chosen & ~(added.abs() <= rlcsd_threshold)  # NaN must show
+    moved = a + added
+    moved = torch.where(a > 0, moved.clamp(min=0), moved.clamp(max=0))
+    return torch.where(selected, moved, a), selected
+
+
+def rlcsd_loss_weights(
+    mask, selected, rlcsd_eta=1.0, loss_type="dapo", *, max_completion_length=None
+):
+    """a_t of rlcsd: unselected and selected tokens are aggregated apart, the latter times eta.
+
+    Args: mask, selected (B, T) bool of the whole batch; loss_type, max_completion_length as in
+        rlsd_kernels.aggregation_weights.
+    Returns: (B, T) fp32; with nothing selected aggregation_weights(mask).
+    """
+    kept, chosen = (
+        aggregation_weights(part, loss_type, max_completion_length=max_completion_length)
+        for part in (mask & ~selected, mask & selected)
+    )
+    return kept + rlcsd_eta * chosen

@@ -540,7 +540,10 @@ class Flops:
         teacher = self.scoring([p + n for p, n in hinted], sum(n for _, n in hinted))
         again = config.teacher_model_kind == "live" or config.method.distils
         passes = config.num_iterations if again else 1
-        return config.num_iterations * student + passes * teacher
+        hints = batch.hints or [()] * len(tokens)
+        before = [(len(p), n) for ps, n in zip(hints, tokens, strict=True) for p in ps]
+        contrast = self.scoring([p + n for p, n in before], sum(n for _, n in before))
+        return config.num_iterations * student + passes * teacher + contrast
 
 
 def peak_flops(device):

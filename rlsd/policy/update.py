@@ -22,7 +22,14 @@ from rlsd_kernels import (
 
 from ..config import UserError
 from ..objectives import policy_gradient
-from ..tasks.prompts import control_token, encode, insert_hint
+from .advantages import (
+    contrast,
+    contrast_advantages,
+    lambda_of,
+    rlcsd_advantages,
+    rlcsd_loss_weights,
+)
+from .hints import contrast_hints, teacher_prompts, weighed
 from .packing import completion_hidden
 
 # Largest deviation from fp64 that each input dtype may show at small logits: log-probs absolute,
@@ -55,6 +62,8 @@ class Batch(NamedTuple):
     old_log_probs: torch.Tensor | None = None
     teacher_log_probs: torch.Tensor | None = None
     sampling_log_probs: torch.Tensor | None = None  # as the tokens were drawn; NaN: not known
+    hints: list | None = None  # prompts that a contrast reads, [correct, wrong, ..] of each, or []
+    a_hat: torch.Tensor | None = None  # where it is known before the loss, which has lambda 0 then
 
     def lengths(self):
         """(longest prompt, completion) tokens of each sequence."""
@@ -63,6 +72,20 @@ class Batch(NamedTuple):
             for prompt, hinted in zip(self.prompts, self.teacher_prompts, strict=True)
         ]
         return list(zip(longest, self.mask.sum(1).tolist(), strict=True))
+
+    def under_hints(self):
+        """(Batch of every sequence after every hint of it, its sequence, its place in hints).
+
+        The same prompts lie side by side, so that passes can share them.
+        """
+        pairs = [(i, k) for i, prompts in enumerate(self.hints) for k in range(len(prompts))]
+        order = {}
+        for i, k in pairs:
+            order.setdefault(tuple(self.hints[i][k]), len(order))
+        pairs.sort(key=lambda pair: order[tuple(self.hints[pair[0]][pair[1]])])
+        rows, places = [i for i, _ in pairs], [k for _, k in pairs]
+        part = self.select(rows)
+        return part._replace(prompts=[self.hints[i][k] for i, k in pairs]), rows, places
 
     def select(self, rows):
         """The sequences `rows` (index list), cut to their longest completion.
@@ -138,7 +161,8 @@ def teacher_inputs(policy, batch, config, *, full_vocabulary=False, sharded=Fals
 def batch_inputs(head, batch, rlsd_lambda, config):
     """The fused loss's arguments that need no forward pass."""
     return head._asdict() | {
-        "completion_ids": batch.completion_ids, "advantages": batch.advantages,
+        "completion_ids": batch.completion_ids,
+        "advantages": batch.advantages if batch.a_hat is None else batch.a_hat,
         "loss_weights": batch.loss_weights, "old_log_probs": batch.old_log_probs,
         "ref_log_probs": batch.ref_log_probs, "rlsd_lambda": rlsd_lambda, "config": config,
         "reweight_mask": torch.tensor(
@@ -180,49 +204,18 @@ def sampling_metrics(batch, log_probs, clip_max):
     return metrics
 
 
-def teacher_prompts(rollout, advantages, rlsd_lambda, step, tokenizer, config):
-    """What the teacher reads before each of the B completions: token ids, None where nothing."""
-    rows = rollout.rows
-    method = config.method
-    if method.teacher_reads == "question":
-        return [row["prompt_ids"] for row in rows]
-    if method.teacher_reads == "sibling":
-        return sibling_prompts(rollout, step, tokenizer, config)
-    if method.distils:
-        return [row["teacher_prompt_ids"] for row in rows]
-    weighted = advantages < 0 if config.rlsd_negative_only else advantages != 0
-    return [
-        row["teacher_prompt_ids"] if rlsd_lambda > 0 and weighs else None
-        for row, weighs in zip(rows, weighted.tolist(), strict=True)
-    ]
+def training_batch(rollout, mask, advantages, step, tokenizer, config, score):
+    """(Batch of the sequences with a gradient, their indices, metrics of their hints).
 
-
-def sibling_prompts(rollout, step, tokenizer, config):
-    """Each question with another completion of its group that succeeded as the hint.
-
-    Which one is drawn by seed and step, none that spells a control token, which would end its turn;
-    None without one, or where the prompt gets over-long.
+    mask: (B, T) loss_mask of the rollout. score: as of reweighted.
     """
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    good = [
-        reward >= config.success_reward_threshold and bool(text.strip())
-        and control_token(text, tokenizer) is None
-        for reward, text in zip(rollout.rewards.tolist(), rollout.texts, strict=True)
-    ]
-    size, limit, prompts = config.num_generations, config.max_teacher_prompt_length, []
-    for i, row in enumerate(rollout.rows):
-        first = i - i % size
-        siblings = [j for j in range(first, first + size) if good[j] and j != i]
-        if not siblings:
-            prompts.append(None)
-            continue
-        chosen = siblings[int(torch.randint(len(siblings), (1,), generator=generator))]
-        hinted = insert_hint(
-            row["prompt"], rollout.texts[chosen], config.privileged_template, tokenizer.bos_token
-        )
-        ids = encode(hinted, tokenizer, row)
-        prompts.append(ids if limit is None or len(ids) <= limit else None)
-    return prompts
+    lam = lambda_of(config, step)
+    read = rollout, advantages, lam, step, tokenizer, config
+    batch, live = live_batch(
+        rollout, mask, advantages, teacher_prompts(*read), config, contrast_hints(*read)
+    )
+    batch, metrics = reweighted(batch, live, mask, score, lam, config)
+    return batch, live, metrics
 
 
 def has_signal(prompts, advantages, config):
@@ -238,11 +231,11 @@ def has_signal(prompts, advantages, config):
     return advantages != 0
 
 
-def live_batch(rollout, mask, advantages, privileged, config):
+def live_batch(rollout, mask, advantages, privileged, config, hints=None):
     """(Batch of the sequences with a gradient, their indices).
 
-    mask: (B, T) loss_mask of the rollout; privileged: teacher_prompts of it. Aggregation weights
-    come from the whole rollout, so dropping and micro-batching are exact.
+    mask: (B, T) loss_mask of the rollout; privileged, hints: teacher_prompts and contrast_hints of
+    it. Aggregation weights come from the whole rollout, so dropping and micro-batching are exact.
     """
     weights = aggregation_weights(
         mask, config.loss_type, max_completion_length=config.max_completion_length
@@ -256,7 +249,78 @@ def live_batch(rollout, mask, advantages, privileged, config):
         completion_ids=rollout.completion_ids[live], mask=mask[live],
         advantages=advantages[live], loss_weights=weights[live],
         sampling_log_probs=None if drawn is None else drawn[live],
+        hints=None if hints is None else [hints[i] for i in live],
     ), live
+
+
+@torch.no_grad()
+def reweighted(batch, live, mask, score, rlsd_lambda, config):
+    """(batch, metrics): what siblings as hints do before the loss; without them, as it came.
+
+    batch, live: live_batch's of a rollout with loss_mask `mask`. score: Batch -> (B, T) log-probs
+    after its prompts, by the teacher. A contrast fills in a_hat, and rlcsd loss_weights too, from
+    the selected tokens of the whole rollout.
+    """
+    a, wanted = batch.advantages[:, None], weighed(batch.advantages, config)
+    if not rlsd_lambda or not config.reads_siblings() or not config.method.reweights:
+        return batch, {}
+    given = batch.teacher_prompts if batch.hints is None else batch.hints
+    given = torch.tensor([bool(ids) for ids in given], dtype=torch.bool, device=wanted.device)
+    metrics = {"rlsd/contrast_missing_frac": _mean((~given).double(), wanted)}
+    if batch.hints is None:
+        return batch, metrics
+    evidence = _evidence(batch, score, config.rlsd_contrast_hints)
+    alive = batch.mask & (a != 0)
+    chosen = alive & (wanted & given)[:, None]
+    common = {
+        "rlsd_lambda": rlsd_lambda, "rlsd_negative_only": config.rlsd_negative_only,
+        "reweight_mask": chosen,
+    }
+    if config.method.selects:
+        names = ("rlcsd_beta", "rlcsd_tau", "rlcsd_clip", "rlcsd_threshold")
+        a_hat, selected = rlcsd_advantages(
+            batch.advantages, evidence, **{name: getattr(config, name) for name in names}, **common
+        )
+        of_all = torch.zeros_like(mask)
+        of_all[live] = selected
+        batch = batch._replace(loss_weights=rlcsd_loss_weights(
+            mask, of_all, config.rlcsd_eta, config.loss_type,
+            max_completion_length=config.max_completion_length,
+        )[live])
+        metrics["rlcsd/selected_frac"] = _mean(selected.double(), alive)
+    else:
+        eps_w = config.rlsd_reweight_clip_range
+        a_hat = contrast_advantages(
+            batch.advantages, evidence, rlsd_reweight_clip_range=eps_w, **common
+        )
+        low, high = config.loss_config().log_weight_bounds
+        signed = torch.sign(a) * evidence
+        metrics["rlsd/clip_low_frac"] = _mean((signed < low).double(), chosen)
+        metrics["rlsd/clip_high_frac"] = _mean((signed > high).double(), chosen)
+    for name, value, tokens in (("contrast", evidence, chosen), ("weight", a_hat / a, alive)):
+        metrics[f"rlsd/{name}_mean_pos"] = _mean(value, tokens & (a > 0))
+        metrics[f"rlsd/{name}_mean_neg"] = _mean(value, tokens & (a < 0))
+    # At exactly 0 a token would leave the log-probs and metrics; this is 0 to every gradient.
+    stopped = (a_hat == 0) & (a != 0)
+    a_hat = torch.where(stopped, torch.sign(a) * torch.finfo(a_hat.dtype).tiny, a_hat)
+    return batch._replace(a_hat=a_hat), metrics | {"rlsd/effective_lambda": rlsd_lambda}
+
+
+def _evidence(batch, score, count):
+    """(B, T) e_t of a Batch with 1 + at most `count` hints each; 0 without."""
+    log_probs = batch.loss_weights.new_zeros((1 + count, *batch.mask.shape))
+    present = torch.zeros_like(log_probs[:, :, :1], dtype=torch.bool)
+    if any(batch.hints):
+        asked, rows, places = batch.under_hints()
+        scored = score(asked)
+        log_probs[places, rows, : scored.shape[1]] = scored.to(log_probs.dtype)
+        present[places, rows] = True
+    return contrast(log_probs[0], log_probs[1:], present[1:])
+
+
+def _mean(values, where):
+    """Over a bool mask; NaN over nothing."""
+    return values.double()[where].mean().item()
 
 
 class Terms(NamedTuple):
@@ -381,6 +445,9 @@ def router_totals(policy, batch, parts):
 
 def token_weights(batch, log_probs, teacher_log_probs, rlsd_lambda, config):
     """(B, T) A_hat / A of the live sequences, 1 where a token is not re-weighted."""
+    if batch.a_hat is not None:
+        a = batch.advantages[:, None]
+        return torch.where(batch.mask & (a != 0), batch.a_hat / a, 1.0)
     a_hat = rlsd_advantages(
         batch.advantages, log_probs, teacher_log_probs, rlsd_lambda=rlsd_lambda,
         rlsd_reweight_clip_range=config.rlsd_reweight_clip_range,

@@ -412,10 +412,19 @@ def model_card(config, step, records):
     table = f"| held-out metric | value |\n|---|--:|\n{rows}" if rows else "No evaluation was run."
     method = config.method.summary
     if config.method.reweights:
+        named, setting = "RLSD (Self-Distilled RLVR, arXiv 2604.03128)", (
+            f"eps_w {config.rlsd_reweight_clip_range:g}"
+        )
+        if config.method.selects:
+            named, setting = "RLCSD (arXiv 2606.11709)", (
+                f"beta {config.rlcsd_beta:g}, tau {config.rlcsd_tau:g}, eta {config.rlcsd_eta:g}"
+            )
+        if config.rlsd_contrast_hints:
+            setting += f", up to {config.rlsd_contrast_hints} contrast hints"
         method = (
-            f"RLSD (Self-Distilled RLVR, arXiv 2604.03128), lambda {config.rlsd_lambda:g} decaying "
-            f"over {config.rlsd_lambda_decay_steps} steps,\neps_w "
-            f"{config.rlsd_reweight_clip_range:g}, teacher `{config.teacher_model_kind}`"
+            f"{named}, lambda {config.rlsd_lambda:g} decaying over "
+            f"{config.rlsd_lambda_decay_steps} steps,\n{setting}, hints of `{config.hint_source}`, "
+            f"teacher `{config.teacher_model_kind}`"
         )
     base, planned = config.model_name_or_path, f"{config.max_steps} rollout steps"
     if config.max_steps is None:

@@ -97,8 +97,8 @@ def require_room(model, rows, config):
                 "its own tokenizer."
             )
         longest = max(len(row["prompt_ids"]), len(row["teacher_prompt_ids"] or []))
-        if config.method.teacher_reads == "sibling":  # which comes before the question
-            longest = len(row["prompt_ids"]) + config.max_completion_length
+        if config.reads_siblings():  # of which one comes before the question
+            longest = max(longest, row["_around_sibling"] + config.max_completion_length)
         if limit is not None and longest + config.max_completion_length > limit:
             raise UserError(
                 f"Row {row['_source']} has a prompt of {longest} tokens, which with "

@@ -28,8 +28,8 @@ from .prompts import (
 SOURCE = "_source"
 GENERATED = " of reasoning-gym:"  # in the source of rows that reasoning-gym made
 # What the trainer keeps in a row, and reward functions never see.
-INTERNAL = {SOURCE, "_as_chat", "_images", "_reference_ids", "_opening", "prompt_ids",
-            "teacher_prompt_ids"}
+INTERNAL = {SOURCE, "_as_chat", "_images", "_reference_ids", "_opening", "_around_sibling",
+            "prompt_ids", "teacher_prompt_ids"}
 # A column of such a name would take the place of what reward functions are given.
 RESERVED = {"prompts", "completions", "completion_ids"} | INTERNAL
 # Tasks of reasoning-gym 0.1.25 whose scorers do not give their own stored answers full marks.
@@ -395,6 +395,11 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
         if chat and isinstance(row["prompt"], str):
             row = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
         hint = row.get("teacher_prompt") or row["privileged_context"].strip()
+        if need_hint and row.get("teacher_prompt") and config.rlsd_contrast_hints:
+            raise UserError(
+                f"Row {source} has a teacher_prompt, in which no wrong solution can stand instead, "
+                "as a contrast needs; give it as privileged_context, or set hint_source to rollout."
+            )
         if need_hint and not hint and not config.allow_missing_privileged_context:
             raise UserError(
                 f"Row {source} has no privileged context, so it would silently train as plain "
@@ -412,6 +417,10 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
             asked = ("prompt", "_images", "_template_options")
             read = row if need_hint else {k: row[k] for k in asked if k in row}
             student, teacher = encode_pair(read, tokenizer, config.privileged_template)
+            around = student
+            if config.reads_siblings():  # whose template must find its place, and room
+                trial = {**row, "privileged_context": "0", "teacher_prompt": None}
+                _, around = encode_pair(trial, tokenizer, config.privileged_template)
             if need_reference:
                 require_plain({"privileged_context": row["privileged_context"]}, tokenizer)
         except UserError as error:
@@ -432,6 +441,7 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
             kept.append({
                 **row, "prompt_ids": student, "teacher_prompt_ids": teacher if hint else None,
                 "_reference_ids": reference, "_opening": _opening(student, tokenizer),
+                "_around_sibling": len(around),
             })
     note = ""
     if dropped:

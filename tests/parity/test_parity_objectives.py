@@ -26,13 +26,13 @@ import rlsd.trainer
 from rlsd import TrainConfig, UserError
 from rlsd.demo import save_model, tiny_model, word_tokenizer
 from rlsd.objectives import OBJECTIVES
+from rlsd.policy.hints import sibling_prompts
 from rlsd.policy.models import Policy, head_of, open_forward
 from rlsd.policy.packing import Layout
 from rlsd.policy.update import (
     Batch,
     has_signal,
     require_contract,
-    sibling_prompts,
     student_terms,
     teacher_inputs,
 )
@@ -112,7 +112,7 @@ def naive_loss(student, teacher, batch, config):
         lp = log_p[torch.arange(len(y)), y]
         if name == "sft":
             loss = loss - (weights * lp).sum()
-        if name in ("grpo", "rlsd", "grpo+opsd"):
+        if name in ("grpo", "rlsd", "rlcsd", "grpo+opsd"):  # a contrast comes before the loss
             multiplier = torch.ones_like(lp)
             if name == "rlsd" and batch.teacher_prompts[i] is not None:
                 log_q = log_softmax_of(teacher, batch.teacher_prompts[i], y, config.temperature)
@@ -344,7 +344,7 @@ def of_objective(name, folder):
     changed = {"objective": name}
     if name == "opd":
         changed["teacher_model_name_or_path"] = save_teacher(folder / "teacher")
-    if name == "sdpo":
+    if name in ("sdpo", "rlcsd"):
         changed["success_reward_threshold"] = 0.75
     return changed
 
@@ -366,7 +366,7 @@ def test_a_run_of_every_objective_does_not_depend_on_micro_batches(name, tmp_pat
             assert got[key] == pytest.approx(want[key], rel=1e-3, abs=1e-6), key
         assert got["grad_norm"] > 0 and math.isfinite(got["entropy"])
         assert got["validate/dh"] < 1e-5
-    if name not in ("rlsd", "grpo", "sdpo"):
+    if name not in ("rlsd", "rlcsd", "grpo", "sdpo"):
         assert results[0][1][0]["live_sequences"] == (4 if name == "sft" else 16)
 
 

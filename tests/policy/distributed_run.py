@@ -36,6 +36,8 @@ CASES = {
         "use_peft": True, "lora_r": 1, "teacher_sync_steps": 1,
     },
     "opsd": {"objective": "opsd", "teacher_model_kind": "ema"},
+    "rlcsd": {"objective": "rlcsd", "hint_source": "rollout", "success_reward_threshold": 0.5,
+              "rlcsd_tau": 1.0},
     "sft": {"objective": "sft"},
     "moe": {
         "model_name_or_path": "qwen3-moe", "padding_free": True, "rlsd_negative_only": True,
@@ -64,8 +66,10 @@ def made_up(rows, config):
     ids[torch.arange(len(rows)), lengths - 1] = 1
     rewards = torch.randint(0, 5, (len(rows),), generator=rng).double() / 4
     rewards[: config.num_generations] = 1.0  # a group without signal
+    said = [y[keep][:-1] for y, keep in zip(ids, mask, strict=True)]
+    texts = [" ".join(WORDS[i - 3] for i in y) for y in said]
     return Rollout(
-        rows, ids, mask, [""] * len(rows), torch.zeros(len(rows), dtype=torch.bool), rewards,
+        rows, ids, mask, texts, torch.zeros(len(rows), dtype=torch.bool), rewards,
         rewards[:, None], -(ids % 7).float(),
     )
 

@@ -72,7 +72,8 @@ def test_a_world_of_processes_trains_as_one(world, case, results):
         assert distance(got["teacher"], want["teacher"]) < TOLERANCE
         wanted = want["records"][-len(got["records"]):]
         for a, b in zip(got["records"], wanted, strict=True):
-            for name in ("loss", "grad_norm", "aux_loss", "rlsd/delta_mean", "entropy", "kl"):
+            for name in ("loss", "grad_norm", "aux_loss", "rlsd/delta_mean", "entropy", "kl",
+                         "rlsd/contrast_missing_frac", "rlcsd/selected_frac"):
                 if b.get(name) is not None:
                     assert a[name] == pytest.approx(b[name], rel=TOLERANCE, abs=TOLERANCE), name
 
@@ -85,6 +86,8 @@ def test_the_cases_are_not_vacuous(results):
                 4 if case == "sft" else 12
             )
         assert result["records"][0]["aux_loss"] > 0 or case != "moe"
+        selected = [record.get("rlcsd/selected_frac") for record in result["records"]]
+        assert all(0 < share < 1 for share in selected) if case == "rlcsd" else not any(selected)
         assert bool(result["teacher"]) == (case not in ("moe", "sft"))
 
 
