@@ -7,10 +7,19 @@ f is a fused op over the LM head: the (B, L, V) logits of the plain forward are 
 
 import functools
 import types
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+
+class Scores(NamedTuple):
+    """What TRL reads of a pass with its fused head."""
+
+    log_probs: torch.Tensor  # (B, L - 1), 0 where not labelled
+    entropy: torch.Tensor  # (B, L - 1)
+    aux_loss: torch.Tensor | None  # ()
 
 
 def add_rlsd_head(model, cast_lm_head_to_fp32):
@@ -42,10 +51,27 @@ def add_rlsd_head(model, cast_lm_head_to_fp32):
             result = rlsd_head(hidden.to(dtype), *head)
         aux_loss = None
         if kwargs.get("output_router_logits"):
+            config = self.config.get_text_config()
             aux_loss = load_balancing_loss_func(
-                out.router_logits, self.num_experts, self.num_experts_per_tok,
+                out.router_logits, config.num_experts, config.num_experts_per_tok,
                 kwargs.get("attention_mask"),
             )
         return result, aux_loss
 
     model.forward = types.MethodType(with_head, model)
+
+
+def answer_trl(model, score):
+    """Let TRL's passes over a model with the rlsd_head, `model(..., labels=y, fused_lm_head=True)`,
+    return Scores of score(y, hidden, weight, bias) -> (log-probs, entropies) (B, L - 1)."""
+    forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def answering(self, *args, fused_lm_head=False, **kwargs):
+        if not fused_lm_head:
+            return forward(*args, **kwargs)
+        head = functools.partial(score, kwargs.pop("labels"))
+        scored, aux_loss = forward(*args, rlsd_head=head, **kwargs)
+        return Scores(*scored, aux_loss)
+
+    model.forward = types.MethodType(answering, model)
