@@ -354,6 +354,10 @@ class RLSDTrainer(GRPOTrainer):
             return self._scored
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
+    def get_high_entropy_mask(self, entropies, mask, threshold):
+        # Tokens of one context, as the first of a group, tie in TRL; here an ulp lies between them.
+        return super().get_high_entropy_mask(entropies.round(decimals=4), mask, threshold)
+
     def log(self, logs, start_time=None):
         if self.model.training and self._stats:
             own = {name: x.cpu() for name, x in merge_stats(self._stats).items()}
