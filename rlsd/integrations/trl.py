@@ -109,13 +109,15 @@ class RLSDTrainer(GRPOTrainer):
         if plugin is not None and plugin.zero_stage == 3:
             return "ZeRO-3 partitions the head"
         try:
-            self._scale = head_of(model)._asdict()
+            scale = head_of(model)
         except UserError as error:
             return str(error).rstrip(".")
+        args, self._scale = self.args, scale._asdict()
         for each in filter(None, (model, self.ref_model)):
             each = self.accelerator.unwrap_model(each)
-            add_rlsd_head(each, self.args.cast_lm_head_to_fp32)
-            answer_trl(each, self._label_scores)
+            add_rlsd_head(each, args.cast_lm_head_to_fp32)
+            answer_trl(each, scale, temperature=self.temperature, impl=args.rlsd_impl,
+                       gradient_tolerance=args.gradient_tolerance, metrics=False)
 
     def _find_obstacle(self):
         """Why the loss is not one fused pass (a clause), or None."""
@@ -230,28 +232,14 @@ class RLSDTrainer(GRPOTrainer):
             inputs["teacher_log_probs"] = log_probs
         return log_probs
 
-    def _label_scores(self, labels, hidden, weight, bias):
-        """(B, L - 1) log-probs and entropies of the next tokens, 0 where a label is -100."""
-        labels = labels[:, 1:].to(hidden.device)
-        live = labels != -100
-        scores = linear_log_probs(
-            hidden[:, :-1][live], weight, labels[live], bias=bias, return_entropy=True,
-            **self._head_options(),
-        )
-        return [x.new_zeros(live.shape).masked_scatter(live, x) for x in scores]
-
-    def _head_options(self):
-        args = self.args
-        return {"temperature": self.temperature, "impl": args.rlsd_impl,
-                "gradient_tolerance": args.gradient_tolerance, **self._scale}
-
     def _score(self, prompt_ids, prompt_mask, ids, mask):
         """(B, T) log-probs by the head that the loss uses: equal contexts must give delta 0."""
         if self.obstacle:
             return self._trl_score(self.model, prompt_ids, prompt_mask, ids, mask)[0]
 
         def head(hidden, weight, bias):
-            return linear_log_probs(hidden, weight, ids, bias=bias, **self._head_options())
+            options = {"temperature": self.temperature, "impl": self.args.rlsd_impl, **self._scale}
+            return linear_log_probs(hidden, weight, ids, bias=bias, **options)
 
         return self._forward(self.model, prompt_ids, prompt_mask, ids, mask, head)[0]
 
