@@ -10,6 +10,7 @@ import types
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -28,6 +29,11 @@ class Scores(NamedTuple):
     is_top1: torch.Tensor | None  # (B, L - 1) bool
     mean_logits: torch.Tensor | None  # (B, L - 1)
     aux_loss: torch.Tensor | None  # ()
+
+
+def base_of(model):
+    """The causal LM inside a PEFT model, or the model."""
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 def add_rlsd_head(model, cast_lm_head_to_fp32):

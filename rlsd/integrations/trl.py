@@ -19,7 +19,7 @@ for host in ("trl", "transformers"):  # first: of another release the imports be
 
 import torch
 import trl
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import IterableDataset
 from packaging.version import Version
 from transformers import TrainerCallback
@@ -41,7 +41,7 @@ from ..policy.models import head_of
 from ..policy.packing import left_pad
 from ..policy.teacher import Teacher
 from ..tasks.prompts import teacher_prompt
-from .head import add_rlsd_head, answer_trl
+from .head import add_rlsd_head, answer_trl, base_of
 from .trl_config import RLSDConfig
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class RLSDTrainer(GRPOTrainer):
             raise UserError(f"args must be an RLSDConfig, but is a {type(args).__name__}.")
         self.teacher, self._scored, self._stats = None, None, []
         super().__init__(model, reward_funcs, args, *more, **named)
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        base = base_of(self.model)
         missing = self._find_head(base)
         self.obstacle = missing or self._find_obstacle()
         if self.obstacle and not missing and Version(trl.__version__) < Version("1.15"):

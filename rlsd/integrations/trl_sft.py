@@ -11,7 +11,6 @@ for host in ("trl", "transformers"):  # first: of another release the imports be
     require_release(host)
 
 import trl
-from accelerate.utils import is_peft_model
 from packaging.version import Version
 from trl import DPOTrainer, SFTTrainer
 
@@ -19,7 +18,7 @@ from rlsd_kernels.config import check_number
 
 from ..config import UserError
 from ..policy.models import head_of
-from .head import add_rlsd_head, answer_trl
+from .head import add_rlsd_head, answer_trl, base_of
 
 
 def use_fused_head(trainer, *, impl="auto", gradient_tolerance=0.0):
@@ -54,7 +53,7 @@ def use_fused_head(trainer, *, impl="auto", gradient_tolerance=0.0):
     ):
         if applies:
             raise UserError(f"The fused head cannot stand in because {why}.")
-    policy = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+    policy = base_of(trainer.model)
     scale = head_of(policy)
     for model in (policy, getattr(trainer, "ref_model", None)):
         if model is not None:
