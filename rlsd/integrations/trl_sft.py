@@ -1,6 +1,6 @@
 """linear_log_probs as the head of TRL's SFTTrainer and DPOTrainer.
 
-    trainer = SFTTrainer(model, args, train_dataset)
+    trainer = SFTTrainer(model, args=args, train_dataset=train_dataset)
     use_fused_head(trainer)
     trainer.train()
 """
