@@ -18,7 +18,7 @@ import xml.etree.ElementTree as xml
 from dataclasses import dataclass
 from pathlib import Path
 
-HUB = "trl-internal-testing"
+HUB, OURS = "trl-internal-testing", os.environ.get("RLSD_SUITE") == "ours"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 4096}
 # Name on the hub: (classes, chat template, more of the config).
@@ -137,8 +137,12 @@ def pytest_configure(config):
 
     # Tests of another release ask whether packages are there that this one knows nothing of.
     importlib.import_module("trl.import_utils").__getattr__ = absent
-    if os.environ.get("RLSD_SUITE") != "ours":
-        return
+    if OURS:
+        for place in (trl, trl.trainer):
+            place.GRPOConfig, place.GRPOTrainer = Config, Trainer
+
+
+if OURS:  # of the module, for checkpoints pickle their class
     from rlsd.integrations.trl import RLSDConfig, RLSDTrainer
 
     @dataclass
@@ -148,9 +152,6 @@ def pytest_configure(config):
     class Trainer(RLSDTrainer):
         def __init__(self, model, reward_funcs=None, args=None, *more, **named):
             super().__init__(model, reward_funcs, args or Config("GRPO"), *more, **named)
-
-    for place in (trl, trl.trainer):
-        place.GRPOConfig, place.GRPOTrainer = Config, Trainer
 
 
 if __name__ == "__main__":
