@@ -32,7 +32,7 @@ ROOMS = {
                ["distributed"], ["hints"], ["advantages"]],
     "sampling": [["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
     "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],
-    "integrations": [["trl", "liger", "ms_swift", "verl"], ["head"]],
+    "integrations": [["trl", "trl_sft", "liger", "ms_swift", "verl"], ["head", "trl_config"]],
     "reports": [["tables"], ["report"]],
 }
 TORCH_ONLY = {"torch", "rlsd_kernels"} | sys.stdlib_module_names

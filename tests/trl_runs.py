@@ -54,10 +54,8 @@ def make(cls, folder, *, model=None, reward=sum_reward, data=None, more=None, **
     # TRL keeps what it patches on the model: every trainer gets its own.
     model = copy.deepcopy(model) if model is not None else str(folder / "model")
     torch.manual_seed(args.seed)  # an adapter is drawn at random; TRL seeds before from 1.15 on
-    trainer = cls(
-        model, reward, args, Dataset.from_list(DATA if data is None else data),
-        processing_class=load_tokenizer(str(folder / "model")), **more or {},
-    )
+    more = {"processing_class": load_tokenizer(str(folder / "model")), **(more or {})}
+    trainer = cls(model, reward, args, Dataset.from_list(DATA if data is None else data), **more)
     return trainer, Recorder(trainer)
 
 
@@ -132,8 +130,8 @@ class PlainHookA(GRPOTrainer):
         return out
 
     def _compute_loss(self, model, inputs):
-        args, a = self.args, inputs["advantages"][:, None]
-        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+        args, ids, mask = self.args, inputs["completion_ids"], inputs["completion_mask"]
+        a = inputs["advantages"].view(len(ids), -1)
         lam = args.rlsd_lambda * max(1 - self.rollouts / args.rlsd_lambda_decay_steps, 0)
         teacher = self.model if args.teacher_model_kind == "live" else self.teacher
         hinted = log_probs_of(teacher, inputs["hinted"], ids, mask, args)

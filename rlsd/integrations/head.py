@@ -7,10 +7,33 @@ f is a fused op over the LM head: the (B, L, V) logits of the plain forward are 
 
 import functools
 import types
+from typing import NamedTuple
 
 import torch
+from accelerate.utils import is_peft_model
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from rlsd_kernels import linear_log_probs
+
+LOGITS_AT_ONCE = 2**22
+
+
+class Scores(NamedTuple):
+    """What TRL's trainers read of a pass with a fused head; 0 where not labelled."""
+
+    log_probs: torch.Tensor  # (B, L - 1)
+    entropy: torch.Tensor  # (B, L - 1)
+    label_mask: torch.Tensor  # (B, L - 1) bool
+    is_top1: torch.Tensor | None  # (B, L - 1) bool
+    mean_logits: torch.Tensor | None  # (B, L - 1)
+    aux_loss: torch.Tensor | None  # ()
+
+
+def base_of(model):
+    """The causal LM inside a PEFT model, or the model."""
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 def add_rlsd_head(model, cast_lm_head_to_fp32):
@@ -42,10 +65,53 @@ def add_rlsd_head(model, cast_lm_head_to_fp32):
             result = rlsd_head(hidden.to(dtype), *head)
         aux_loss = None
         if kwargs.get("output_router_logits"):
+            config = self.config.get_text_config()
             aux_loss = load_balancing_loss_func(
-                out.router_logits, self.num_experts, self.num_experts_per_tok,
+                out.router_logits, config.num_experts, config.num_experts_per_tok,
                 kwargs.get("attention_mask"),
             )
         return result, aux_loss
 
     model.forward = types.MethodType(with_head, model)
+
+
+def answer_trl(model, scale, *, temperature, impl, gradient_tolerance, metrics):
+    """Let TRL's passes over a model with the rlsd_head, `model(..., labels=y, fused_lm_head=True)`,
+    return Scores by linear_log_probs. scale: its Head; metrics: is_top1 and mean_logits too."""
+    forward = model.forward
+
+    def scores(labels, hidden, weight, bias):
+        labels = labels[:, 1:].to(hidden.device)
+        live = labels != -100
+        rows, ids = hidden[:, :-1][live], labels[live]
+        found = linear_log_probs(
+            rows, weight, ids, bias=bias, return_entropy=True, temperature=temperature, impl=impl,
+            gradient_tolerance=gradient_tolerance, **scale._asdict(),
+        )
+        found = [*found, live]
+        found += _metrics(rows, weight, bias, scale, ids) if metrics else [None, None]
+        return [x if x is None or x is live else x.new_zeros(live.shape).masked_scatter(live, x)
+                for x in found]
+
+    @functools.wraps(type(model).forward)
+    def answering(self, *args, fused_lm_head=False, **kwargs):
+        if not fused_lm_head:
+            return forward(*args, **kwargs)
+        head = functools.partial(scores, kwargs.pop("labels"))
+        scored, aux_loss = forward(*args, rlsd_head=head, **kwargs)
+        return Scores(*scored, aux_loss)
+
+    model.forward = types.MethodType(answering, model)
+
+
+@torch.no_grad()
+def _metrics(rows, weight, bias, scale, ids):
+    """Whether the ids are the most likely tokens, and mean logits, both (N,): one GEMM more."""
+    count, found = max(1, LOGITS_AT_ONCE // len(weight)), ([], [])
+    for x, y in zip(rows.split(count), ids.split(count), strict=True):
+        z = nn.functional.linear(x, weight, bias).float() * scale.logit_scale
+        if (cap := scale.final_logit_softcapping) is not None:
+            z = cap * torch.tanh(z / cap)
+        found[0].append(z.argmax(-1) == y)
+        found[1].append(z.mean(-1))
+    return [torch.cat(part) for part in found]

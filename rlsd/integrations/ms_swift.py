@@ -10,7 +10,7 @@ head; the clipped surrogate without KL is one fused pass, other losses are ms-sw
 import logging
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset
 from swift import __version__
 from swift.rlhf_trainers import GRPOTrainer
@@ -18,7 +18,7 @@ from swift.trainers import TrainerFactory
 
 import rlsd_kernels
 from rlsd.config import UserError
-from rlsd.integrations.head import add_rlsd_head
+from rlsd.integrations.head import add_rlsd_head, base_of
 from rlsd.policy.models import head_of
 
 logger = logging.getLogger("swift.rlsd")  # a child of ms-swift's logger, which prints INFO
@@ -26,12 +26,13 @@ logger = logging.getLogger("swift.rlsd")  # a child of ms-swift's logger, which 
 
 class RLSDGRPOTrainer(GRPOTrainer):
     """ms-swift's GRPOTrainer over the fused head; UserError, a sentence, on what it cannot do."""
+    gradient_tolerance, _scored = 0.0, None  # the first is for the plugin to set, in [0, 1)
 
     def __init__(self, *args, **kwargs):
-        self._scored = None
+        rlsd_kernels.logprob.check_tolerance(self.gradient_tolerance)
         super().__init__(*args, **kwargs)
-        args, self.reweights = self.args, self.advantage_reweight == "rlsd"
-        data, missing = self.train_dataset, None
+        args, data, missing = self.args, self.train_dataset, None
+        self.reweights = self.advantage_reweight == "rlsd"
         if self.reweights and self.rlsd_lambda > 0 and isinstance(data, Dataset):  # no stream
             prompts = data["teacher_prompt"] if "teacher_prompt" in data.column_names else [None]
             missing = next((i for i, prompt in enumerate(prompts) if not prompt), None)
@@ -69,8 +70,7 @@ class RLSDGRPOTrainer(GRPOTrainer):
         """Give policy, reference and teacher the fused head; return their scale and softcap."""
         scales = set()
         for model in filter(None, (self.model, self.ref_model, self.teacher_model)):
-            base = self.accelerator.unwrap_model(model)
-            base = base.get_base_model() if is_peft_model(base) else base
+            base = base_of(self.accelerator.unwrap_model(model))
             scales.add(head_of(base))
             add_rlsd_head(base, cast_lm_head_to_fp32=False)
         if len(scales) > 1:
@@ -82,7 +82,8 @@ class RLSDGRPOTrainer(GRPOTrainer):
         tokens = tensors[0].shape[1]
         with self.accelerator.autocast():
             return model(**model_inputs, rlsd_head=lambda h, w, bias: head(
-                h[:, -tokens - 1 : -1], w, *tensors, bias=bias, **self._scale, **options
+                h[:, -tokens - 1 : -1], w, *tensors, bias=bias, **self._scale, **options,
+                gradient_tolerance=self.gradient_tolerance,
             ))[0]
 
     def _get_logps_via_local_forward(self, model, inputs, tokens, ids, compute_entropy=False):
@@ -109,9 +110,8 @@ class RLSDGRPOTrainer(GRPOTrainer):
 
     def _postprocess_batch(self, samples, batches):
         super()._postprocess_batch(samples, batches)
-        if self.obstacle:
-            return
-        for part, batch in zip(self.split_by_mini_batches(samples), batches, strict=True):
+        parts = self.split_by_mini_batches(samples)
+        for part, batch in () if self.obstacle else zip(parts, batches, strict=True):
             batch = batch["grpo_batch"]
             batch.rlsd_lambda = self._rlsd_effective_lambda() if self.reweights else 0.0
             if self.reweights:  # plain A: the fused loss weights its tokens, in log space

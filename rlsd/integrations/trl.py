@@ -3,13 +3,14 @@
 TRL generates, rewards, normalises, logs and saves as ever. Added are the privileged pass and the
 loss. Hook B, the usual one: `model(..., rlsd_head=f)` runs f on the last hidden states and the head
 inside forward, where DDP and FSDP hooks fire; there the fused loss never holds (B, T, V) logits,
-drops tokens with A = 0 and forms all gradients in one pass. Hook A, announced once with its reason
-for what the fused loss does not cover: TRL's own `_compute_loss` on (B, T) advantages A_hat.
+drops tokens with A = 0 and forms all gradients in one pass. Hook A, for what the fused loss does
+not cover: TRL's own `_compute_loss` on (B, T) advantages A_hat, over log-probs and entropies of
+linear_log_probs, which also answers every other pass of TRL's (old and reference policy).
 """
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..packages import require_release
 
@@ -17,14 +18,15 @@ for host in ("trl", "transformers"):  # first: of another release the imports be
     require_release(host)
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+import trl
+from accelerate.utils import gather_object
 from datasets import IterableDataset
+from packaging.version import Version
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from rlsd_kernels import (
-    RLSDLossConfig,
     aggregation_weights,
     fused_linear_rlsd_loss,
     linear_log_probs,
@@ -33,67 +35,23 @@ from rlsd_kernels import (
     rlsd_loss,
 )
 
-from ..config import DEFAULT_PRIVILEGED_TEMPLATE, TEACHER_MODEL_KINDS, UserError, option
+from ..config import UserError
 from ..policy.advantages import rlsd_lambda_at
 from ..policy.models import head_of
 from ..policy.packing import left_pad
 from ..policy.teacher import Teacher
 from ..tasks.prompts import teacher_prompt
-from .head import add_rlsd_head
+from .head import add_rlsd_head, answer_trl, base_of
+from .trl_config import RLSDConfig
 
 logger = logging.getLogger(__name__)
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
 HINT_COLUMNS = ("teacher_prompt", "privileged_context", "solution")
 CONTEXT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 TEACHER_CONTEXT = ("teacher_prompt_ids", "teacher_prompt_mask", *CONTEXT[2:])
+IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes",
+          "token_type_ids", "mm_token_type_ids", "image_position_ids")
 TEACHER_FILE = "rlsd_teacher.pt"
-
-
-@dataclass
-class RLSDConfig(GRPOConfig):
-    """GRPOConfig plus the options of RLSD; steps are rollouts, counted from 1.
-
-    The loss keeps TRL's options and defaults; the paper clips with epsilon_high=0.28, delta=3.0.
-    Source: arXiv 2604.03128. Raises ValueError in one sentence on a bad value.
-    """
-
-    rlsd_lambda: float = option(0.5, "Mix of the token weight into the advantage; 0 is GRPO.")
-    rlsd_lambda_warmup_steps: int = option(0, "Rollouts over which lambda rises from 0.")
-    rlsd_lambda_decay_steps: int = option(50, "Rollouts over which it falls to 0; 0 keeps it.")
-    rlsd_reweight_clip_range: float = option(0.2, "Token weights stay in 1 -+ this, 0 to 1.")
-    rlsd_delta_source: str = option("current", "Student in delta: `current` or `old_log_probs`.")
-    rlsd_negative_only: bool = option(False, "Re-weight only where the advantage is negative.")
-    rlsd_impl: str = option("auto", "Implementation of the fused loss.")
-    teacher_model_kind: str = option("snapshot", "`live`, `base`, `snapshot` or `ema`.")
-    teacher_sync_steps: int = option(10, "A snapshot teacher follows after so many rollouts.")
-    teacher_ema_rate: float = option(0.05, "An ema teacher moves this share per rollout.")
-    privileged_template: str = option(DEFAULT_PRIVILEGED_TEMPLATE, "Makes the teacher's prompt.")
-    allow_missing_privileged_context: bool = option(False, "Rows without one train as plain GRPO.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.loss_config()
-        kinds, template = TEACHER_MODEL_KINDS, self.privileged_template
-        for name, rule, holds in (
-            ("rlsd_lambda_warmup_steps", "at least 0", self.rlsd_lambda_warmup_steps >= 0),
-            ("rlsd_lambda_decay_steps", "at least 0", self.rlsd_lambda_decay_steps >= 0),
-            ("teacher_sync_steps", "at least 1", self.teacher_sync_steps >= 1),
-            ("teacher_ema_rate", "in (0, 1]", 0 < self.teacher_ema_rate <= 1),
-            ("teacher_model_kind", f"one of {', '.join(kinds)}", self.teacher_model_kind in kinds),
-            ("privileged_template", "a text with {prompt} and {privileged_context} once each",
-             template.count("{prompt}") == template.count("{privileged_context}") == 1),
-        ):
-            if not holds:
-                raise UserError(f"{name} must be {rule}, but got {getattr(self, name)!r}.")
-
-    def loss_config(self):
-        """The scalars of the fused loss."""
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        delta = None if self.delta is None or self.delta < 1 + high else self.delta  # or hook A
-        return RLSDLossConfig(
-            self.rlsd_lambda, self.rlsd_reweight_clip_range, self.rlsd_delta_source,
-            self.rlsd_negative_only, self.epsilon, high, delta, self.beta, 0.0, self.temperature,
-        )
 
 
 class _FollowStudent(TrainerCallback):
@@ -127,12 +85,16 @@ class RLSDTrainer(GRPOTrainer):
             raise UserError(f"args must be an RLSDConfig, but is a {type(args).__name__}.")
         self.teacher, self._scored, self._stats = None, None, []
         super().__init__(model, reward_funcs, args, *more, **named)
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        add_rlsd_head(base, args.cast_lm_head_to_fp32)
-        self.obstacle = self._find_obstacle(base)
-        if self.obstacle:
-            logger.warning("The loss is TRL's own on re-weighted advantages, not the fused one, "
-                           "because %s.", self.obstacle)
+        base = base_of(self.model)
+        missing = self._find_head(base)
+        self.obstacle = missing or self._find_obstacle()
+        if self.obstacle and not missing and Version(trl.__version__) < Version("1.15"):
+            missing = f"{self.obstacle}, and TRL {trl.__version__} has no fused head to replace"
+        if missing:
+            logger.warning("The loss is TRL's formula over TRL's own head, because %s.", missing)
+        elif self.obstacle:
+            logger.info("The loss is TRL's formula on log-probs of the fused head, because %s.",
+                        self.obstacle)
         if args.rlsd_lambda > 0:
             self._require_teachable(args)
             # Only what is trained is copied, an adapter say; the model borrows it for its pass.
@@ -141,10 +103,25 @@ class RLSDTrainer(GRPOTrainer):
             self.teacher = Teacher(trained, args.teacher_model_kind, **rates)
             self.add_callback(_FollowStudent(self))
 
-    def _find_obstacle(self, model):
-        """Why the fused loss cannot stand in (a clause), or None; finds scale and softcap."""
-        args, plugin = self.args, self.args.deepspeed_plugin
-        peft = getattr(self.model, "peft_config", {}).values()
+    def _find_head(self, model):
+        """Give policy and reference the fused head, or say why not (a clause)."""
+        plugin = self.args.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            return "ZeRO-3 partitions the head"
+        try:
+            scale = head_of(model)
+        except UserError as error:
+            return str(error).rstrip(".")
+        args, self._scale = self.args, scale._asdict()
+        for each in filter(None, (model, self.ref_model)):
+            each = self.accelerator.unwrap_model(each)
+            add_rlsd_head(each, args.cast_lm_head_to_fp32)
+            answer_trl(each, scale, temperature=self.temperature, impl=args.rlsd_impl,
+                       gradient_tolerance=args.gradient_tolerance, metrics=False)
+
+    def _find_obstacle(self):
+        """Why the loss is not one fused pass (a clause), or None."""
+        args = self.args
         for applies, reason in (
             (self.loss_type not in LOSS_TYPES, f"loss_type={self.loss_type!r} has another formula"),
             (self.importance_sampling_level != "token", "importance_sampling_level is not 'token'"),
@@ -156,16 +133,9 @@ class RLSDTrainer(GRPOTrainer):
             (self._entropy_bonus_enabled, "TRL's entropy bonus is a mean of its own"),
             (self.off_policy_mask_threshold is not None,
              "off_policy_mask_threshold needs log-probs before the loss"),
-            (self._is_vlm, "the model takes images"),
-            (any(c.is_prompt_learning for c in peft), "prompt learning lengthens the sequence"),
-            (plugin is not None and plugin.zero_stage == 3, "ZeRO-3 partitions the head"),
         ):
             if applies:
                 return reason
-        try:
-            self._scale = head_of(model)._asdict()
-        except UserError as error:
-            return str(error).rstrip(".")
 
     def _require_teachable(self, args):
         """Refuse, before the first step, what would leave the teacher blind or wrong."""
@@ -249,6 +219,7 @@ class RLSDTrainer(GRPOTrainer):
             return inputs["teacher_log_probs"]
         ids, advantages = inputs["completion_ids"], inputs["advantages"]
         need = advantages < 0 if self.args.rlsd_negative_only else advantages != 0
+        need = need.view(len(ids), -1).any(1)
         need = need & inputs["has_hint"].to(need.device) & inputs["completion_mask"].any(1)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             need = torch.ones_like(need)  # every rank must run forward, which gathers weights
@@ -306,8 +277,9 @@ class RLSDTrainer(GRPOTrainer):
     def _hook_b(self, model, inputs, mask, token_inputs):
         """The fused loss; its log-probs then go through TRL's `_compute_loss` for TRL's metrics."""
         ids, advantages = inputs["completion_ids"], inputs["advantages"]
+        advantages = advantages.view(len(ids), -1).expand_as(mask)  # TRL's are (B,) or (B, T)
         if "importance_sampling_ratio" in inputs:  # the loss is linear in |A|, and the KL free of A
-            advantages = (advantages[:, None] * inputs["importance_sampling_ratio"]).expand_as(mask)
+            advantages = advantages * inputs["importance_sampling_ratio"]
         accumulation = self.current_gradient_accumulation_steps
         items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         weights = aggregation_weights(
@@ -319,14 +291,16 @@ class RLSDTrainer(GRPOTrainer):
             return fused_linear_rlsd_loss(
                 hidden, weight, ids, advantages, bias=bias, loss_weights=weights,
                 ref_log_probs=inputs.get("ref_per_token_logps"), return_entropy=True,
-                **self._scale, **token_inputs,
+                gradient_tolerance=self.args.gradient_tolerance, **self._scale, **token_inputs,
             )
 
-        more = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        more = {name: inputs[name] for name in IMAGES if inputs.get(name) is not None}
+        if self.aux_loss_enabled:
+            more["output_router_logits"] = True
         out, aux_loss = self._forward(model, *(inputs[name] for name in CONTEXT), head, **more)
         self._stats.append(out.stats)
         # Tokens with A = 0 were not computed: TRL's mean entropy becomes that of the others.
-        done = (advantages.view(len(ids), -1) != 0) | (self.beta != 0)
+        done = (advantages != 0) | (self.beta != 0)
         entropy = torch.where(done, out.entropy, out.stats["entropy"])
         with torch.no_grad():
             self._trl_loss(model, inputs, (out.log_probs, entropy, aux_loss))
@@ -367,6 +341,10 @@ class RLSDTrainer(GRPOTrainer):
         if self._scored is not None:
             return self._scored
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def get_high_entropy_mask(self, entropies, mask, threshold):
+        # Tokens of one context, as the first of a group, tie in TRL; here an ulp lies between them.
+        return super().get_high_entropy_mask(entropies.round(decimals=4), mask, threshold)
 
     def log(self, logs, start_time=None):
         if self.model.training and self._stats:

@@ -32,11 +32,12 @@ def fused_forward(self, input_ids=None, labels=None, shift_labels=None, temperat
     head, scale, _ = self.lm_head, head_terms(self.config), inputs.pop("logits_to_keep", None)
     if not isinstance(head, torch.nn.Linear):
         raise UserError(f"The fused head needs a torch.nn.Linear, but lm_head is {type(head)}.")
-    outputs = dense_common.forward_base_model(self, input_ids=input_ids, **inputs)
+    hidden = dense_common.forward_base_model(self, input_ids=input_ids, **inputs).last_hidden_state
     ids = torch.roll(input_ids if labels is None else labels, -1, -1)
     log_probs, entropy = rlsd_kernels.linear_log_probs(
-        outputs.last_hidden_state, head.weight, ids if shift_labels is None else shift_labels,
-        bias=head.bias, temperature=temperature, return_entropy=True, **scale._asdict(),
+        hidden, head.weight, ids if shift_labels is None else shift_labels, bias=head.bias,
+        temperature=temperature, return_entropy=True, **scale._asdict(),
+        gradient_tolerance=getattr(self.config, "rlsd_gradient_tolerance", 0.0),  # override_config
     )
     return dense_common.CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy)
 
@@ -51,7 +52,6 @@ def rlsd_estimator(
     old_log_probs=None, rlsd_lambda=None, norm_adv_by_std_in_grpo=True, **unused,
 ):
     """(advantages, returns), both (B, T) A_hat: verl's GRPO advantages, re-weighted by token.
-
     Rewards, mask, log-probs (nats): (B, T); index: (B,) group ids; rlsd_lambda: this step's. Equal
     rewards have A = 0. Raises UserError if lambda is above 0 and log-probs are missing."""
     lam, _, _, clip_range, negative_only = options_of(config).values()
@@ -127,8 +127,8 @@ def _validate(original, config, *args, **named):
         unknown = {n for n in algorithm if n.startswith("rlsd_")} - {*OPTIONS}
         bypass = (algorithm.get("rollout_correction") or {}).get("bypass_mode")
         if unknown or trainer.get("use_v1") or bypass:
-            why = f"algorithm has none of {sorted(unknown)}" if unknown else (
-                "bypass_mode" if bypass else "trainer.use_v1") + " leaves out the teacher's pass"
+            why = ("bypass_mode" if bypass else "trainer.use_v1") + " leaves out the teacher's pass"
+            why = f"algorithm has none of {sorted(unknown)}" if unknown else why
             raise UserError(f"adv_estimator=rlsd cannot run because {why}.")
     return original(config, *args, **named)
 

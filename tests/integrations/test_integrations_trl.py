@@ -107,6 +107,8 @@ def test_other_releases_are_refused_at_import(host, version, monkeypatch):
     ("rlsd_lambda", 1.5), ("rlsd_reweight_clip_range", -0.1), ("rlsd_delta_source", "now"),
     ("rlsd_lambda_warmup_steps", -1), ("rlsd_lambda_decay_steps", -1), ("teacher_sync_steps", 0),
     ("teacher_ema_rate", 0.0), ("teacher_model_kind", "other"), ("privileged_template", "{prompt}"),
+    ("gradient_tolerance", 1.0), ("gradient_tolerance", -1e-3), ("gradient_tolerance", "a little"),
+    ("gradient_tolerance", float("nan")),
 ])
 def test_bad_options_are_refused(folder, option, value):
     with pytest.raises(ValueError, match=option) as error:

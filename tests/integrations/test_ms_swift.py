@@ -18,6 +18,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 from rlsd.config import UserError  # noqa: E402
 from rlsd.demo import save_model, tiny_model, word_tokenizer  # noqa: E402
+from rlsd.integrations import ms_swift  # noqa: E402
 
 TOLERANCE = 1e-5
 WORDS = ["user", "assistant", "system", "<q>", "<h>", *map(str, range(10))]
@@ -225,6 +226,25 @@ def test_other_losses_run_ms_swifts_formula_on_fused_log_probs(run, name, caplog
     got = assert_parity(run, **{**REUSED, **OWN_FORMULA[name]})
     assert got.trainer.obstacle == name
     assert f"the loss is ms-swift's on them because of {name}." in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "cispo", "epsilon_high": 2.0}],
+                         ids=["one-pass", "formula"])
+def test_gradient_tolerance(run, options, monkeypatch):
+    results = []
+    for tolerance in (0.0, 0.3):
+        monkeypatch.setattr(ms_swift.RLSDGRPOTrainer, "gradient_tolerance", tolerance)
+        results.append(run(max_steps=1, **options))
+    exact, got = (r.gradients[0] for r in results)
+    assert results[0].losses == results[1].losses
+    assert 1e-3 < ((got - exact).norm() / exact.norm()).item() < 0.3
+
+
+def test_a_bad_gradient_tolerance_is_refused(run, monkeypatch):
+    monkeypatch.setattr(ms_swift.RLSDGRPOTrainer, "gradient_tolerance", 1.0)
+    with pytest.raises(ValueError, match="gradient_tolerance must be") as error:
+        run()
+    one_sentence(error)
 
 
 def one_sentence(error):

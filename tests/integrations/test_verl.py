@@ -30,6 +30,7 @@ from transformers import Qwen3ForCausalLM  # noqa: E402
 from verl.trainer.config import CheckpointConfig  # noqa: E402
 from verl.trainer.ppo import core_algos, ray_trainer  # noqa: E402
 from verl.utils import config as verl_config  # noqa: E402
+from verl.utils.model import update_model_config  # noqa: E402
 from verl.workers.config import (  # noqa: E402
     FSDPActorConfig,
     FSDPEngineConfig,
@@ -99,6 +100,21 @@ def test_fused_head_is_verls_torch_backend(options):
     print("parity: relative error of log-probs {:.1e}, entropy {:.1e}, gradient {:.1e}".format(
         *errors))
     assert max(errors) < TOLERANCE and got[0].dtype == got[1].dtype == torch.float32
+
+
+def test_gradient_tolerance():
+    """An entry of the model's override_config, which verl writes into the model's config."""
+    model, ids, upstream = sharp_model(), torch.randint(3, 16, (3, 9)), torch.randn(2, 3, 9)
+    forward, results = dense_common.forward_with_torch_backend, []
+    for tolerance in (0.0, 0.3):
+        update_model_config(model.config, {"rlsd_gradient_tolerance": tolerance})
+        results.append(scored(model, forward, ids, upstream))
+    assert all(torch.equal(*pair) for pair in zip(results[0][:2], results[1][:2], strict=True))
+    assert 1e-3 < relative(results[1][2], results[0][2]) < 0.3
+    update_model_config(model.config, {"rlsd_gradient_tolerance": 1.0})
+    with pytest.raises(ValueError, match="gradient_tolerance must be") as error:
+        scored(model, forward, ids, upstream)
+    one_sentence(error)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

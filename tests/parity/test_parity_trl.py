@@ -3,8 +3,11 @@
 import pytest
 import torch
 import transformers
+from packaging.version import Version
+from peft import PrefixTuningConfig, PromptTuningConfig
+from vision import load_processor, picture, save_qwen3_vl
 
-pytest.importorskip("trl", reason="the TRL integration needs trl: pip install '.[trl]'")
+trl = pytest.importorskip("trl", reason="the TRL integration needs trl: pip install '.[trl]'")
 
 from trl import GRPOTrainer  # noqa: E402
 from trl_runs import OFF, PlainHookA, differences, make, run  # noqa: E402
@@ -82,27 +85,61 @@ def test_options_are_hook_a_in_plain_pytorch(folder, options):
         assert max(history(trainer, "kl")) > 0
 
 
-# What hook B leaves to TRL's own loss, with the reason that is announced.
-FALLBACKS = {
+# Where the loss is TRL's own formula, with the reason that is announced.
+FORMULAS = {
     "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0}, "loss_type='cispo'"),
     "sapo": ({"loss_type": "sapo"}, "loss_type='sapo'"),
+    "vespo": ({"loss_type": "vespo"}, "loss_type='vespo'"),
+    "luspo": ({"loss_type": "luspo", "importance_sampling_level": "sequence"},
+              "loss_type='luspo'"),
+    "luspo-token": ({"loss_type": "luspo"}, "loss_type='luspo'"),
     "sequence": ({"importance_sampling_level": "sequence", "loss_type": "grpo"},
                  "importance_sampling_level"),
+    "sequence-dapo": ({"importance_sampling_level": "sequence"}, "importance_sampling_level"),
     "delta": ({"delta": 1.1, "epsilon_high": 0.28}, "delta=1.1"),
     "kl": ({"beta": 0.3}, "use_bias_correction_kl"),
+    # Of the first tokens of a group, whose context is one, several tie with this quantile.
     "quantile": ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
     "entropy": ({"entropy_coef": 0.1}, "entropy bonus"),
+    "adaptive-entropy": ({"use_adaptive_entropy": True, "entropy_coef": 0.1}, "entropy bonus"),
+    "entropy-quantile": ({"entropy_coef": 0.1, "top_entropy_quantile": 0.4}, "entropy"),
     "off-policy": ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold"),
 }
+HEAD_OF_TRL = Version(trl.__version__) >= Version("1.15")  # before, its passes make the logits
 
 
-@pytest.mark.parametrize("case", FALLBACKS)
-def test_fallback_is_hook_a_and_is_announced(folder, case, caplog):
-    options, reason = FALLBACKS[case]
-    trainer = assert_parity(folder, PlainHookA, **ACCUMULATION["reused"], **options)
-    (said,) = [r.getMessage() for r in caplog.records if "re-weighted advantages" in r.message]
-    assert reason in said and reason in trainer.obstacle
-    assert history(trainer, "rlsd/delta_mean") and history(trainer, "rlsd/weight_mean_pos")
+def forbid(*args):
+    raise AssertionError("TRL's own head ran")
+
+
+@pytest.fixture
+def fused_only(monkeypatch):
+    """Call it: from then on no pass may go through TRL's own head."""
+    if HEAD_OF_TRL:
+        function = trl.trainer.utils._ChunkedLogProbFunction
+        return lambda: monkeypatch.setattr(function, "apply", forbid)
+    return lambda: None
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+@pytest.mark.parametrize(
+    "reference", [pytest.param(GRPOTrainer, marks=pytest.mark.slow), PlainHookA],
+    ids=["grpo", "rlsd"],
+)
+def test_trls_formula_over_the_fused_head(folder, case, reference, caplog, fused_only):
+    options, reason = FORMULAS[case]
+    options = {**ACCUMULATION["reused"], **options, **(OFF if reference is GRPOTrainer else {})}
+    _, want = run(reference, folder, **options)
+    fused_only()
+    caplog.set_level("INFO", "rlsd.integrations.trl")
+    trainer, got = run(RLSDTrainer, folder, **options)
+    loss, gradient = differences(got, want)
+    assert loss < 2e-6 and gradient < 2e-5, (loss, gradient)
+    (said,) = [r for r in caplog.records if "The loss is TRL's formula" in r.message]
+    assert reason in said.getMessage() and reason in trainer.obstacle
+    assert said.levelname == ("INFO" if HEAD_OF_TRL else "WARNING")
+    if reference is PlainHookA:
+        assert history(trainer, "rlsd/delta_mean") and history(trainer, "rlsd/weight_mean_pos")
 
 
 def tiny(name, **config):
@@ -165,6 +202,51 @@ def test_checkpointed_activations(folder, reference):
     assert_parity(folder, reference, gradient_checkpointing=True, **options)
 
 
+@pytest.mark.skipif(not HEAD_OF_TRL, reason="TRL 1.14 makes the logits of old log-probs itself")
+@pytest.mark.parametrize("options", [{}, {"loss_type": "sapo"}], ids=["one-pass", "formula"])
+def test_equal_weights_have_ratio_one_in_bf16(folder, options):
+    """TRL's head rounds logits to bf16: a ratio of its old log-probs to ours would be noise."""
+    options = {**ACCUMULATION["reused"], "max_steps": 1, "bf16": True, "beta": 0.1, **options}
+    trainer, _ = run(RLSDTrainer, folder, use_bias_correction_kl=False, **options)
+    assert abs(history(trainer, "policy_kl")[0]) < 1e-5 and history(trainer, "kl")[0] < 1e-5
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_prompt_learning(folder, kind, loss_type, fused_only):
+    """Virtual tokens lengthen the sequence, or the cache before it."""
+    adapter = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    options = {"more": {"peft_config": adapter}, "loss_type": loss_type, "num_iterations": 2, **OFF}
+    _, want = run(GRPOTrainer, folder, **options)
+    fused_only()
+    trainer, got = run(RLSDTrainer, folder, **options)
+    loss, gradient = differences(got, want)
+    assert loss < 2e-6 and gradient < 2e-5, (loss, gradient)
+    assert (trainer.obstacle is None) == (loss_type == "dapo")
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"loss_type": "sapo"}, {**ACCUMULATION["reused"], "beta": 0.1},
+], ids=["one-pass", "formula", "reused"])
+def test_images(folder, tmp_path, options, fused_only):
+    """A tiny Qwen3-VL; without the picture, or at the wrong position, the loss is another."""
+    save_qwen3_vl(tmp_path)
+    processor = load_processor(tmp_path)
+    processor.tokenizer.padding_side = "left"
+    sizes = [(16, 24), (32, 16), (24, 32), (16, 16)]
+    data = [{"prompt": [{"role": "user", "content": f"w{i} w2"[i % 2 * 3 :]}],
+             "images": [picture(i, *size)]} for i, size in enumerate(2 * sizes)]
+    options = {"data": data, "more": {"processing_class": processor}, "num_iterations": 2,
+               "generation_kwargs": {"suppress_tokens": list(range(42, 64))}, **options, **OFF}
+    model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
+    _, want = run(GRPOTrainer, folder, model=model, **options)
+    fused_only()
+    trainer, got = run(RLSDTrainer, folder, model=model, **options)
+    loss, gradient = differences(got, want)
+    assert loss < 2e-6 and gradient < 2e-5, (loss, gradient)
+    assert (trainer.obstacle is None) == (not {"beta", "loss_type"} & options.keys())
+
+
 def test_bf16_autocast(folder):
     """TRL rounds logits to bf16, the fused loss does not: equal to bf16's precision."""
     assert_parity(folder, GRPOTrainer, bf16=True, loss=2e-2, gradient=5e-2, max_steps=1, **OFF)
@@ -210,6 +292,41 @@ def test_vllm_importance_sampling_ratio(folder, mode, beta):
         results.append(recorder)
     loss, gradient = differences(results[1], results[0])
     assert trainer.obstacle is None and loss < 2e-6 and gradient < 2e-5
+
+
+@pytest.mark.parametrize("ratio", [None, "token", "sequence"])
+@pytest.mark.parametrize("reference", [GRPOTrainer, PlainHookA], ids=["grpo", "rlsd"])
+def test_advantages_of_tokens(folder, reference, ratio):
+    """A subclass may make TRL's (B,) advantages (B, T), with A = 0 at some tokens."""
+    def extra(trainer, output):
+        b, t = output["completion_ids"].shape
+        draw = torch.rand(3, b, t, generator=torch.Generator().manual_seed(0))
+        more = {"advantages": output["advantages"][:, None] * draw[0] * (draw[1] < 0.7)}
+        if ratio:
+            trainer.use_vllm = True  # only now: it would generate with vLLM
+            more["importance_sampling_ratio"] = draw[2] if ratio == "token" else draw[2][:, :1]
+        return more
+
+    results = []
+    for cls in (reference, RLSDTrainer):
+        options = OFF if reference is GRPOTrainer else {}
+        trainer, recorder = make(inject(extra)(cls), folder, max_steps=1, **options)
+        trainer.train()
+        results.append(recorder)
+    loss, gradient = differences(results[1], results[0])
+    assert loss < 2e-6 and gradient < 2e-5, (loss, gradient)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"loss_type": "sapo"}, {"entropy_coef": 0.5},
+], ids=["one-pass", "formula", "entropy"])
+def test_gradient_tolerance(folder, options):
+    """The loss keeps every bit, and the gradient moves, by no more than the tolerance at logits."""
+    tolerance = 0.3
+    runs = [run(RLSDTrainer, folder, max_steps=1, gradient_tolerance=x, **options)[1]
+            for x in (0.0, tolerance)]
+    loss, gradient = differences(runs[1], runs[0])
+    assert loss == 0 and 1e-3 < gradient < tolerance, (loss, gradient)
 
 
 def test_tool_mask(folder):
