@@ -78,6 +78,8 @@ def forwarded(prompts, completions, layout):
 
     prompts: labels of the rows; completions: their tokens.
     """
+    if not prompts:
+        return 0, False
     longest, widest = max(completions), max(n for _, n in prompts)
     alone = len(prompts) * (widest + longest)
     if layout.padding_free:
@@ -94,7 +96,7 @@ def spared(prompts, completions, parts, layout):
     for rows in parts:
         rows = [i for i in rows if prompts[i] is not None]
         own = [prompts[i] for i in rows]
-        if own and forwarded(own, [completions[i] for i in rows], layout)[1]:
+        if forwarded(own, [completions[i] for i in rows], layout)[1]:
             out += [n for (_, n), times in Counter(own).items() for _ in range(times - 1)]
     return out
 
@@ -276,7 +278,7 @@ def micro_batches(contexts, completions, size, max_tokens, layout):
         for prompts in contexts:
             rows = [i for i in part if prompts[i] is not None]
             held = [[values[i] for i in rows] for values in (prompts, completions)]
-            if rows and forwarded(*held, layout)[0] > max_tokens:
+            if forwarded(*held, layout)[0] > max_tokens:
                 return False
         return True
 
