@@ -257,7 +257,8 @@ class Trainer:
                     "prompt_sharing/tokens_saved": sum(map(sum, spared))}
         metrics |= rollout_metrics(rollout, advantages, size, config)
         metrics |= self.clock.metrics(
-            rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows),
+            rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows)
+            - sum(spared[0]),
             self.flops.update(batch, config, spared) / self.processes.size, self.peak_flops,
         )
         if not supervised:

@@ -393,7 +393,18 @@ def mamba2():
     )).eval()
 
 
+def qwen3_5():
+    """Half of its layers are linear attention."""
+    torch.manual_seed(0)
+    return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(
+        **{k: v for k, v in SIZES.items() if k != "bos_token_id"}, head_dim=8,
+        linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+    )).eval()
+
+
 FALL_BACK = {
+    "qwen3.5": (qwen3_5, r"cannot go on from .*are of type linear_attention too\)"),
     "lfm2": (lfm2, r"cannot go on from the keys .*its layers are of type conv too\)"),
     "mamba2": (mamba2, r"computes something else where .*\(hidden states differ by [0-9.]+%"),
 }
