@@ -217,7 +217,7 @@ def sharing(model, layout, share_prompts, log=print):
     if share_prompts == "true":
         raise UserError(f"share_prompts is true, but {said}; set it to auto or false.")
     log(f"Every completion computes its prompt anew, since {said}.")
-    return layout
+    return layout._replace(share_prompts=False)
 
 
 def require_own_positions(model, furthest):

@@ -53,10 +53,15 @@ class _Shared(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        return (
-            torch.cat([self.keys[self.owners], key_states], -2),
-            torch.cat([self.values[self.owners], value_states], -2),
+        return tuple(
+            torch.cat([self._of_rows(kept), new], -2)
+            for kept, new in ((self.keys, key_states), (self.values, value_states))
         )
+
+    def _of_rows(self, kept):
+        if len(kept) == 1:  # a view: a third of the time of an index, and its backward is a sum
+            return kept.expand(len(self.owners), *kept.shape[1:])
+        return kept[self.owners]
 
 
 def labels(prompts, images):

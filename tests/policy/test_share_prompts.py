@@ -20,10 +20,13 @@ from families import (
     right_pad,
     sequences,
 )
+from runs import WORDS, options
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlsd.policy.packing
 from rlsd import TrainConfig, UserError
+from rlsd.config import make_config
+from rlsd.demo import save_model, word_tokenizer
 from rlsd.policy.models import (
     STUDENT,
     Flops,
@@ -46,6 +49,7 @@ from rlsd.policy.update import (
     teacher_hidden,
     teacher_inputs,
 )
+from rlsd.trainer import Trainer
 from rlsd_kernels import RLSDLossConfig, aggregation_weights
 
 PADDED, SHARED = Layout(PAD), Layout(PAD, share_prompts=True)
@@ -460,6 +464,19 @@ def test_a_policy_says_that_it_shares():
     for wrong in ("yes", 1, None):
         with pytest.raises(UserError, match="^share_prompts must be "):
             TrainConfig(share_prompts=wrong)
+
+
+def test_an_external_teacher_that_cannot_share_keeps_both_from_it(tmp_path):
+    said = []
+    config = options(tmp_path, objective="opd", teacher_model_name_or_path=str(tmp_path / "conv"))
+    save_model(lfm2(), word_tokenizer(WORDS), tmp_path / "conv")
+    trainer = Trainer(make_config(config), log=said.append)
+    assert not trainer.policy.layout.share_prompts and "Lfm2ForCausalLM cannot go on" in said[-1]
+    trained = trainer.train_step(1)[0]
+    assert trained["prompt_sharing/tokens_saved"] == 0 and trained["grad_norm"] > 0
+    config["output_dir"] += "-true"
+    with pytest.raises(UserError, match="^share_prompts is true, but Lfm2ForCausalLM cannot go on"):
+        Trainer(make_config(config | {"share_prompts": "true"}), log=said.append)
 
 
 if __name__ == "__main__":
