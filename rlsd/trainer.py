@@ -98,9 +98,7 @@ class Trainer:
         weights = str(resume_from or config.model_name_or_path)
         self.tokenizer = checkpoint.load_tokenizer(weights)
         self.processor = checkpoint.load_processor(weights)
-        self.rows, self.held_out = load_data(
-            config, self.tokenizer, told, self.processor
-        )
+        self.rows, self.held_out = load_data(config, self.tokenizer, told, self.processor)
         rows = [*self.rows, *self.held_out]
         self.processes.once(lambda: rewards.require_scorable(self.reward_funcs, rows))
         self.questions = config.generation_batch_size // config.num_generations
