@@ -239,8 +239,8 @@ def plot(results, path):
                     (row["cell"][3], ratios(row, key)["shared"]) for row in grid
                     if tuple(row["cell"][1:3]) == (prompt, completion)
                 )
-                axis.plot(*zip(*line, strict=True), style, color=f"C{k}", marker="o",
-                          label=f"prompt {prompt}, completion {completion}") if line else None
+                axis.plot([g for g, _ in line], [x for _, x in line], style, color=f"C{k}",
+                          marker="o", label=f"prompt {prompt}, completion {completion}")
         axis.axhline(1, color="0.6", linewidth=1)
         axis.set(title=f"{title} of an update", xlabel="completions per prompt",
                  xticks=[4, 8, 16])
