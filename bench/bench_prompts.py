@@ -206,7 +206,8 @@ def table(results):
     lines = [
         f"One update of a group, fp32, {about['threads']} thread, hint {HINT}; processor time, "
         f"median of {results['rounds']} interleaved rounds; x: to padded in the same rounds. Load "
-        f"of the machine before: {about['load_before']} on {about['cores']} cores.", "",
+        f"of the machine before: {about['load_before']} on {about['cores']} cores. Peak memory is "
+        "what an update needs beyond the weights.", "",
         "| model | prompt | completion | G | padded, ms | packed, x | shared, x | block mask, x | "
         "padded, peak MiB | packed, x | shared, x | block mask, x |",
         "|---|" + "--:|" * 11,
