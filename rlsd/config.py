@@ -282,6 +282,10 @@ class TrainConfig:
     padding_free: bool = option(
         False, "pack a micro-batch into one row; wants flash attention, or short rows under SDPA"
     )
+    share_prompts: str = option(
+        "auto", "compute a group's prompt once, in student and teacher: auto, where the model "
+        "proves to give the same", choices=("auto", "true", "false"),
+    )
     gradient_checkpointing: bool = option(False, "recompute layers in backward: memory for time")
     router_aux_loss_coef: float | None = option(
         None, "weight of the experts' load-balancing loss; default: the model's, if it puts it out"
@@ -600,6 +604,8 @@ def _coerce(name, value, hint):
             pass
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, bool) and str(value).lower() in _CHOICES.get(name, ()):  # YAML's true
+        return str(value).lower()
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{name} must not contain a null byte, but got {_shown(value)}.")
     nan = isinstance(value, float) and math.isnan(value)

@@ -28,8 +28,8 @@ from .policy.models import (
     load_student,
     open_policy,
     peak_flops,
+    sharing,
 )
-from .policy.packing import micro_batches
 from .policy.teacher import Teacher, teacher_of
 from .policy.update import (
     Passed,
@@ -80,6 +80,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, reward_funcs=None, resume_from=None, log=print):
         self.config, self.processes = config, Processes(config)
+        told = log if self.processes.main else lambda *_: None
         for name in ("model_name_or_path", "train_dataset"):
             if not getattr(config, name):
                 raise UserError(f"{name} is not set; give it in the config or as --{name}.")
@@ -96,9 +97,7 @@ class Trainer:
         weights = str(resume_from or config.model_name_or_path)
         self.tokenizer = checkpoint.load_tokenizer(weights)
         self.processor = checkpoint.load_processor(weights)
-        self.rows, self.held_out = load_data(
-            config, self.tokenizer, log if self.processes.main else lambda *_: None, self.processor
-        )
+        self.rows, self.held_out = load_data(config, self.tokenizer, told, self.processor)
         rows = [*self.rows, *self.held_out]
         self.processes.once(lambda: rewards.require_scorable(self.reward_funcs, rows))
         self.questions = config.generation_batch_size // config.num_generations
@@ -106,7 +105,10 @@ class Trainer:
         self.processes.require_room_for(self.questions, rows)
         self.model = load_student(config, weights, resuming=resume_from is not None)
         self.weights = MasterWeights(self.model, config.bf16)
-        self.policy = open_policy(self.model, self.tokenizer.pad_token_id, config)
+        self.policy = open_policy(
+            self.model, self.tokenizer.pad_token_id, config, uniform=self.processes.sharded,
+            log=told,
+        )
         require_room(self.model, rows, config)
         self.sample = choose_sampler(self.model, self.tokenizer, config, self.processes, log)
         self.flops, shard = Flops(self.model), self.processes.shard
@@ -116,6 +118,10 @@ class Trainer:
         self.teacher = teacher_of(config, self.policy, self.tokenizer, shard)
         if config.teacher_model_name_or_path:
             require_room(self.teacher.model, self.rows, config)
+            if self.policy.layout.share_prompts:
+                self.policy = self.policy._replace(layout=sharing(
+                    self.teacher.model, self.policy.layout, config.share_prompts, told
+                ))
         self.reference = Teacher(self.model, "base", shard=shard) if config.beta > 0 else None
         if config.gradient_checkpointing:  # after the copies: they never see a backward pass
             checkpoint_layers(self.model)
@@ -243,11 +249,16 @@ class Trainer:
         if self.teacher:
             self.teacher.after_step(step)
 
-        metrics |= noted | {"live_sequences": len(live), "time/update": time.monotonic() - rolled}
+        spared = batch.spared(config, self.policy.layout)
+        metrics |= noted | {
+            "live_sequences": len(live), "time/update": time.monotonic() - rolled,
+            "prompt_sharing/tokens_saved": sum(map(sum, spared)),
+        }
         metrics |= rollout_metrics(rollout, advantages, size, config)
         metrics |= self.clock.metrics(
-            rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows),
-            self.flops.update(batch, config) / self.processes.size, self.peak_flops,
+            rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows)
+            - sum(spared[0]),
+            self.flops.update(batch, config, spared) / self.processes.size, self.peak_flops,
         )
         if not supervised:
             metrics |= rewards.reward_metrics(self.reward_funcs, rollout.rewards_per_func)
@@ -282,11 +293,7 @@ class Trainer:
 
     def _micro_batches(self, batch):
         """This process's: lists of sequences, [] where it only keeps the others company."""
-        config = self.config
-        return self.processes.deal(micro_batches(
-            batch.lengths(), config.per_device_train_batch_size,
-            config.max_tokens_per_micro_batch, config.padding_free,
-        ))
+        return self.processes.deal(batch.micro_batches(self.config, self.policy.layout))
 
     def update(self, batch, step):
         """num_iterations optimizer steps on a batch; returns (metrics, outputs of the first).

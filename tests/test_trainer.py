@@ -80,6 +80,8 @@ CASES = {
     "negative-only-iterations-2": {"rlsd_negative_only": True, "num_iterations": 2},
     "masked-truncated": {"mask_truncated_completions": True},
     "masked-truncated-grpo": {"mask_truncated_completions": True, "loss_type": "grpo"},
+    "unshared-prompts": {"share_prompts": "false"},
+    "shared-prompts-micro-batches": {"share_prompts": "true", "per_device_train_batch_size": 3},
     "weight-decay-micro-batches": {"weight_decay": 0.1, "per_device_train_batch_size": 3},
     "padding-free": {"padding_free": True, "per_device_train_batch_size": 5},
     "padding-free-tokens": {"padding_free": True, "max_tokens_per_micro_batch": 50, "beta": 0.1},
@@ -192,7 +194,7 @@ def test_no_teacher_forward_after_lambda_has_decayed(tmp_path):
         calls.clear()
         trainer.train_step(step)
         counts.append(len(calls))
-    assert counts == [1, 0, 0]
+    assert counts == [2, 0, 0]  # over prompts and over completions
     assert [m["rlsd/effective_lambda"] for m in metrics] == [0.25, 0.0, 0.0]
 
 
@@ -215,7 +217,7 @@ def test_teacher_scores_only_blamed_sequences_when_negative_only(tmp_path, monke
     )
     run_steps(trainer, 1)
     groups = rollouts[0].rewards.view(-1, 4)
-    assert sizes == [(groups < groups.mean(1, keepdim=True)).sum()]
+    assert sizes[-1] == (groups < groups.mean(1, keepdim=True)).sum()  # after their prompts
 
 
 @pytest.mark.parametrize("changed", [{"objective": "grpo"}, {"rlsd_lambda": 0.0}],

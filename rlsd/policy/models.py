@@ -21,7 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 from ..config import UserError
 from . import checkpoint
 from .distributed import placed
-from .packing import Layout, completion_hidden, hidden_states
+from .packing import Layout, completion_hidden, hidden_states, sharing_refusal
 
 STUDENT, TEACHER = "default", "teacher"  # names of the LoRA adapters; "default" is peft's
 # Largest relative deviation of a pass from the model's own: one order of GEMMs against another.
@@ -49,12 +49,15 @@ class Policy(NamedTuple):
     router: "Router | None" = None
 
 
-def open_policy(model, pad_id, config):
-    """The Policy of a model; raises UserError where it computes something else than it promises."""
-    policy = Policy(
-        model, head_of(model), layout_of(model, pad_id, config.padding_free),
-        router_of(model, config.router_aux_loss_coef),
-    )
+def open_policy(model, pad_id, config, *, uniform=False, log=print):
+    """The Policy of a model; raises UserError where it computes something else than it promises.
+
+    uniform: Layout's. log: gets one line where prompts cannot be shared.
+    """
+    head = head_of(model)
+    layout = layout_of(model, pad_id, config.padding_free)._replace(uniform=uniform)
+    layout = sharing(model, layout, config.share_prompts, log)
+    policy = Policy(model, head, layout, router_of(model, config.router_aux_loss_coef))
     open_forward(model)
     return policy
 
@@ -197,6 +200,24 @@ def require_layout(model, layout):
                        "train with per_device_train_batch_size 1 is not enough, since prompts are "
                        "sampled in padded batches; choose another model.")
                 )
+
+
+def sharing(model, layout, share_prompts, log=print):
+    """The layout, with prompts shared if that is wanted and the model proves to compute the same.
+
+    share_prompts: auto, which logs one line where it does not; true, which raises UserError; false.
+    """
+    if share_prompts == "false":
+        return layout
+    with _eval_mode(model):
+        reason = sharing_refusal(model, layout, _tolerance(model.dtype))
+    if reason is None:
+        return layout._replace(share_prompts=True)
+    said = f"{type(model).__name__} {reason}"
+    if share_prompts == "true":
+        raise UserError(f"share_prompts is true, but {said}; set it to auto or false.")
+    log(f"Every completion computes its prompt anew, since {said}.")
+    return layout._replace(share_prompts=False)
 
 
 def require_own_positions(model, furthest):
@@ -456,15 +477,18 @@ class Router(NamedTuple):
     top_k: int
 
     def sums(self, recorded):
-        """(tokens sent, probabilities, tokens), summed over [(logits per layer, mask), ...]."""
+        """(tokens sent, probabilities, tokens), summed over [(logits per layer, how often), ...].
+
+        How often: (tokens,) in the batch, where a shared prompt counts for each of its rows.
+        """
         sent = probabilities = tokens = 0.0
-        for layers, mask in recorded:
+        for layers, times in recorded:
             for logits in layers:
                 probs = logits.softmax(-1)
                 chosen = torch.zeros_like(probs).scatter_(1, probs.topk(self.top_k).indices, 1.0)
-                sent = sent + chosen[mask].float().sum(0)
-                probabilities = probabilities + probs[mask].float().sum(0)
-                tokens = tokens + mask.sum()
+                sent = sent + (chosen.float() * times[:, None]).sum(0)
+                probabilities = probabilities + (probs.float() * times[:, None]).sum(0)
+                tokens = tokens + times.sum()
         return sent.detach(), probabilities, tokens
 
     def loss(self, recorded, totals=None):
@@ -528,16 +552,20 @@ class Flops:
         trunk = sum(self.per_token * n + self.per_pair * n * n for n in lengths)
         return trunk + self.head * completion_tokens
 
-    def update(self, batch, config):
-        """Of all passes of an update; an external teacher counts as if it were the student."""
+    def update(self, batch, config, spared=((), ())):
+        """Of all passes of an update; an external teacher counts as if it were the student.
+
+        spared: Batch.spared.
+        """
         tokens = batch.mask.sum(1).tolist()
         lengths = [len(p) + n for p, n in zip(batch.prompts, tokens, strict=True)]
         hinted = [(len(p), n) for p, n in zip(batch.teacher_prompts, tokens, strict=True) if p]
         student = (
-            self.scoring(lengths, 0) * (1 + self.backward)
+            (self.scoring(lengths, 0) - self.scoring(spared[0], 0)) * (1 + self.backward)
             + self.head * sum(tokens) * (1 + self.head_backward)
         )
         teacher = self.scoring([p + n for p, n in hinted], sum(n for _, n in hinted))
+        teacher -= self.scoring(spared[1], 0)
         again = config.teacher_model_kind == "live" or config.method.distils
         passes = config.num_iterations if again else 1
         hints = batch.hints or [()] * len(tokens)

@@ -2,15 +2,24 @@
 
 Padded: prompts end and completions begin at one column, in the student's and the teacher's context.
 Padding-free: one row of all tokens; positions that start again at 0 mark the borders, by which
-transformers gives flash attention its cu_seqlens and SDPA a block-diagonal mask. Both give the same
-hidden states to rounding; SDPA then spends on masked pairs what it saves on padding.
+transformers gives flash attention its cu_seqlens and SDPA a block-diagonal mask. SDPA then spends
+on masked pairs what it saves on padding. Shared: rows with the same prompt, a group's in either
+context, compute it once; its keys and values go to their completions, and gradients back through
+them. Of G (P + T) tokens P + G T remain. All give the same hidden states to rounding.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from ..tasks.images import image_inputs
+from .checkpoint import reason
+
+# Layers whose whole state of a prompt is its keys and values, by transformers' names.
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class Layout(NamedTuple):
@@ -19,6 +28,82 @@ class Layout(NamedTuple):
     pad_id: int
     padding_free: bool = False
     image_token_id: int | None = None  # of models that take images
+    share_prompts: bool = False
+    uniform: bool = False  # all passes alike, as FSDP2 needs: share where no prompt repeats too
+
+
+class _Kept(DynamicLayer):
+    """A layer of the pass over prompts: keys and values stay as they are."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:  # recomputed in backward, they would keep that graph alive
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+
+class _Shared(DynamicLayer):
+    """A layer of the pass over completions: each row's come behind those of its prompt.
+
+    Nothing is stored, so that recomputation sees what the first pass saw.
+    """
+
+    def __init__(self, kept, owners):
+        super().__init__()
+        self.keys, self.values, self.owners = kept.keys, kept.values, owners
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return tuple(
+            torch.cat([self._of_rows(kept), new], -2)
+            for kept, new in ((self.keys, key_states), (self.values, value_states))
+        )
+
+    def _of_rows(self, kept):
+        if len(kept) == 1:  # a view; an index takes three times as long, backward too
+            return kept.expand(len(self.owners), *kept.shape[1:])
+        return kept[self.owners]
+
+
+def labels(prompts, images):
+    """(row where it stands first, tokens) of each prompt, None where there is none.
+
+    Equal are equal tokens with the same images, so a group's prompts have one label.
+    """
+    first = {}
+    return [
+        None if prompt is None else (
+            first.setdefault((tuple(prompt), None if picture is None else id(picture)), i),
+            len(prompt),
+        ) for i, (prompt, picture) in enumerate(zip(prompts, images, strict=True))
+    ]
+
+
+def forwarded(prompts, completions, layout):
+    """(tokens that a pass over rows holds, whether it shares prompts to hold no more).
+
+    prompts: labels of the rows; completions: their tokens.
+    """
+    if not prompts:
+        return 0, False
+    longest, widest = max(completions), max(n for _, n in prompts)
+    alone = len(prompts) * (widest + longest)
+    if layout.padding_free:
+        alone = sum(completions) + sum(n for _, n in prompts)
+    shared = len(set(prompts)) * widest + len(prompts) * longest
+    if layout.share_prompts and (layout.uniform or shared < alone):
+        return shared, True
+    return alone, False
+
+
+def spared(prompts, completions, parts, layout):
+    """Lengths of the prompts that passes over parts (index lists) need not forward again."""
+    out = []
+    for rows in parts:
+        rows = [i for i in rows if prompts[i] is not None]
+        own = [prompts[i] for i in rows]
+        if forwarded(own, [completions[i] for i in rows], layout)[1]:
+            out += [n for (_, n), times in Counter(own).items() for _ in range(times - 1)]
+    return out
 
 
 def left_pad(sequences, pad_id, device):
@@ -42,10 +127,13 @@ def hidden_states(model, input_ids, attention_mask, **extra):
 
 
 def _image_positions(model, ids, real, positions, inputs):
-    """(4, B, L): where a token stands in the text, and its time, height and width in M-RoPE."""
+    """(4, B, L): where a token stands in the text, and its time, height and width in M-RoPE.
+
+    With them (B, 1): by how much later text is ahead of its place.
+    """
     grid = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
-    rotary, _ = model.base_model.get_rope_index(ids, attention_mask=real.long(), **grid)
-    return torch.cat([positions[None], rotary])
+    rotary, ahead = model.base_model.get_rope_index(ids, attention_mask=real.long(), **grid)
+    return torch.cat([positions[None], rotary]), ahead.view(-1, 1)
 
 
 def completion_hidden(
@@ -55,17 +143,27 @@ def completion_hidden(
 
     Completion ids are taken as they are, never re-tokenised. images: PromptImages or None of each
     prompt. router_logits: a list that gets, of a mixture of experts, ((tokens, experts) of each
-    layer, (tokens,) mask of the real ones).
+    layer, (tokens,) how often each stands in the batch, 0 for padding) of each pass.
     """
+    images, width = images or [None] * len(prompts), completion_ids.shape[1]
+    if layout.share_prompts and width:
+        known, counts = labels(prompts, images), mask.sum(1).tolist()
+        if forwarded(known, counts, layout)[1]:
+            first = sorted({row for row, _ in known})
+            owners = torch.tensor([first.index(row) for row, _ in known], device=mask.device)
+            return _shared_hidden(
+                model, [prompts[i] for i in first], owners, completion_ids, mask, layout,
+                [images[i] for i in first], router_logits,
+            )
     prompt_ids, prompt_mask = left_pad(prompts, layout.pad_id, completion_ids.device)
     ids = torch.cat([prompt_ids, completion_ids], 1)
     real = torch.cat([prompt_mask.bool(), mask], 1)
-    start, width = prompt_ids.shape[1] - 1, completion_ids.shape[1]
+    start = prompt_ids.shape[1] - 1
     positions = (real.cumsum(1) - 1).clamp(min=0)
     extra = {} if router_logits is None else {"output_router_logits": True}
-    if images is not None and any(images):
+    if any(images):
         inputs = image_inputs(images, ids, layout.image_token_id)
-        positions = _image_positions(model, ids, real, positions, inputs)
+        positions, _ = _image_positions(model, ids, real, positions, inputs)
         extra |= inputs
     if not layout.padding_free:
         out = hidden_states(model, ids, real.long(), position_ids=positions, **extra)
@@ -84,23 +182,125 @@ def completion_hidden(
     return hidden
 
 
-def micro_batches(lengths, size, max_tokens, padding_free):
+def _shared_hidden(model, prompts, owners, completion_ids, mask, layout, images, router_logits):
+    """completion_hidden in two passes, over distinct prompts and over completions.
+
+    owners: (B,) the prompt of each completion.
+    """
+    prompt_ids, real = left_pad(prompts, layout.pad_id, completion_ids.device)
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    later = real.sum(1)[owners, None] + (mask.cumsum(1) - 1).clamp(min=0)
+    extra = {} if router_logits is None else {"output_router_logits": True}
+    inputs = {}
+    if any(images):
+        inputs = image_inputs(images, prompt_ids, layout.image_token_id)
+        positions, ahead = _image_positions(model, prompt_ids, real, positions, inputs)
+        later = torch.stack([later, *[later + ahead[owners]] * 3])
+    kept = Cache(layer_class_to_replicate=_Kept)
+    before = hidden_states(
+        model, prompt_ids, real, position_ids=positions, past_key_values=kept, **extra, **inputs
+    )
+    after = hidden_states(
+        model, completion_ids, torch.cat([real[owners], mask.long()], 1), position_ids=later,
+        past_key_values=Cache(layers=[_Shared(layer, owners) for layer in kept.layers]), **extra,
+    )
+    if router_logits is not None:
+        times = owners.bincount(minlength=len(prompts))[:, None] * real
+        router_logits += [
+            (before.router_logits, times.flatten()), (after.router_logits, mask.flatten())
+        ]
+    last = before.last_hidden_state[owners, -1:]
+    return torch.cat([last, after.last_hidden_state[:, :-1]], 1)
+
+
+def sharing_refusal(model, layout, tolerance):
+    """Why completions cannot share the pass over their prompt, or None; the model is in eval mode.
+
+    Hidden states of a group, and gradients at its embedded tokens, must be those of whole rows but
+    for a relative error of tolerance.
+    """
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    ids = torch.tensor([[5, 6, 7], [4, 3, 0], [6, 3, 5]], device=device)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]], device=device).bool()
+    prompts, owners = [[7, 6, 5, 4, 3]] * 2 + [[3, 4]], torch.tensor([0, 0, 1], device=device)
+
+    def outcome(share):
+        """Hidden states, and gradients of the tokens of (two prompts, completions)."""
+        seen = []
+
+        def noted(module, args, out):
+            seen.append(out.detach().requires_grad_())
+            return seen[-1]
+
+        hook = embedding.register_forward_hook(noted)
+        try:
+            with torch.enable_grad():
+                hidden = completion_hidden(model, prompts, ids, mask, layout._replace(
+                    padding_free=False, share_prompts=share, uniform=False
+                ))
+                along = torch.linspace(-1, 1, hidden[mask].numel(), device=device)
+                loss = (hidden[mask].float() * along.view_as(hidden[mask])).sum()
+                found = torch.autograd.grad(loss, seen)
+        finally:
+            hook.remove()
+        if not share:
+            whole = found[0].float()
+            sums = whole.new_zeros(2, 5, whole.shape[-1]).index_add_(0, owners, whole[:, :5])
+            found = sums, whole[:, 5:]
+        return hidden[mask].detach().float(), torch.cat([g.float().flatten() for g in found])
+
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    other = sorted({kind for kind in kinds if kind not in ATTENTION})
+    why = f"; its layers are of type {', '.join(other)} too" if other else ""
+    try:
+        for what, got, want in zip(
+            ("hidden states", "gradients"), outcome(True), outcome(False), strict=True
+        ):
+            error = ((got - want).norm() / want.norm()).item()
+            if not error <= tolerance:
+                return (f"computes something else where completions share a prompt ({what} differ "
+                        f"by {error:.1%}{why})")
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
+        said = f"{type(error).__name__}: {reason(error)}{why}"
+        return f"cannot go on from the keys and values of a prompt ({said})"
+    return None
+
+
+def micro_batches(contexts, completions, size, max_tokens, layout):
     """Index lists that cover all sequences: `size` each, or by the tokens that a pass holds.
 
-    lengths: (prompt, completion) tokens of each sequence. With max_tokens, sequences of like length
-    come together, padding counts unless there is none, and a longer sequence goes alone.
+    contexts: labels of the prompts of each pass, the student's first; completions: tokens. With
+    max_tokens, sequences of like length come together, padding counts unless there is none, and a
+    longer sequence goes alone. Sequences that share a prompt stay together where they fit.
     """
-    if max_tokens is None:
-        return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
-    parts, room = [], 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-sum(lengths[i]), i)):
-        if parts:
-            trial = [lengths[k] for k in [*parts[-1], i]]
-            room = max_tokens - (
-                sum(map(sum, trial)) if padding_free
-                else len(trial) * sum(max(column) for column in zip(*trial, strict=True))
-            )
-        if not parts or room < 0:
-            parts.append([])
-        parts[-1].append(i)
+    def fits(part):
+        if max_tokens is None or len(part) == 1:
+            return len(part) <= size or max_tokens is not None
+        for prompts in contexts:
+            rows = [i for i in part if prompts[i] is not None]
+            held = [[values[i] for i in rows] for values in (prompts, completions)]
+            if forwarded(*held, layout)[0] > max_tokens:
+                return False
+        return True
+
+    order = list(range(len(completions)))
+    if max_tokens is not None:
+        longest = [
+            max(prompt[1] for prompt in own if prompt) for own in zip(*contexts, strict=True)
+        ]
+        order.sort(key=lambda i: (-longest[i] - completions[i], i))
+    groups = {}
+    for i in order:
+        groups.setdefault(contexts[0][i] if layout.share_prompts else i, []).append(i)
+    parts = []
+    for group in groups.values():
+        for rows in [group] if fits(group) else [[i] for i in group]:
+            if parts and fits([*parts[-1], *rows]):
+                parts[-1] += rows
+            else:
+                parts.append(rows)
     return parts

@@ -30,7 +30,7 @@ from .advantages import (
     rlcsd_loss_weights,
 )
 from .hints import contrast_hints, teacher_prompts, weighed
-from .packing import completion_hidden
+from .packing import completion_hidden, labels, micro_batches, spared
 
 # Largest deviation from fp64 that each input dtype may show at small logits: log-probs absolute,
 # gradients relative in the Frobenius norm (the precision contract).
@@ -65,13 +65,23 @@ class Batch(NamedTuple):
     hints: list | None = None  # prompts that a contrast reads, [correct, wrong, ..] of each, or []
     a_hat: torch.Tensor | None = None  # where it is known before the loss, which has lambda 0 then
 
-    def lengths(self):
-        """(longest prompt, completion) tokens of each sequence."""
-        longest = [
-            max(len(prompt), len(hinted or ()))
-            for prompt, hinted in zip(self.prompts, self.teacher_prompts, strict=True)
-        ]
-        return list(zip(longest, self.mask.sum(1).tolist(), strict=True))
+    def contexts(self):
+        """([labels of the student's prompts, of the teacher's], tokens of the completions)."""
+        prompts = [labels(own, self.images) for own in (self.prompts, self.teacher_prompts)]
+        return prompts, self.mask.sum(1).tolist()
+
+    def micro_batches(self, config, layout):
+        """Those of all processes."""
+        return micro_batches(
+            *self.contexts(), config.per_device_train_batch_size,
+            config.max_tokens_per_micro_batch, layout,
+        )
+
+    def spared(self, config, layout):
+        """[Lengths of prompts that the student's, the teacher's passes need not forward again]."""
+        prompts, completions = self.contexts()
+        parts = self.micro_batches(config, layout)
+        return [spared(own, completions, parts, layout) for own in prompts]
 
     def under_hints(self):
         """(Batch of every sequence after every hint of it, its sequence, its place in hints).

@@ -8,6 +8,7 @@ says with what log-prob it drew every token, which the trainer compares with its
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     MinPLogitsWarper,
@@ -204,11 +206,29 @@ def _sampling(model):
         model.train(training)
 
 
+def _prefilled(model, ids, mask):
+    """A cache of all but the last token of left-padded rows, equal ones computed once, or None."""
+    rows, owners = torch.cat([ids, mask], 1).unique(dim=0, return_inverse=True)
+    if len(rows) == len(ids) or ids.shape[1] == 1:
+        return None
+    ids, seen = rows[:, : ids.shape[1] - 1], rows[:, ids.shape[1] : -1]
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(
+        input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True,
+        position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+        **{"logits_to_keep": 1} if model._supports_logits_to_keep() else {},
+    )
+    cache.batch_select_indices(owners)
+    return cache
+
+
 @torch.no_grad()
-def generate(model, tokenizer, prompts, config, *, images=None, greedy=False):
+def generate(model, tokenizer, prompts, config, *, images=None, greedy=False, share=True):
     """Samples of one completion per prompt (token lists), by the model's own generate.
 
     images: PromptImages or None of each prompt. Placeholders of images are never sampled.
+    share: equal prompts of a batch are computed once, if share_prompts allows it (by a model that
+    takes no images, whose rotary positions depend on what it saw before).
     """
     ends, placeholders = eos_ids(model, tokenizer), placeholders_of(model)
     pad_id = tokenizer.pad_token_id
@@ -225,6 +245,8 @@ def generate(model, tokenizer, prompts, config, *, images=None, greedy=False):
                 extra = {"suppress_tokens": placeholders} if placeholders else {}
                 if any(seen):
                     extra |= image_inputs(seen, ids, placeholders[0])
+                elif share and not placeholders and config.share_prompts != "false":
+                    extra["past_key_values"] = _prefilled(model, ids, mask)
                 drawn, watch = DrawnLogProbs(), []
                 if bar is not None:
                     watch = [Watch(bar, ends, ids.shape[1], config.max_completion_length)]
@@ -356,9 +378,9 @@ def sampler_refusal(sample, model, tokenizer, config, *, limit=None):
     device, rows = model.device, len(model.get_output_embeddings().weight)
     # What the filters keep hangs on rounding where probabilities are close; the passes must agree.
     trial = dataclasses.replace(
-        config.unfiltered(), max_completion_length=4, rollout_batch_size=4
+        config.unfiltered(), max_completion_length=4, rollout_batch_size=6
     )
-    prompts = [[3, 4, 5], [6], [7, 6, 5, 4, 3, 7], [4, 3]]
+    prompts = [[3, 4, 5], [6], [7, 6, 5, 4, 3, 7], [4, 3], [3, 4, 5], [4, 3]]
     prompts = [[token % rows for token in prompt] for prompt in prompts]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -455,7 +477,12 @@ def choose_sampler(model, tokenizer, config, processes, log=print):
         why_not = f", as continuous batching cannot: {reason}"
     if on_gpu or wanted is not None:  # elsewhere there was nothing to choose
         log(f"Sampling by the model's own generate{why_not}.")
-    if reason := sampler_refusal(generate, model, tokenizer, config):
+    reason = sampler_refusal(generate, model, tokenizer, config)
+    alone = functools.partial(generate, share=False)
+    if reason and not sampler_refusal(alone, model, tokenizer, config):
+        log(f"Sampling computes a group's prompt for every completion: {reason}.")
+        return alone
+    if reason:
         raise UserError(
             f"{type(model).__name__} cannot be sampled from by its own generate ({reason}); choose "
             "another attn_implementation or model."

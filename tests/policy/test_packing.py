@@ -79,28 +79,34 @@ def test_left_pad():
     assert mask.tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1]]
 
 
+def cut(lengths, size, budget, layout):
+    """micro_batches of (prompt, completion) lengths, all prompts different."""
+    own = [(i, prompt) for i, (prompt, _) in enumerate(lengths)]
+    return micro_batches([own], [n for _, n in lengths], size, budget, layout)
+
+
 def test_micro_batches_of_so_many_sequences_keep_the_order():
     lengths = [(3, 1)] * 5
-    assert micro_batches(lengths, 2, None, False) == [[0, 1], [2, 3], [4]]
-    assert micro_batches([], 2, None, False) == micro_batches([], 2, 9, True) == []
+    assert cut(lengths, 2, None, LAYOUTS["padded"]) == [[0, 1], [2, 3], [4]]
+    assert cut([], 2, None, LAYOUTS["padded"]) == cut([], 2, 9, LAYOUTS["packed"]) == []
 
 
-def cost(part, lengths, padding_free):
+def cost(part, lengths, layout):
     rows = [lengths[i] for i in part]
-    if padding_free:
+    if layout.padding_free:
         return sum(map(sum, rows))
     return len(rows) * (max(p for p, _ in rows) + max(c for _, c in rows))
 
 
-@pytest.mark.parametrize("padding_free", [False, True], ids=LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [1, 20, 57, 10_000])
-def test_micro_batches_by_tokens_cover_all_within_the_budget(budget, padding_free):
-    rng = torch.Generator().manual_seed(1)
+def test_micro_batches_by_tokens_cover_all_within_the_budget(budget, layout):
+    rng, layout = torch.Generator().manual_seed(1), LAYOUTS[layout]
     lengths = [tuple(x) for x in torch.randint(1, 20, (40, 2), generator=rng).tolist()]
-    parts = micro_batches(lengths, 8, budget, padding_free)
+    parts = cut(lengths, 8, budget, layout)
     assert sorted(i for part in parts for i in part) == list(range(40))
     for part in parts:
-        assert len(part) == 1 or cost(part, lengths, padding_free) <= budget
+        assert len(part) == 1 or cost(part, lengths, layout) <= budget
     if budget == 10_000:
         assert len(parts) == 1
     if budget == 57:  # like lengths come together: far fewer parts than one sequence each

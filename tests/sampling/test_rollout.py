@@ -260,6 +260,38 @@ def test_greedy_ignores_the_models_own_generation_config():
     assert torch.equal(generate(model, TOKENIZER, prompts, config(), greedy=True)[0], want)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_groups_prompt_is_prefilled_once_and_the_same_tokens_are_drawn(family):
+    model, own = build(family), sequences([5, 12, 1])
+    prompts, drawn, seen = [own[i] for i in (0, 0, 1, 1, 1, 2)], [], []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: seen.append(tuple(args[0].shape))
+    )
+    for choice in ("false", "auto"):
+        torch.manual_seed(3)
+        drawn.append(generate(model, TOKENIZER, prompts, config(
+            share_prompts=choice, temperature=2.0, max_completion_length=9,
+        )))
+    (ids, mask, _, want), (again, _, _, got) = drawn
+    assert torch.equal(again, ids) and torch.allclose(got, want, atol=1e-4)
+    assert seen[0] == (6, 12) and seen[len(seen) // 2 : len(seen) // 2 + 2] == [(3, 11), (6, 1)]
+    assert len(set(map(tuple, ids[2:5].tolist()))) == 3
+
+
+def test_a_cache_that_cannot_be_shared_is_said_and_not_used(qwen, monkeypatch):
+    real, lines = transformers.DynamicCache.batch_select_indices, []
+
+    def wrong(self, indices):
+        return real(self, indices.flip(0))
+
+    monkeypatch.setattr(transformers.DynamicCache, "batch_select_indices", wrong)
+    sample = choose_sampler(qwen, TOKENIZER, config(), ONE, lines.append)
+    assert sample.func is generate and sample.keywords == {"share": False}
+    (line,) = lines
+    assert line.startswith("Sampling computes a group's prompt for every completion: its log-probs")
+    assert choose_sampler(qwen, TOKENIZER, config(share_prompts="false"), ONE) is generate
+
+
 SAMPLERS = [generate, generate_batch]
 
 

@@ -12,7 +12,7 @@ from rlsd import UserError
 from rlsd.config import make_config
 from rlsd.policy import checkpoint
 from rlsd.policy.checkpoint import load_model, load_tokenizer
-from rlsd.policy.models import head_of
+from rlsd.policy.models import head_of, sharing
 from rlsd.policy.packing import Layout, completion_hidden
 from rlsd.sampling.rollout import generate
 from rlsd.tasks.data import tokenize_rows
@@ -63,17 +63,23 @@ def own_logits(model, processor, ids, images):
         return model(input_ids=torch.tensor([ids]), use_cache=False, **extra).logits[0]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+LAYOUTS = {"padded": {}, "packed": {"padding_free": True}, "shared": {"share_prompts": True}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["prompt_ids", "teacher_prompt_ids"])
-def test_log_probs_align_with_the_models_own_logits(folder, which, packed):
+def test_log_probs_align_with_the_models_own_logits(folder, which, layout):
     model, processor = load_model(str(folder), "cpu"), load_processor(str(folder))
     given, layer = tokenized(folder), model.get_output_embeddings()
     head_of(model)  # takes it
+    given = [given[i] for i in (0, 1, 2, 3, 0, 2, 2)]
     prompts = [row[which] for row in given]
-    ids = torch.tensor([[5, 6, 7, 1], [8, 1, 0, 0], [1, 0, 0, 0], [9, 9, 1, 0]])
-    mask = torch.tensor([[t < n for t in range(4)] for n in (4, 2, 1, 3)])
-    images = [row.get("_images") for row in given]
-    layout = Layout(0, packed, model.config.image_token_id)
+    ids = torch.tensor([[5, 6, 7, 1], [8, 1, 0, 0], [1, 0, 0, 0], [9, 9, 1, 0]])[[0, 1, 2, 3] * 2]
+    mask = torch.tensor([[t < n for t in range(4)] for n in (4, 2, 1, 3, 4, 2, 1)])
+    ids, images = ids[:7], [row.get("_images") for row in given]
+    layout = Layout(0, image_token_id=model.config.image_token_id, **LAYOUTS[layout])
+    if layout.share_prompts:
+        assert sharing(model, layout, "true") == layout
     with torch.no_grad():
         hidden = completion_hidden(model, prompts, ids, mask, layout, images=images)
         got = linear_log_probs(hidden, layer.weight, ids)
@@ -84,6 +90,33 @@ def test_log_probs_align_with_the_models_own_logits(folder, which, packed):
         want = logits[len(prompt) - 1 : -1].log_softmax(-1)[torch.arange(len(y)), y]
         torch.testing.assert_close(got[i][mask[i]], want, atol=1e-4, rtol=0)
     assert (hidden[0] - without[0]).abs().max() > 1e-2  # the picture matters
+
+
+def test_a_groups_image_passes_the_tower_once_with_exact_gradients(folder):
+    given = [tokenized(folder)[i] for i in (0, 2)]
+    given = [given[i] for i in (0, 0, 1, 1, 1)]
+    ids = torch.randint(4, 40, (5, 4), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(4) < torch.tensor([4, 2, 3, 4, 1])[:, None]
+    found = []
+    for share in (False, True):
+        model, patches = load_model(str(folder), "cpu"), []
+        model.base_model.visual.register_forward_hook(
+            lambda module, args, out, patches=patches: patches.append(len(args[0]))
+        )
+        hidden = completion_hidden(
+            model, [row["prompt_ids"] for row in given], ids, mask,
+            Layout(0, image_token_id=model.config.image_token_id, share_prompts=share),
+            images=[row["_images"] for row in given],
+        )
+        hidden[mask].square().mul(torch.linspace(-1, 1, 32)).sum().backward()
+        found.append((patches, {n: p.grad for n, p in model.named_parameters()}))
+    (alone, want), (once, got) = found
+    one, two = (sum(p.shape[0] for n, p in row["_images"].pixels().items() if "pixel" in n)
+                for row in (given[0], given[2]))
+    assert (alone, once) == ([2 * one + 3 * two], [one + two])
+    norm = sum(g.norm() ** 2 for g in want.values()) ** 0.5
+    assert sum((got[n] - g).norm() ** 2 for n, g in want.items()) ** 0.5 < 1e-5 * norm
+    assert sum(g.norm() > 1e-3 for n, g in want.items() if "visual" in n) > 10
 
 
 def test_prompts_hold_the_placeholders_where_they_belong(folder):
@@ -132,23 +165,26 @@ def test_images_train_packed_or_padded_full_or_lora_and_resume(folder, tmp_path,
     }
     for lora in (False, True):
         final = []
-        for packed in (False, True):
+        for packed, share in ((False, "false"), (False, "true"), (True, "auto")):
             trainer = make_trainer(
-                tmp_path, output_dir=str(tmp_path / f"{lora}{packed}"), padding_free=packed,
-                use_peft=lora, lora_r=2, learning_rate=1e-3, **common,
+                tmp_path, output_dir=str(tmp_path / f"{lora}{share}"), padding_free=packed,
+                share_prompts=share, use_peft=lora, lora_r=2, learning_rate=1e-3, **common,
             )
             start = parameters(trainer.model)
             records = trainer.train()
             final.append(parameters(trainer.model))
+            assert (records[1]["prompt_sharing/tokens_saved"] > 0) == (share == "true") or packed
         moved = max((final[0][n] - start[n]).abs().max() for n in start)
         assert moved > 1e-4 and 0 < records[1]["loss"] ** 2
+        apart = max((final[0][n] - final[1][n]).abs().max() for n in start)
+        assert apart < 0.05 * moved  # Adam makes a step of what is rounding in a small gradient
         resumed = make_trainer(
-            tmp_path, output_dir=str(tmp_path / f"{lora}{packed}"), padding_free=packed,
-            use_peft=lora, lora_r=2, learning_rate=1e-3, **common,
-            resume_from=tmp_path / f"{lora}{packed}" / "checkpoint-1",
+            tmp_path, output_dir=str(tmp_path / f"{lora}{share}"), padding_free=packed,
+            share_prompts=share, use_peft=lora, lora_r=2, learning_rate=1e-3, **common,
+            resume_from=tmp_path / f"{lora}{share}" / "checkpoint-1",
         )
         assert without_times(resumed.train()) == without_times(records)
-        assert_same(parameters(resumed.model), final[1])
+        assert_same(parameters(resumed.model), final[2])
 
 
 def test_template_options_reach_prompts_with_images(folder):
