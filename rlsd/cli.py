@@ -270,7 +270,8 @@ def to_evaluate(name, options):
         run_dir, path = find_checkpoint(name)
         return path, make_config(run_options(run_dir, options))
     made_of = ("config.json", "adapter_config.json")
-    if folder.exists() and not any((folder / file).exists() for file in made_of):
+    is_file = folder.suffix == ".gguf" and folder.is_file()
+    if folder.exists() and not is_file and not any((folder / file).exists() for file in made_of):
         raise UserError(f"{name} holds no checkpoint of a run, and no model.")
     if not options.get("train_dataset") and not options.get("eval_dataset"):
         is_model = f"{name} is a model and no run, so"

@@ -27,8 +27,8 @@ FLOORS = [
 ]
 ROOMS = {
     "tasks": [["rewards"], ["scorers"], ["data"], ["grader"], ["judges"], ["deadline"], ["sandbox"],
-              ["prompts"], ["images"], ["answers"]],
-    "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"],
+              ["worked", "prompts"], ["images"], ["answers"]],
+    "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"], ["gguf_file"],
                ["distributed"], ["advantages"]],
     "sampling": [["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
     "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],

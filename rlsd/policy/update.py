@@ -218,7 +218,8 @@ def sibling_prompts(rollout, step, tokenizer, config):
             continue
         chosen = siblings[int(torch.randint(len(siblings), (1,), generator=generator))]
         hinted = insert_hint(
-            row["prompt"], rollout.texts[chosen], config.privileged_template, tokenizer.bos_token
+            row["prompt"], rollout.texts[chosen], config.privileged_template, tokenizer.bos_token,
+            config.hint_placement,
         )
         ids = encode(hinted, tokenizer, row)
         prompts.append(ids if limit is None or len(ids) <= limit else None)
