@@ -100,8 +100,8 @@ class TrainConfig:
         DEFAULT_PRIVILEGED_TEMPLATE, "the one insertion that makes the teacher's prompt"
     )
     hint_placement: str = option(
-        "text", "text: privileged_template inserts it; turn: one more exchange before the last user "
-        "turn, the same question solved by it", choices=("text", "turn"),
+        "text", "text: privileged_template inserts it; turn: one more exchange before the last "
+        "user turn, the same question solved by it", choices=("text", "turn"),
     )
     allow_missing_privileged_context: bool = option(False, "rows without it train as plain GRPO")
     shuffle_privileged_context: bool = option(False, "control: every row gets another row's hint")

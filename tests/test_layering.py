@@ -30,7 +30,7 @@ ROOMS = {
               ["worked", "prompts"], ["images"], ["answers"]],
     "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"], ["gguf_file"],
                ["distributed"], ["advantages"]],
-    "sampling": [["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
+    "sampling": [["hint_check"], ["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
     "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],
     "integrations": [["trl", "liger", "ms_swift", "verl"], ["head"]],
     "reports": [["tables"], ["report"]],

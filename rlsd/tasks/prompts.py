@@ -1,9 +1,10 @@
 """Student and privileged prompts: the same text but for one insertion, as token ids.
 
 The privileged prompt is the student's with `privileged_template` around the last user turn (or
-around a plain-text prompt), or with one more exchange before that turn, the same question solved by
-the hint; so nothing but the hint differs and the response starts at the same boundary. With an empty hint both are identical, and delta is 0 under equal weights. Control tokens
-come from chat templates and from texts that are the whole prompt, never from a message or a hint.
+around a plain-text prompt), or with one more exchange before that turn: the same question, solved
+by the hint. So nothing but the hint differs and the response starts at the same boundary. With an
+empty hint both are identical, and delta is 0 under equal weights. Control tokens come from chat
+templates and from texts that are the whole prompt, never from a message or a hint.
 """
 
 import functools
