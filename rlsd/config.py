@@ -380,6 +380,18 @@ class TrainConfig:
         for part in ("{prompt}", "{privileged_context}"):
             if self.privileged_template.count(part) != 1:
                 raise UserError(f"privileged_template must contain {part} exactly once.")
+        if self.hint_placement == "turn" and (
+            self.privileged_template != DEFAULT_PRIVILEGED_TEMPLATE
+        ):
+            raise UserError(
+                "privileged_template is for hint_placement text, but hint_placement is turn, which "
+                "adds the hint as it is; leave one of them out."
+            )
+        if self.hint_placement == "turn" and self.model_name_or_path == "scratch":
+            raise UserError(
+                "model_name_or_path: scratch reads plain texts, in which hint_placement turn finds "
+                "no turns; set it to text."
+            )
         self.loss_config()
 
     def _fill_in_sizes(self):

@@ -68,6 +68,11 @@ def test_what_has_no_place_is_refused(row, template, sentence):
         pair({"privileged_context": HINT, **row}, template)
 
 
-def test_an_unknown_placement_is_refused():
-    with pytest.raises(UserError, match="hint_placement"):
-        TrainConfig(hint_placement="system")
+@pytest.mark.parametrize("changed, sentence", [
+    ({"hint_placement": "system"}, "hint_placement"),
+    ({"privileged_template": "{prompt} {privileged_context}"}, "privileged_template is for"),
+    ({"model_name_or_path": "scratch"}, "scratch reads plain texts"),
+])
+def test_options_that_would_do_nothing_are_refused(changed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        TrainConfig(**{"hint_placement": "turn", **changed})
