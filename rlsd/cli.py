@@ -1,4 +1,4 @@
-"""The `rlsd` command: train, eval, compare, plot, validate, bench, doctor.
+"""The `rlsd` command: train, eval, hints, compare, plot, validate, bench, doctor.
 
 A user's mistake is one sentence on standard error and exit status 2; Ctrl-C exits with 130.
 """
@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import importlib.metadata
 import io
+import json
 import os
 import platform
 import shutil
@@ -38,6 +39,8 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
   rlsd train --resume_from_checkpoint RUN        continue a run folder or a checkpoint in it
   rlsd eval RUN [--key value ...]                held-out pass@1, pass@k of its newest checkpoint
   rlsd eval MODEL --train_dataset x.jsonl        the same of a model: the baseline
+  rlsd hints --model_name_or_path MODEL --train_dataset x.jsonl [--output x.json]
+                                                 does the hint tell right answers from wrong ones
   rlsd compare --config x.yaml                   objectives x seeds: a table, curves; resumable
                [--arm NAME] [--seed N] [--processes N]
   rlsd plot RUN [RUN ...] [--output x.png]       draw the curves of runs
@@ -270,7 +273,8 @@ def to_evaluate(name, options):
         run_dir, path = find_checkpoint(name)
         return path, make_config(run_options(run_dir, options))
     made_of = ("config.json", "adapter_config.json")
-    if folder.exists() and not any((folder / file).exists() for file in made_of):
+    is_file = folder.suffix == ".gguf" and folder.is_file()
+    if folder.exists() and not is_file and not any((folder / file).exists() for file in made_of):
         raise UserError(f"{name} holds no checkpoint of a run, and no model.")
     if not options.get("train_dataset") and not options.get("eval_dataset"):
         is_model = f"{name} is a model and no run, so"
@@ -319,6 +323,25 @@ def evaluate(arguments):
     print(f"{path} on {len(held_out)} held-out questions, [95 % interval]")
     for name, text in summary(metrics):
         print(f"  {name:<24}{text}")
+    return 0
+
+
+def hints(arguments):
+    options = parse_options(arguments)
+    output, given = options.pop("output", None), options.pop("config", None)
+    config = make_config({**(load_yaml(given) if given else {}), **options})
+    for name in ("model_name_or_path", "train_dataset"):
+        if not getattr(config, name):
+            raise UserError(f"rlsd hints needs --{name}.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("rlsd hints runs in one process.")
+    _quiet()
+    from .sampling.hint_check import hint_table, measure_hints
+
+    metrics = measure_hints(config)
+    print("\n".join(hint_table(metrics)))
+    if output:
+        Path(output).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -442,8 +465,8 @@ def _quiet():
 
 
 COMMANDS = {
-    "train": train, "eval": evaluate, "compare": compare, "plot": plot, "validate": validate,
-    "bench": bench, "doctor": doctor,
+    "train": train, "eval": evaluate, "hints": hints, "compare": compare, "plot": plot,
+    "validate": validate, "bench": bench, "doctor": doctor,
 }
 
 

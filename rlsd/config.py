@@ -46,7 +46,8 @@ class TrainConfig:
     """
 
     model_name_or_path: str = option(
-        "", "folder or hub id; scratch builds and warms up a tiny model", group="Model and run"
+        "", "folder, hub id or .gguf file; scratch builds and warms up a tiny model",
+        group="Model and run",
     )
     scratch_steps: int = option(300, "supervised warm-up steps of model_name_or_path: scratch")
     output_dir: str = option("runs/rlsd", "the run folder; must not exist")
@@ -74,13 +75,14 @@ class TrainConfig:
     )
 
     train_dataset: str = option(
-        "", ".jsonl, .parquet, hub id[:config][@split], or reasoning-gym:task[,task...]",
+        "", ".jsonl, .parquet, hub id[:config][@split], reasoning-gym:task[,task...], or "
+        "worked:add3, worked:seqadd[:solved turns]",
         group="Data",
     )
     eval_dataset: str | None = option(None, "default: rows held out of train_dataset")
-    dataset_size: int = option(1000, "rows generated per reasoning-gym dataset")
+    dataset_size: int = option(1000, "rows of a generated dataset, if it has so many")
     dataset_seed: int | None = option(
-        None, "of reasoning-gym datasets and of eval_split_size; default: seed"
+        None, "of generated datasets and of eval_split_size; default: seed"
     )
     eval_size: int = option(128, "held-out questions, train_dataset's last; 0 turns evaluation off")
     eval_split_size: float | None = option(
@@ -96,6 +98,10 @@ class TrainConfig:
     )
     privileged_template: str = option(
         DEFAULT_PRIVILEGED_TEMPLATE, "the one insertion that makes the teacher's prompt"
+    )
+    hint_placement: str = option(
+        "text", "text: privileged_template inserts it; turn: one more exchange before the last "
+        "user turn, the same question solved by it", choices=("text", "turn"),
     )
     allow_missing_privileged_context: bool = option(False, "rows without it train as plain GRPO")
     shuffle_privileged_context: bool = option(False, "control: every row gets another row's hint")
@@ -395,6 +401,18 @@ class TrainConfig:
         for part in ("{prompt}", "{privileged_context}"):
             if self.privileged_template.count(part) != 1:
                 raise UserError(f"privileged_template must contain {part} exactly once.")
+        if self.hint_placement == "turn" and (
+            self.privileged_template != DEFAULT_PRIVILEGED_TEMPLATE
+        ):
+            raise UserError(
+                "privileged_template is for hint_placement text, but hint_placement is turn, which "
+                "adds the hint as it is; leave one of them out."
+            )
+        if self.hint_placement == "turn" and self.model_name_or_path == "scratch":
+            raise UserError(
+                "model_name_or_path: scratch reads plain texts, in which hint_placement turn finds "
+                "no turns; set it to text."
+            )
         self.loss_config()
 
     def _fill_in_sizes(self):

@@ -19,6 +19,7 @@ OPTIONAL = {
     "matplotlib": ("matplotlib", "train", "curves"),
     "rich": ("rich", "train", "sample tables"),
     "pyarrow": ("pyarrow", "train", "parquet, completions"),
+    "gguf": ("gguf", "gguf", "models of .gguf files"),
     "PIL": ("pillow", "train", "images"),
     "reasoning_gym": ("reasoning-gym", "data", "reasoning-gym: tasks"),
     "datasets": ("datasets", "data", "hub datasets"),

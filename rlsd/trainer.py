@@ -25,6 +25,7 @@ from .policy.models import (
     Flops,
     MasterWeights,
     checkpoint_layers,
+    keep_base,
     load_student,
     open_policy,
     peak_flops,
@@ -156,6 +157,8 @@ class Trainer:
         ) as report, self.processes.united(lambda: checkpoint.standing(self.run_dir)), \
                 rewards.rescued_by(lambda error: self._saved(self.processes.told(error))):
             self.processes.once(report.start_trackers)
+            if self.step == 0:
+                self.processes.once(lambda: keep_base(config))
             if self.step == 0 and config.eval_steps:
                 report.progress(0, report.log(0, self.evaluate()))
             while self.step < self.max_steps:

@@ -27,10 +27,10 @@ FLOORS = [
 ]
 ROOMS = {
     "tasks": [["rewards"], ["scorers"], ["data"], ["grader"], ["judges"], ["deadline"], ["sandbox"],
-              ["prompts"], ["images"], ["answers"]],
-    "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"],
+              ["worked", "prompts"], ["images"], ["answers"]],
+    "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"], ["gguf_file"],
                ["distributed"], ["hints"], ["advantages"]],
-    "sampling": [["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
+    "sampling": [["hint_check"], ["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
     "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],
     "integrations": [["trl", "trl_sft", "liger", "ms_swift", "verl"], ["head", "trl_config"]],
     "reports": [["tables"], ["report"]],

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import UserError
 from ..packages import missing, package
+from . import gguf_file
 from .distributed import placed, whole, whole_weights
 
 PARTIAL = ".partial-"
@@ -234,7 +235,7 @@ def verify(path):
     path = Path(path)
     try:
         lines = (path / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a .gguf file is none
         return
     wanted = [(path / name, digest) for digest, _, name in (x.partition("  ") for x in lines)]
     missing = [file.name for file, _ in wanted if not file.is_file()]
@@ -463,11 +464,12 @@ def load_optimizer(optimizer, scheduler, state):
 
 
 def load_tokenizer(path):
-    """The tokenizer of a folder or hub id, with a pad token."""
+    """The tokenizer of a folder, hub id or .gguf file, with a pad token."""
     if (Path(path) / "adapter_config.json").exists() and missing(["peft"]):
         raise UserError(f"{path} holds a LoRA adapter and needs {package('peft')}.")
+    place, options = gguf_file.source(path)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # tokenizers and custom code raise their own kinds
         raise UserError(
             f"Cannot load the model {path!r} (its tokenizer: {reason(error)})."
@@ -487,7 +489,8 @@ def _config_of(path):
     adapter = Path(path) / "adapter_config.json"
     if adapter.exists():
         path = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return transformers.AutoConfig.from_pretrained(path)
+    path, options = gguf_file.source(path)
+    return transformers.AutoConfig.from_pretrained(path, **options)
 
 
 def load_processor(path):
@@ -495,6 +498,8 @@ def load_processor(path):
     try:
         if getattr(_config_of(path), "vision_config", None) is None:
             return None
+        if gguf_file.is_gguf(path):
+            raise UserError("a .gguf file holds none; take the model's own folder or hub id")
         return transformers.AutoProcessor.from_pretrained(path)
     except Exception as error:  # as for tokenizers
         raise UserError(
@@ -503,10 +508,12 @@ def load_processor(path):
 
 
 def load_model(path, device, *, dtype=torch.float32, attn_implementation=None):
-    """The model of a folder or hub id on the device in eval mode, its LoRA adapter with it.
+    """The model of a folder, hub id or .gguf file on the device in eval mode, its LoRA adapter
+    with it.
 
     A weight that the files lack is an error: transformers would draw it at random.
     """
+    place, options = gguf_file.source(path)
     try:
         # Some vision-language models are causal LMs to transformers, others are not.
         kind, auto = type(_config_of(path)), transformers.AutoModelForCausalLM
@@ -515,8 +522,11 @@ def load_model(path, device, *, dtype=torch.float32, attn_implementation=None):
         ):
             auto = transformers.AutoModelForImageTextToText
         model, info = auto.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            place, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
+            **options,
         )
+        if options:
+            model = gguf_file.plain(model, auto, dtype)
     except Exception as error:  # safetensors and custom code raise their own kinds
         raise UserError(f"Cannot load the model {path!r} ({reason(error)}).") from error
     absent = sorted(info["missing_keys"])

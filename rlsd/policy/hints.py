@@ -99,10 +99,14 @@ def can_hint(text, tokenizer):
 def hinted_ids(row, text, tokenizer, config):
     """Token ids of a row's question with a text as its hint, None where it cannot be one."""
     limit = config.max_teacher_prompt_length
-    hinted = insert_hint(row["prompt"], text, config.privileged_template, tokenizer.bos_token)
+    hinted = insert_hint(
+        row["prompt"], text, config.privileged_template, tokenizer.bos_token, config.hint_placement
+    )
     read = {**row, "privileged_context": text, "teacher_prompt": None}
     try:
-        require_same_start(read, hinted, tokenizer, row.get("_template_options"))
+        require_same_start(
+            read, hinted, tokenizer, row.get("_template_options"), config.hint_placement
+        )
     except UserError:
         return None
     ids = encode(hinted, tokenizer, row)

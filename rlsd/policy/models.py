@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
 from ..config import UserError
-from . import checkpoint
+from . import checkpoint, gguf_file
 from .distributed import placed
 from .packing import Layout, completion_hidden, hidden_states, sharing_refusal
 
@@ -99,6 +99,8 @@ def load_student(config, path, *, resuming):
         path, config.device, dtype=torch.bfloat16 if frozen_bf16 else torch.float32,
         attn_implementation=attention,
     )
+    if gguf_file.is_gguf(path):
+        model.name_or_path = gguf_file.base_folder(config.output_dir)
     if has_lora(model) and not (resuming and config.use_peft):
         then = "resume it with use_peft" if resuming else "merge it into its model first"
         raise UserError(f"{path} is a LoRA adapter; {then}.")
@@ -113,6 +115,18 @@ def load_student(config, path, *, resuming):
             for p in adapter_weights(model, STUDENT).values():
                 p.data = p.data.float()
     return model
+
+
+def keep_base(config):
+    """The base of the adapters of a run that starts from a .gguf file, as a plain model in its
+    folder: its checkpoints then load without the file."""
+    path = config.model_name_or_path
+    if config.use_peft and gguf_file.is_gguf(path):
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        gguf_file.keep_base(
+            checkpoint.load_model(path, "cpu", dtype=dtype), checkpoint.load_tokenizer(path),
+            config.output_dir,
+        )
 
 
 def head_terms(config):

@@ -1,4 +1,4 @@
-"""Datasets as lists of rows: jsonl, parquet, hub ids and reasoning-gym tasks, one set of columns.
+"""Datasets as lists of rows: jsonl, parquet, hub ids, generated tasks, one set of columns.
 
 Columns: `prompt` (text or chat messages) and `solution` (or `tests`); optional
 `privileged_context` (default: `solution`), `teacher_prompt` and `images`. GSM8K's question/answer,
@@ -24,6 +24,7 @@ from .prompts import (
     require_template_options,
     template_options,
 )
+from .worked import worked_rows
 
 SOURCE = "_source"
 GENERATED = " of reasoning-gym:"  # in the source of rows that reasoning-gym made
@@ -37,9 +38,11 @@ UNUSABLE_TASKS = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube",
 
 
 def load_rows(spec, *, size=1000, seed=0):
-    """The rows of a dataset, with uniform columns; size and seed matter to reasoning-gym only."""
+    """The rows of a dataset, with uniform columns; size and seed matter to generated ones only."""
     if spec.startswith("reasoning-gym:"):
         return _reasoning_gym(spec.removeprefix("reasoning-gym:"), size, seed)
+    if spec.startswith("worked:"):
+        return worked_rows(spec.removeprefix("worked:"), size, seed)
     if spec.endswith(".jsonl"):
         raw = _read_jsonl(spec)
     elif spec.endswith(".parquet"):
@@ -416,11 +419,12 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
                 row["_images"] = PromptImages(row, processor)
             asked = ("prompt", "_images", "_template_options")
             read = row if need_hint else {k: row[k] for k in asked if k in row}
-            student, teacher = encode_pair(read, tokenizer, config.privileged_template)
+            how = config.privileged_template, config.hint_placement
+            student, teacher = encode_pair(read, tokenizer, *how)
             around = student
             if config.reads_siblings():  # whose template must find its place, and room
                 trial = {**row, "privileged_context": "0", "teacher_prompt": None}
-                _, around = encode_pair(trial, tokenizer, config.privileged_template)
+                _, around = encode_pair(trial, tokenizer, *how)
             if need_reference:
                 require_plain({"privileged_context": row["privileged_context"]}, tokenizer)
         except UserError as error:

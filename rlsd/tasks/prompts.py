@@ -1,9 +1,10 @@
 """Student and privileged prompts: the same text but for one insertion, as token ids.
 
 The privileged prompt is the student's with `privileged_template` around the last user turn (or
-around a plain-text prompt), so nothing but the hint differs and the response starts at the same
-boundary. With an empty hint both are identical, and delta is 0 under equal weights. Control tokens
-come from chat templates and from texts that are the whole prompt, never from a message or a hint.
+around a plain-text prompt), or with one more exchange before that turn: the same question, solved
+by the hint. So nothing but the hint differs and the response starts at the same boundary. With an
+empty hint both are identical, and delta is 0 under equal weights. Control tokens come from chat
+templates and from texts that are the whole prompt, never from a message or a hint.
 """
 
 import functools
@@ -27,13 +28,18 @@ def control_token(text, tokenizer):
     return found and found[0]
 
 
-def insert_hint(prompt, hint, template, bos_token=None):
+def insert_hint(prompt, hint, template, bos_token=None, placement="text"):
     """The prompt (text or chat messages) with the hint inserted; unchanged when it is empty.
 
-    A text's own bos_token stays at its start.
+    A text's own bos_token stays at its start. placement: hint_placement of the config.
     """
     if not hint:
         return prompt
+    if isinstance(prompt, str) and placement == "turn":
+        raise UserError(
+            "its prompt is a plain text, in which hint_placement turn finds no turns; give it as "
+            "chat messages, or set hint_placement to text"
+        )
     if isinstance(prompt, str):
         start = bos_token if bos_token and prompt.startswith(bos_token) else ""
         values = {"prompt": prompt[len(start) :], "privileged_context": hint}
@@ -42,6 +48,10 @@ def insert_hint(prompt, hint, template, bos_token=None):
     if last is None:
         raise UserError("its chat has no user message that could carry the privileged context")
     message = prompt[last]
+    if placement == "turn":
+        return [
+            *prompt[:last], message, {"role": "assistant", "content": hint}, *prompt[last:]
+        ]
     content = insert_hint(message["content"], hint, template)
     return [*prompt[:last], {**message, "content": content}, *prompt[last + 1 :]]
 
@@ -161,7 +171,7 @@ def require_plain(row, tokenizer):
             )
 
 
-def privileged_prompt(row, template, tokenizer):
+def privileged_prompt(row, template, tokenizer, placement="text"):
     """The teacher's prompt of a row or None without one; its teacher_prompt column wins.
 
     Raises UserError, a clause that the caller completes with the row's name.
@@ -171,15 +181,19 @@ def privileged_prompt(row, template, tokenizer):
         raise UserError(f"its teacher_prompt is neither a text nor a chat but {privileged!r:.80}")
     require_plain(row, tokenizer)
     if privileged is None and row.get("privileged_context") is not None:
+        if placement == "turn" and row.get("_images") and row["privileged_context"]:
+            raise UserError(
+                "it has images, which hint_placement turn would show twice; set it to text"
+            )
         return insert_hint(
-            row["prompt"], row["privileged_context"], template, tokenizer.bos_token
+            row["prompt"], row["privileged_context"], template, tokenizer.bos_token, placement
         )
     return privileged
 
 
-def require_same_start(row, privileged, tokenizer, template_options=None):
+def require_same_start(row, privileged, tokenizer, template_options=None, placement="text"):
     """The response must start at the same assistant boundary after both prompts, and a hint may
-    not write another, else UserError.
+    not write another, else UserError. As a turn of its own it must also stand whole in it.
     """
     (text, start), (hinted, boundary) = (
         render(prompt, tokenizer, template_options) for prompt in (row["prompt"], privileged)
@@ -189,7 +203,17 @@ def require_same_start(row, privileged, tokenizer, template_options=None):
             f"the assistant turn starts with {start!r} for the student but {boundary!r} for the "
             "privileged prompt, so the response would shift"
         )
-    turn = start.strip()
+    turn, hint = start.strip(), row.get("privileged_context")
+    if placement == "turn" and hint and not row.get("teacher_prompt"):
+        if hint.strip() not in hinted:
+            raise UserError(
+                "the chat template drops a part of its privileged context (thoughts, say) from an "
+                "earlier assistant turn; set hint_placement to text, or write it otherwise"
+            )
+        # The exchange brings one more start of a turn: hold it against a harmless hint's.
+        text, _ = render(
+            insert_hint(row["prompt"], "0", "", placement="turn"), tokenizer, template_options
+        )
     if turn and not row.get("teacher_prompt") and text.count(turn) != hinted.count(turn):
         raise UserError(
             f"its privileged context writes {turn!r}, with which an assistant turn starts, so that "
@@ -225,18 +249,18 @@ def teacher_prompt(
     return privileged
 
 
-def encode_pair(row, tokenizer, template):
+def encode_pair(row, tokenizer, template, placement="text"):
     """(student ids, privileged ids or None) of a row; its teacher_prompt column wins.
 
     Raises UserError, a clause that the caller completes with the row's name.
     """
-    prompt, privileged = row["prompt"], privileged_prompt(row, template, tokenizer)
+    prompt, privileged = row["prompt"], privileged_prompt(row, template, tokenizer, placement)
     student_ids = encode(prompt, tokenizer, row)
     if not student_ids:
         raise UserError("its prompt has no token")
     if privileged is None:
         return student_ids, None
-    require_same_start(row, privileged, tokenizer, row.get("_template_options"))
+    require_same_start(row, privileged, tokenizer, row.get("_template_options"), placement)
     teacher_ids = encode(privileged, tokenizer, row)
     if not teacher_ids:
         raise UserError("its privileged prompt has no token")

@@ -1,0 +1,203 @@
+"""What the privileged context knows, measured before any training: can it tell right from wrong?
+
+Answers are sampled from the bare question, as in training, and scored under the same weights with
+and without the hint. The gap of a token is log P_T - log P_S. RLSD moves credit along it, so what
+counts is whether it is lower on wrong answers than on right ones, and where: on the first token
+that leaves the hint's own words, or everywhere, which is style. The teacher's own pass@1 says
+whether the model can use the hint at all.
+"""
+
+import dataclasses
+import importlib.metadata
+
+import torch
+
+from ..config import UserError
+from ..policy.checkpoint import load_model, load_processor, load_tokenizer
+from ..policy.distributed import Processes
+from ..policy.models import open_policy
+from ..policy.update import Batch, log_probs_under
+from ..tasks.data import load_data, rows_of_step
+from ..tasks.rewards import load_reward_funcs, require_scorable
+from .evaluation import interval
+from .rollout import choose_sampler, generate, require_room, roll_out
+
+
+def auc(right, wrong):
+    """Chance that a value of `right` is above one of `wrong`, ties half; None without a pair."""
+    if not len(right) or not len(wrong):
+        return None
+    difference = torch.as_tensor(right)[:, None] - torch.as_tensor(wrong)[None]
+    return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
+
+
+def first_leaving(ids, reference):
+    """Index of the first id that is not the reference's; None where ids are a start of it."""
+    for k, token in enumerate(ids):
+        if k >= len(reference) or token != reference[k]:
+            return k
+    return None
+
+
+def gaps(policy, rollout, config):
+    """(B, T) log P_T - log P_S of every sampled token, the same weights in both contexts."""
+    zeros = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
+    batch = Batch(
+        prompts=[row["prompt_ids"] for row in rollout.rows],
+        teacher_prompts=[row["teacher_prompt_ids"] for row in rollout.rows],
+        images=[row.get("_images") for row in rollout.rows],
+        completion_ids=rollout.completion_ids, mask=rollout.mask, advantages=zeros[:, 0],
+        loss_weights=zeros,
+    )
+    parts = batch.micro_batches(config, policy.layout)
+    student = log_probs_under(policy, batch, parts, config.temperature, config.impl)
+    hinted = batch._replace(prompts=batch.teacher_prompts)
+    teacher = log_probs_under(policy, hinted, parts, config.temperature, config.impl)
+    return torch.where(rollout.mask, teacher - student, 0.0).double()
+
+
+def gap_metrics(gap, rollout, references, size):
+    """How the gap lies on right and wrong answers, `size` to a question.
+
+    references: per row the token ids of the hint as an answer, EOS included.
+    """
+    right = (rollout.rewards_per_func[:, 0] >= 1).tolist()
+    found = {True: [], False: []}  # mean gap of every answer
+    at = {(kind, place): [] for kind in (True, False) for place in ("before", "first", "after")}
+    by_question = []
+    for i, (kind, reference) in enumerate(zip(right, references, strict=True)):
+        keep = rollout.mask[i]
+        values, ids = gap[i][keep].tolist(), rollout.completion_ids[i][keep].tolist()
+        if i % size == 0:
+            by_question.append({True: [], False: []})
+        if not values:
+            continue
+        mean = sum(values) / len(values)
+        found[kind].append(mean)
+        by_question[-1][kind].append(mean)
+        k = first_leaving(ids, reference)
+        if k is not None:
+            at[kind, "before"] += values[:k]
+            at[kind, "first"].append(values[k])
+            at[kind, "after"] += values[k + 1 :]
+    within = [
+        (auc(q[True], q[False]), len(q[True]) * len(q[False])) for q in by_question
+        if q[True] and q[False]
+    ]
+    pairs = sum(n for _, n in within)
+    metrics = {
+        "auc": auc(found[True], found[False]),
+        "auc_within_question": sum(a * n for a, n in within) / pairs if pairs else None,
+        "questions_with_both": len(within),
+    }
+    for kind, name in ((True, "right"), (False, "wrong")):
+        first = at[kind, "first"]
+        metrics |= {
+            f"{name}_samples": len(found[kind]), f"{name}_gap": _mean(found[kind]),
+            f"{name}_leaving": len(first), f"{name}_gap_before_leaving": _mean(at[kind, "before"]),
+            f"{name}_gap_first_leaving": _mean(first),
+            f"{name}_gap_after_leaving": _mean(at[kind, "after"]),
+            f"{name}_first_leaving_negative": _mean([float(v < 0) for v in first]),
+        }
+    return metrics
+
+
+def _mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def check_hints(policy, tokenizer, rows, config, reward_funcs, processes, sample=generate):
+    """Metrics of the hints of `rows`, num_generations answers to each of eval_size of them."""
+    usable = [row for row in rows if row["teacher_prompt_ids"]]
+    if not usable:
+        raise UserError("No row has a hint, so there is nothing to measure.")
+    size = config.num_generations
+    rows = rows_of_step(usable, min(config.eval_size, len(usable)), 1, config.seed)
+    asked = [row for row in rows for _ in range(size)]
+    hinted = [{**row, "prompt_ids": row["teacher_prompt_ids"]} for row in asked]
+    metrics = {"questions": len(rows), "samples_each": size}
+    rollouts = {}
+    for name, these in (("student", asked), ("teacher", hinted)):
+        torch.manual_seed(config.seed)
+        out = roll_out(
+            policy.model, tokenizer, these, config, reward_funcs, processes, sample=sample
+        )
+        right = (out.rewards_per_func[:, 0] >= 1).double().view(-1, size).mean(1).tolist()
+        lengths = [len(row["prompt_ids"]) for row in these]
+        low, high = interval(right, size)
+        metrics |= {
+            f"{name}_pass@1": sum(right) / len(right), f"{name}_pass@1_low": low,
+            f"{name}_pass@1_high": high, f"{name}_prompt_mean": sum(lengths) / len(lengths),
+            f"{name}_prompt_max": max(lengths),
+            f"{name}_completion_mean": out.mask.sum(1).double().mean().item(),
+            f"{name}_truncated": out.truncated.double().mean().item(),
+        }
+        rollouts[name] = out
+    out = rollouts["student"]
+    references = [
+        [*tokenizer(row["privileged_context"], add_special_tokens=False)["input_ids"],
+         tokenizer.eos_token_id]
+        for row in out.rows
+    ]
+    return metrics | gap_metrics(gaps(policy, out, config), out, references, size)
+
+
+def hint_table(m):
+    """The lines that a user reads."""
+    def number(name, form="{:+.3f}"):
+        return "-" if m[name] is None else form.format(m[name])
+
+    lines = [f"{m['questions']} questions, {m['samples_each']} answers to each, the same weights "
+             "in both contexts"]
+    lines += ["", f"{'':<9}{'pass@1':>8}  {'95 % interval':<17}{'prompt':>8}{'longest':>9}"
+              f"{'answer':>8}{'cut off':>9}"]
+    for name in ("student", "teacher"):
+        low, high = m[f"{name}_pass@1_low"], m[f"{name}_pass@1_high"]
+        lines.append(
+            f"{name:<9}{m[f'{name}_pass@1']:>8.3f}  {f'[{low:.3f}, {high:.3f}]':<17}"
+            f"{m[f'{name}_prompt_mean']:>8.1f}{m[f'{name}_prompt_max']:>9}"
+            f"{m[f'{name}_completion_mean']:>8.1f}{m[f'{name}_truncated']:>9.1%}"
+        )
+    lines += ["", f"{'answers':<9}{'count':>8}{'gap/token':>11}{'leave hint':>12}{'before':>9}"
+              f"{'there':>9}{'negative':>10}{'after':>9}"]
+    for name in ("right", "wrong"):
+        lines.append(
+            f"{name:<9}{m[f'{name}_samples']:>8}{number(f'{name}_gap'):>11}"
+            f"{m[f'{name}_leaving']:>12}{number(f'{name}_gap_before_leaving'):>9}"
+            f"{number(f'{name}_gap_first_leaving'):>9}"
+            f"{number(f'{name}_first_leaving_negative', '{:.0%}'):>10}"
+            f"{number(f'{name}_gap_after_leaving'):>9}"
+        )
+    lines += [
+        "", f"AUC of the gap, right against wrong: {number('auc', '{:.3f}')} over all answers, "
+        f"{number('auc_within_question', '{:.3f}')} within a question "
+        f"({m['questions_with_both']} have both)",
+        "gap: log P(token | question, hint) - log P(token | question). At an AUC of .5 it does not",
+        "tell right answers from wrong ones. leave hint: the first token that is not the hint's.",
+    ]
+    return lines
+
+
+def measure_hints(config):
+    """check_hints of what a config names, on its training rows, whatever its objective reads."""
+    if not config.eval_size:
+        raise UserError("eval_size is 0, but says how many questions to measure; set it.")
+    functions = load_reward_funcs(config.reward_funcs, config)
+    path = config.model_name_or_path
+    tokenizer, processor = load_tokenizer(path), load_processor(path)
+    config = dataclasses.replace(config, objective="rlsd", rlsd_lambda=0.5, use_vllm=False)
+    rows, _ = load_data(config, tokenizer, processor=processor)
+    require_scorable(functions, rows)
+    processes = Processes(config)
+    model = load_model(
+        path, config.device, dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        attn_implementation=config.attn_implementation,
+    )
+    policy = open_policy(model, tokenizer.pad_token_id, config)
+    require_room(model, rows, config)
+    sample = choose_sampler(model, tokenizer, config, processes)
+    return check_hints(policy, tokenizer, rows, config, functions, processes, sample) | {
+        "model": path, "train_dataset": config.train_dataset, "seed": config.seed,
+        "hint_placement": config.hint_placement,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
