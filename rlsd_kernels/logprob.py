@@ -462,7 +462,10 @@ def linear_log_probs(
             and hidden's gradient comes out summed over ranks.
         max_workspace_bytes: bound on logits held at once, and on what is kept for backward;
             default: tuning.WORKSPACE_BYTES of the device.
-        gradient_tolerance: in [0, 1); as of fused_linear_rlsd_loss, in backward. 0 is exact.
+        gradient_tolerance: in [0, 1), 0 is exact; as of fused_linear_rlsd_loss, but columns are
+            chosen before the upstream gradient is known, for rows that weigh the same: one that
+            sits on few of them may be off by more. Backward needs no logits again, and what is
+            kept for it is a few per cent of (N, V) where the softmax is peaked.
 
     Under autocast, hidden and weight of different dtypes are cast to autocast's dtype.
     Returns: log_probs (...) in fp32 (fp64 for fp64), or (log_probs, entropy).
