@@ -208,7 +208,7 @@ def test_importing_the_kernels_loads_no_extras():
 @pytest.mark.parametrize("path", KERNELS + TRAINER + TESTS, ids=ids(KERNELS + TRAINER + TESTS))
 def test_file_sizes(path):
     limits = {"trainer.py": 400, "trl.py": 400, "ms_swift.py": 150, "verl.py": 150}
-    limit = 660 if path == ROOT / "rlsd" / "config.py" else limits.get(path.name, 600)
+    limit = 690 if path == ROOT / "rlsd" / "config.py" else limits.get(path.name, 600)
     assert len(path.read_text().splitlines()) <= limit
 
 
