@@ -253,11 +253,10 @@ class Trainer:
             self.teacher.after_step(step)
 
         spared = batch.spared(config, self.policy.layout)
-        metrics |= noted | {
+        metrics |= noted | rollout_metrics(rollout, advantages, size, config) | {
             "live_sequences": len(live), "time/update": time.monotonic() - rolled,
             "prompt_sharing/tokens_saved": sum(map(sum, spared)),
         }
-        metrics |= rollout_metrics(rollout, advantages, size, config)
         metrics |= self.clock.metrics(
             rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows)
             - sum(spared[0]),
@@ -269,8 +268,7 @@ class Trainer:
         samples = None
         if config.log_completions_steps and step % config.log_completions_steps == 0:
             weights = torch.ones_like(rollout.mask, dtype=torch.float32)
-            lam = lambda_of(config, step)
-            if live and lam > 0:
+            if live and (lam := lambda_of(config, step)) > 0:
                 weights[live] = token_weights(batch, *outputs, lam, self.loss_config)
             samples = samples_of(self.tokenizer, rollout, advantages, weights)
         return metrics, samples
