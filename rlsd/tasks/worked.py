@@ -1,8 +1,8 @@
 """Sums with worked solutions, for a small pretrained chat model: worked:add3, worked:seqadd.
 
-SmolLM2-135M-Instruct gets them right now and then, not always, which is what RL needs. The
-question stands after K solved ones as chat turns (the same examples inside one message do not
-help it), and never is one of them. Equations without words keep the entropy low.
+Sized for SmolLM2-135M-Instruct: RL needs a task that the model gets right now and then. The
+question stands after K solved ones as chat turns, and never is one of them. Solutions are
+equations without words, so that there is little to say in another way.
 """
 
 import random
