@@ -124,13 +124,17 @@ def test_runs_with_the_trainers_options(arm, changed, tmp_path):
 
 
 def test_packed_and_padded_contexts_score_alike(tmp_path):
-    results = []
-    for changed in ({}, {"padding_free": True, "max_tokens_per_micro_batch": 40},
+    results, saved = [], []
+    for changed in ({"share_prompts": "false"}, {"share_prompts": "true"},
+                    {"padding_free": True, "max_tokens_per_micro_batch": 40},
                     {"per_device_train_batch_size": 3}):
         trainer = run_of(tmp_path, "rlcsd", **changed)
         start = parameters(trainer.model)
         metrics = trainer.train_step(1)[0]
         results.append((metrics["rlsd/contrast_mean_neg"], parameters(trainer.model)))
+        saved.append(metrics["prompt_sharing/tokens_saved"])
+    plain = make_trainer(tmp_path, objective="grpo", share_prompts="true").train_step(1)[0]
+    assert saved[0] == 0 and saved[1] > 1.3 * plain["prompt_sharing/tokens_saved"]
     for mean, got in results[1:]:
         assert mean == pytest.approx(results[0][0], rel=1e-4)
         assert relative_distance(got, results[0][1], start) < 1e-3

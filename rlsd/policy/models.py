@@ -585,6 +585,7 @@ class Flops:
         hints = batch.hints or [()] * len(tokens)
         before = [(len(p), n) for ps, n in zip(hints, tokens, strict=True) for p in ps]
         contrast = self.scoring([p + n for p, n in before], sum(n for _, n in before))
+        contrast -= sum(self.scoring(lengths, 0) for lengths in spared[2:])
         return config.num_iterations * student + passes * teacher + contrast
 
 

@@ -78,10 +78,14 @@ class Batch(NamedTuple):
         )
 
     def spared(self, config, layout):
-        """[Lengths of prompts that the student's, the teacher's passes need not forward again]."""
+        """[Lengths of prompts that the student's, the teacher's passes need not forward again], and
+        those of the passes that a contrast needs before the loss."""
         prompts, completions = self.contexts()
         parts = self.micro_batches(config, layout)
-        return [spared(own, completions, parts, layout) for own in prompts]
+        found = [spared(own, completions, parts, layout) for own in prompts]
+        if any(self.hints or ()):
+            found.append(self.under_hints()[0]._replace(hints=None).spared(config, layout)[0])
+        return found
 
     def under_hints(self):
         """(Batch of every sequence after every hint of it, its sequence, its place in hints).
