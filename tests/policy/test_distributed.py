@@ -86,7 +86,7 @@ def test_the_cases_are_not_vacuous(results):
             )
         assert result["records"][0]["aux_loss"] > 0 or case != "moe"
         saved = result["records"][0]["prompt_sharing/tokens_saved"]
-        assert saved > 100 or case == "sft"  # one completion a prompt
+        assert saved > 50 or case == "sft"  # one completion a prompt
         assert bool(result["teacher"]) == (case not in ("moe", "sft"))
 
 
