@@ -217,10 +217,12 @@ def sharing_refusal(model, layout, tolerance):
     """Why completions cannot share the pass over their prompt, or None; the model is in eval mode.
 
     Hidden states of a group, and gradients at its embedded tokens, must be those of whole rows but
-    for a relative error of tolerance.
+    for a relative error of tolerance. In 16 bits the latter may be all noise at rare tokens (56 % on
+    SmolLM2-135M), so there they must only arrive, on the way through keys and values alone.
     """
     embedding = model.get_input_embeddings()
     device = embedding.weight.device
+    limits = tolerance, tolerance if embedding.weight.dtype.itemsize > 2 else 1.0
     ids = torch.tensor([[5, 6, 7], [4, 3, 0], [6, 3, 5]], device=device)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]], device=device).bool()
     prompts, owners = [[7, 6, 5, 4, 3]] * 2 + [[3, 4]], torch.tensor([0, 0, 1], device=device)
@@ -239,9 +241,9 @@ def sharing_refusal(model, layout, tolerance):
                 hidden = completion_hidden(model, prompts, ids, mask, layout._replace(
                     padding_free=False, share_prompts=share, uniform=False
                 ))
-                along = torch.linspace(-1, 1, hidden[mask].numel(), device=device)
-                loss = (hidden[mask].float() * along.view_as(hidden[mask])).sum()
-                found = torch.autograd.grad(loss, seen)
+                later = hidden[:, 1:][mask[:, 1:]].float()  # the first come from the prompt's pass
+                along = torch.linspace(-1, 1, later.numel(), device=device).view_as(later)
+                found = torch.autograd.grad((later * along).sum(), seen)
         finally:
             hook.remove()
         if not share:
@@ -254,11 +256,11 @@ def sharing_refusal(model, layout, tolerance):
     other = sorted({kind for kind in kinds if kind not in ATTENTION})
     why = f"; its layers are of type {', '.join(other)} too" if other else ""
     try:
-        for what, got, want in zip(
-            ("hidden states", "gradients"), outcome(True), outcome(False), strict=True
+        for what, limit, got, want in zip(
+            ("hidden states", "gradients"), limits, outcome(True), outcome(False), strict=True
         ):
             error = ((got - want).norm() / want.norm()).item()
-            if not error <= tolerance:
+            if not error <= limit:
                 return (f"computes something else where completions share a prompt ({what} differ "
                         f"by {error:.1%}{why})")
     except torch.OutOfMemoryError:

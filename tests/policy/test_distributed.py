@@ -89,7 +89,7 @@ def test_the_cases_are_not_vacuous(results):
         selected = [record.get("rlcsd/selected_frac") for record in result["records"]]
         assert all(0 < share < 1 for share in selected) if case == "rlcsd" else not any(selected)
         saved = result["records"][0]["prompt_sharing/tokens_saved"]
-        assert saved > 100 or case == "sft"  # one completion a prompt
+        assert saved > 50 or case == "sft"  # one completion a prompt
         assert bool(result["teacher"]) == (case not in ("moe", "sft"))
 
 

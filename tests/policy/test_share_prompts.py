@@ -437,20 +437,39 @@ def test_every_family_shares_and_is_left_as_it_was(family):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda keys: keys.detach(), "gradients differ by"),
-    (lambda keys: 1.05 * keys, "hidden states differ by"),
-    (lambda keys: keys[:, :1], "cannot go on from the keys and values of a prompt"),
-], ids=["detached", "scaled", "cut"])
+    (lambda keys, values: (keys.detach(), values), "gradients differ by"),
+    (lambda keys, values: (keys.detach(), values.detach()), "not to have been used in the graph"),
+    (lambda keys, values: (keys, 1.5 * values), "hidden states differ by"),
+    (lambda keys, values: (keys[:, :1], values), "cannot go on from the keys and values"),
+], ids=["half-detached", "detached", "scaled", "cut"])
 def test_the_check_sees_wrong_values_and_wrong_gradients(change, words, monkeypatch):
     real = rlsd.policy.packing._Kept.update
 
     def wrong(self, key_states, value_states, *args, **kwargs):
         out = real(self, key_states, value_states, *args, **kwargs)
-        self.keys, self.values = change(key_states), change(value_states)
+        self.keys, self.values = change(key_states, value_states)
         return out
 
     monkeypatch.setattr(rlsd.policy.packing._Kept, "update", wrong)
-    with pytest.raises(UserError, match=words):
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype == torch.float32 or words != "gradients differ by":
+            with pytest.raises(UserError, match=words):
+                sharing(build("qwen3").to(dtype), PADDED, "true")
+
+
+def test_gradients_that_16_bits_make_noise_are_no_refusal(monkeypatch):
+    """As those of a deep model at tokens that it never saw in training."""
+    real, noise = torch.autograd.grad, torch.Generator().manual_seed(0)
+
+    def noisy(loss, seen):
+        return [
+            g + 0.5 * g.norm() / g.numel() ** 0.5 * torch.randn(g.shape, generator=noise).to(g)
+            for g in real(loss, seen)
+        ]
+
+    monkeypatch.setattr(torch.autograd, "grad", noisy)
+    assert sharing(build("qwen3").bfloat16(), PADDED, "true") == SHARED
+    with pytest.raises(UserError, match="gradients differ by"):
         sharing(build("qwen3"), PADDED, "true")
 
 
