@@ -322,6 +322,8 @@ def test_advantages_of_tokens(folder, reference, ratio):
 ], ids=["one-pass", "formula", "entropy"])
 def test_gradient_tolerance(folder, options):
     """The loss keeps every bit, and the gradient moves, by no more than the tolerance at logits."""
+    if options and not HEAD_OF_TRL:
+        pytest.skip("the formula runs over TRL 1.14's own logits")
     tolerance = 0.3
     runs = [run(RLSDTrainer, folder, max_steps=1, gradient_tolerance=x, **options)[1]
             for x in (0.0, tolerance)]
