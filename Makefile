@@ -48,7 +48,7 @@ $(READY): constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation \
-		-e '.[train,rewards,data,log,trl,dev]'
+		-e '.[train,gguf,rewards,data,log,trl,dev]'
 	@touch $@
 
 $(BENCH_READY): constraints.txt bench/requirements.txt

@@ -217,8 +217,8 @@ def sharing_refusal(model, layout, tolerance):
     """Why completions cannot share the pass over their prompt, or None; the model is in eval mode.
 
     Hidden states of a group, and gradients at its embedded tokens, must be those of whole rows but
-    for a relative error of tolerance. In 16 bits the latter may be all noise at rare tokens (56 % on
-    SmolLM2-135M), so there they must only arrive, on the way through keys and values alone.
+    for a relative error of tolerance. In 16 bits the latter may be all noise at rare tokens of a
+    deep model, so there they must only arrive, on the way through keys and values alone.
     """
     embedding = model.get_input_embeddings()
     device = embedding.weight.device
