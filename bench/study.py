@@ -131,6 +131,17 @@ def sensitivity_plan(work):
 GYM = {"number_sequence": (500, 6), "spell_backward": (1000, 12)}
 
 
+def tolerance_plan(work):
+    """Whether a policy trained with a gradient_tolerance on the head ends elsewhere: full training
+    with Adam, which makes full steps of tiny gradients and none of dropped ones."""
+    return {
+        "seeds": CHAIN_SEEDS[:3], "goals": [0.8], "base": chain_base(work, 0), "baseline": "exact",
+        "arms": {"exact": STRONG} | {
+            f"tolerance {t:g}": {**STRONG, "gradient_tolerance": t} for t in (1e-3, 1e-2, 1e-1)
+        },
+    }
+
+
 def gym_plan(work, task):
     """A task of reasoning-gym; its hint is the final answer, which is all that it has."""
     steps, length = GYM[task]
@@ -203,6 +214,7 @@ PARTS = {
     "chain0": lambda work: chain_plan(work, 0),
     "chain1": lambda work: chain_plan(work, 1),
     "sensitivity": sensitivity_plan,
+    "tolerance": tolerance_plan,
     "number_sequence": lambda work: gym_plan(work, "number_sequence"),
     "spell_backward": lambda work: gym_plan(work, "spell_backward"),
     "cost": cost_plan,

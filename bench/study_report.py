@@ -50,7 +50,7 @@ def load(part):
 
 
 def load_all():
-    found = {name: load(name) for name in (*CHAINS, "sensitivity", *GYM, "cost")}
+    found = {name: load(name) for name in (*CHAINS, "sensitivity", "tolerance", *GYM, "cost")}
     return {name: data for name, data in found.items() if data}
 
 
@@ -313,7 +313,10 @@ def plot(name, data):
 
 def blocks(parts):
     """{name: markdown} of everything that docs/results.md shows of the data."""
-    made = {name: comparison_table(parts[name]) for name in (*CHAINS, *GYM) if name in parts}
+    made = {
+        name: comparison_table(parts[name]) for name in (*CHAINS, "tolerance", *GYM)
+        if name in parts
+    }
     chains = [parts[name] for name in CHAINS if name in parts]
     if chains:
         made["pooled"] = pooled_table(chains)
