@@ -7,6 +7,7 @@ pass gives the row sums and, in place, E = exp(z - c): no row maximum, no second
 Rows whose guess was bad (ROW_SUM_BOUNDS) are redone with their true maximum.
 """
 
+import itertools
 import math
 
 import torch
@@ -173,19 +174,24 @@ class Scorer:
             at_target += g_entropy * log_p.exp() * (log_p + entropy)
         if self.softcap is not None:
             at_target *= self._cap_slope(z_y, torch.empty_like(z_y))
-        for j in range(0, z.shape[1], SCORE_TILE):
-            tile = z[:, j : j + SCORE_TILE]
+        column = [None if x is None else x.unsqueeze(-1) for x in (lse, g, g_entropy, entropy)]
+        for i, j in itertools.product(  # a group may hold more rows than are scored at once
+            range(0, len(z), self.chunk_rows), range(0, z.shape[1], SCORE_TILE)
+        ):
+            rows, columns = slice(i, i + self.chunk_rows), slice(j, j + SCORE_TILE)
+            here, g_here, g_h, h = (None if x is None else x[rows] for x in column)
+            tile = z[rows, columns]
             p, log_p, _ = self._scratch(*tile.shape)
-            torch.sub(tile, lse.unsqueeze(-1), out=log_p)
+            torch.sub(tile, here, out=log_p)
             torch.exp(log_p, out=p)
-            if g_entropy is None:
-                p *= scale * g.unsqueeze(-1)
+            if g_h is None:
+                p *= scale * g_here
             else:
-                log_p.clamp_(min=LOG_FLOOR).add_(entropy.unsqueeze(-1))
-                p *= log_p.mul_(g_entropy.unsqueeze(-1)).add_(g.unsqueeze(-1)).mul_(scale)
+                log_p.clamp_(min=LOG_FLOOR).add_(h)
+                p *= log_p.mul_(g_h).add_(g_here).mul_(scale)
             if self.softcap is not None:
                 p *= self._cap_slope(tile, log_p)
-            out[:, j : j + SCORE_TILE] = p
+            out[rows, columns] = p
         fix_targets(out, ids, scale * at_target)
 
 

@@ -15,6 +15,7 @@ from rlsd_kernels import (
     loss,
     pipeline,
     rlsd_loss,
+    tuning,
 )
 from rlsd_kernels.gradients import Kept
 from rlsd_kernels.ops import Need, flatten, unflatten
@@ -101,6 +102,19 @@ def test_upstream_gradients_of_zero_give_zero(impl, with_entropy, workspace):
     got = run(inputs, impl, [torch.zeros(5)] * (1 + with_entropy), max_workspace_bytes=workspace)
     for name in ("d_hidden", "d_weight"):
         assert torch.equal(got[name], torch.zeros_like(got[name])), name
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_entropy_gradients_of_more_rows_than_are_scored_at_once(softcap, monkeypatch):
+    monkeypatch.setitem(tuning.MAX_CHUNK, "cpu", 7)
+    p = make_problem(23, 31, 8)
+    inputs = {k: p[k] for k in ("hidden", "weight", "completion_ids")}
+    upstream = [torch.randn(23), torch.randn(23)]
+    got, want = (
+        run(inputs, impl, upstream, final_logit_softcapping=softcap) for impl in ("torch", "ref")
+    )
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
