@@ -38,6 +38,7 @@ OPTIONS = {
     "vespo": {"loss_type": "vespo"},
     "sequence-level ratio": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     "beta, corrected KL": {"beta": 0.1},
+    "entropy_coef": {"entropy_coef": 0.01},
     "top_entropy_quantile": {"top_entropy_quantile": 0.2},
 }
 
