@@ -410,7 +410,7 @@ def qwen3_5():
 FALL_BACK = {
     "qwen3.5": (qwen3_5, r"cannot go on from .*are of type linear_attention too\)"),
     "lfm2": (lfm2, r"cannot go on from the keys .*its layers are of type conv too\)"),
-    "mamba2": (mamba2, r"computes something else where .*\(hidden states differ by [0-9.]+%"),
+    "mamba2": (mamba2, r"cannot go on from .*no gradient arrives there; its layers are of type li"),
 }
 
 
@@ -438,7 +438,7 @@ def test_every_family_shares_and_is_left_as_it_was(family):
 
 @pytest.mark.parametrize("change, words", [
     (lambda keys, values: (keys.detach(), values), "gradients differ by"),
-    (lambda keys, values: (keys.detach(), values.detach()), "not to have been used in the graph"),
+    (lambda keys, values: (keys.detach(), values.detach()), "no gradient arrives there"),
     (lambda keys, values: (keys, 1.5 * values), "hidden states differ by"),
     (lambda keys, values: (keys[:, :1], values), "cannot go on from the keys and values"),
 ], ids=["half-detached", "detached", "scaled", "cut"])
@@ -463,7 +463,7 @@ def test_gradients_that_16_bits_make_noise_are_no_refusal(monkeypatch):
 
     def noisy(loss, seen):
         return [
-            g + 0.5 * g.norm() / g.numel() ** 0.5 * torch.randn(g.shape, generator=noise).to(g)
+            g + 2.0 * g.norm() / g.numel() ** 0.5 * torch.randn(g.shape, generator=noise).to(g)
             for g in real(loss, seen)
         ]
 
