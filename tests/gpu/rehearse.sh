@@ -16,9 +16,9 @@ headers=build/rehearsal/headers-$oldest
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES="" PYTHONPATH=.:tests
 mkdir -p "$(dirname "$out")" build/rehearsal
 
-if [ ! -x "$venv/bin/python" ]; then
+if [ ! -x "$venv/bin/python" ]; then  # Triton 3.6's interpreter takes no newer numpy
     "${PYTHON:-python3}" -m venv "$venv" &&
-        "$venv/bin/python" -m pip install --quiet "torch==$version" numpy pytest || exit 1
+        "$venv/bin/python" -m pip install --quiet "torch==$version" "numpy<2.4" pytest || exit 1
 fi
 if [[ " $parts " == *" headers "* && ! -d $headers ]]; then
     # The macOS wheel is the smallest that has them; these headers are the same everywhere.
