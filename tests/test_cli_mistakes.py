@@ -4,10 +4,10 @@ import json
 import time
 
 import pytest
-from runs import clean_logging, fails, make_trainer, problems, quick, write_config  # noqa: F401
 
 import rlsd.trainer
 from rlsd.cli import main
+from runs import clean_logging, fails, make_trainer, problems, quick, write_config  # noqa: F401
 
 
 def train_fails(capsys, folder, **changed):
@@ -42,7 +42,7 @@ def test_malformed_config(text, words, tmp_path, capsys):
         (["--learning_rat", "1"], "Unknown option 'learning_rat'; did you mean learning_rate?"),
         (["--num_generation", "4"], "did you mean num_generations?"),
         (["--zzzz", "4"], "Unknown option 'zzzz'; see `rlsd train --help`."),
-        (["--objective", "ppo"], "objective must be one of rlsd, grpo, opsd"),
+        (["--objective", "ppo"], "objective must be one of rlsd, rlcsd, grpo, opsd"),
         (["--max_steps", "many"], "max_steps must be a whole number, but got 'many'."),
         (["--max_steps", "1.5"], "max_steps must be a whole number, but got 1.5."),
         (["--learning_rate", "fast"], "learning_rate must be a number, but got 'fast'."),

@@ -29,6 +29,7 @@ ROOMS = {
     "tasks": [["rewards"], ["scorers"], ["data"], ["grader"], ["judges"], ["deadline"], ["sandbox"],
               ["worked", "prompts"], ["images"], ["answers"]],
     "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"], ["gguf_file"],
+               ["prompt_cache"],
                ["distributed"], ["hints"], ["advantages"]],
     "sampling": [["hint_check"], ["evaluation"], ["leak"], ["rollout"], ["vllm_sampler"]],
     "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],

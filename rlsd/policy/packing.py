@@ -13,11 +13,8 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
 from ..tasks.images import image_inputs
-from .checkpoint import reason
 
 # Layers whose whole state of a prompt is its keys and values, by transformers' names.
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
@@ -31,38 +28,6 @@ class Layout(NamedTuple):
     image_token_id: int | None = None  # of models that take images
     share_prompts: bool = False
     uniform: bool = False  # all passes alike, as FSDP2 needs: share where no prompt repeats too
-
-
-class _Kept(DynamicLayer):
-    """A layer of the pass over prompts: keys and values stay as they are."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:  # recomputed in backward, they would keep that graph alive
-            self.keys, self.values, self.is_initialized = key_states, value_states, True
-        return key_states, value_states
-
-
-class _Shared(DynamicLayer):
-    """A layer of the pass over completions: each row's come behind those of its prompt.
-
-    Nothing is stored, so that recomputation sees what the first pass saw.
-    """
-
-    def __init__(self, kept, owners):
-        super().__init__()
-        self.keys, self.values, self.owners = kept.keys, kept.values, owners
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        return tuple(
-            torch.cat([self._of_rows(kept), new], -2)
-            for kept, new in ((self.keys, key_states), (self.values, value_states))
-        )
-
-    def _of_rows(self, kept):
-        if len(kept) == 1:  # a view; an index takes three times as long, backward too
-            return kept.expand(len(self.owners), *kept.shape[1:])
-        return kept[self.owners]
 
 
 def labels(prompts, images):
@@ -188,6 +153,8 @@ def _shared_hidden(model, prompts, owners, completion_ids, mask, layout, images,
 
     owners: (B,) the prompt of each completion.
     """
+    from .prompt_cache import kept_cache, shared_cache  # transformers, without which checks run
+
     prompt_ids, real = left_pad(prompts, layout.pad_id, completion_ids.device)
     positions = (real.cumsum(1) - 1).clamp(min=0)
     later = real.sum(1)[owners, None] + (mask.cumsum(1) - 1).clamp(min=0)
@@ -197,13 +164,13 @@ def _shared_hidden(model, prompts, owners, completion_ids, mask, layout, images,
         inputs = image_inputs(images, prompt_ids, layout.image_token_id)
         positions, ahead = _image_positions(model, prompt_ids, real, positions, inputs)
         later = torch.stack([later, *[later + ahead[owners]] * 3])
-    kept = Cache(layer_class_to_replicate=_Kept)
+    kept = kept_cache()
     before = hidden_states(
         model, prompt_ids, real, position_ids=positions, past_key_values=kept, **extra, **inputs
     )
     after = hidden_states(
         model, completion_ids, torch.cat([real[owners], mask.long()], 1), position_ids=later,
-        past_key_values=Cache(layers=[_Shared(layer, owners) for layer in kept.layers]), **extra,
+        past_key_values=shared_cache(kept, owners), **extra,
     )
     if router_logits is not None:
         times = owners.bincount(minlength=len(prompts))[:, None] * real
@@ -222,6 +189,8 @@ def sharing_refusal(model, layout, tolerance):
     (off by their own size on SmolLM2-135M), so in 16 bits they must only arrive, and by way of keys
     and values alone.
     """
+    from .checkpoint import reason
+
     embedding = model.get_input_embeddings()
     device = embedding.weight.device
     limits = tolerance, tolerance if embedding.weight.dtype.itemsize > 2 else math.inf

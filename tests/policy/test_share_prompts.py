@@ -20,10 +20,9 @@ from families import (
     right_pad,
     sequences,
 )
-from runs import WORDS, options
 from torch.utils.flop_counter import FlopCounterMode
 
-import rlsd.policy.packing
+import rlsd.policy.prompt_cache
 from rlsd import TrainConfig, UserError
 from rlsd.config import make_config
 from rlsd.demo import save_model, word_tokenizer
@@ -51,6 +50,7 @@ from rlsd.policy.update import (
 )
 from rlsd.trainer import Trainer
 from rlsd_kernels import RLSDLossConfig, aggregation_weights
+from runs import WORDS, options
 
 PADDED, SHARED = Layout(PAD), Layout(PAD, share_prompts=True)
 LAYOUTS = {
@@ -246,18 +246,18 @@ def test_recomputation_holds_no_layer_beyond_its_own_backward():
             return tensor
 
         made = []
-        real = rlsd.policy.packing.Cache
+        real = rlsd.policy.prompt_cache.Cache
 
         def noted(*args, made=made, real=real, **kwargs):
             made.append(real(*args, **kwargs))
             return made[-1]
 
-        rlsd.policy.packing.Cache = noted
+        rlsd.policy.prompt_cache.Cache = noted
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 hidden = student_hidden(model, batch, SHARED)
         finally:
-            rlsd.policy.packing.Cache = real
+            rlsd.policy.prompt_cache.Cache = real
         before = [layer.keys for layer in made[0].layers]
         hidden[batch.mask].square().sum().backward()
         # A recomputed pass leaves nothing in the cache: its graph would live to the end.
@@ -443,14 +443,14 @@ def test_every_family_shares_and_is_left_as_it_was(family):
     (lambda keys, values: (keys[:, :1], values), "cannot go on from the keys and values"),
 ], ids=["half-detached", "detached", "scaled", "cut"])
 def test_the_check_sees_wrong_values_and_wrong_gradients(change, words, monkeypatch):
-    real = rlsd.policy.packing._Kept.update
+    real = rlsd.policy.prompt_cache._Kept.update
 
     def wrong(self, key_states, value_states, *args, **kwargs):
         out = real(self, key_states, value_states, *args, **kwargs)
         self.keys, self.values = change(key_states, value_states)
         return out
 
-    monkeypatch.setattr(rlsd.policy.packing._Kept, "update", wrong)
+    monkeypatch.setattr(rlsd.policy.prompt_cache._Kept, "update", wrong)
     for dtype in (torch.float32, torch.bfloat16):
         if dtype == torch.float32 or words != "gradients differ by":
             with pytest.raises(UserError, match=words):
