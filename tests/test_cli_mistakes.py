@@ -4,10 +4,10 @@ import json
 import time
 
 import pytest
+from runs import clean_logging, fails, make_trainer, problems, quick, write_config  # noqa: F401
 
 import rlsd.trainer
 from rlsd.cli import main
-from runs import clean_logging, fails, make_trainer, problems, quick, write_config  # noqa: F401
 
 
 def train_fails(capsys, folder, **changed):

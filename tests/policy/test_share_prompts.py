@@ -20,6 +20,7 @@ from families import (
     right_pad,
     sequences,
 )
+from runs import WORDS, options
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlsd.policy.prompt_cache
@@ -50,7 +51,6 @@ from rlsd.policy.update import (
 )
 from rlsd.trainer import Trainer
 from rlsd_kernels import RLSDLossConfig, aggregation_weights
-from runs import WORDS, options
 
 PADDED, SHARED = Layout(PAD), Layout(PAD, share_prompts=True)
 LAYOUTS = {
