@@ -41,7 +41,7 @@ def _order(energy, tolerance):
     return order, torch.where(total.isfinite(), out, 0)
 
 
-def kept(energy, tolerance):
+def carrying(energy, tolerance):
     """Indices (K,), ascending, that carry all but tolerance^2 / 2 of the energy (n,); all where it
     has a NaN, which must stay in the gradient. The host waits for their number."""
     order, out = _order(energy, tolerance)
@@ -123,9 +123,9 @@ class Columns:
             energy = self.shard.sum(energy)
         norm = s * energy.sqrt()
         columns, _ = self.kernels.energies(e, torch.where(norm > 0, 1 / norm, 0))
-        j = kept(columns, self.tolerance)
+        j = carrying(columns, self.tolerance)
         if len(j) > DENSE_SHARE * len(columns):
-            j = kept(columns, 0.0)
+            j = carrying(columns, 0.0)
         fits = not self.shard.any(len(j) * size > self.left, s)
         width = len(j) if fits else -1
         if not fits:

@@ -348,6 +348,7 @@ class LogProbsInputs(NamedTuple):
 
 
 def _log_probs_fake(x):
+    """Sizes of "columns" are those of the data; no tracer asks for it."""
     dtype, n, weight = compute_dtype(x.hidden.dtype), x.hidden.shape[0], x.head.weight
     left = Kept.nothing(x.hidden, pipeline.gemm.operand_dtype(weight), dtype)
     if x.keep == "exp":

@@ -24,7 +24,7 @@ from .config import (
     compute_dtype,
     stored_dtype,
 )
-from .gradients import FP16_SCALE, Columns, Gradients, Kept, kept
+from .gradients import FP16_SCALE, Columns, Gradients, Kept, carrying
 
 MAX_GUESS = 40.0  # the rollout's log-prob as a guess is trusted down to e^-40
 NO_GUESS = 8.0  # without one the target is taken to lie 8 nats below the log-sum-exp
@@ -132,30 +132,23 @@ def _row_bytes(kernels, weight, vocab, keep, with_teacher=False):
     return stored, scratch
 
 
-def keeps_exponentials(kernels, weight, vocab, n, max_workspace_bytes):
-    """Whether backward of linear_log_probs forms gradients from a kept E instead of anew; vocab:
-    rows of the largest shard."""
-    if gradient_source(weight, False) != "exp":
-        return False
-    group, _ = _plan_log_probs(kernels, weight, vocab, n, max_workspace_bytes)
-    return group >= n
-
-
-def _plan_log_probs(kernels, weight, vocab, n, max_workspace_bytes):
-    """Rows held and rows scored at once: as if E were kept, and chunks also where it is not."""
+def _plan(kernels, weight, vocab, n, keep, max_workspace_bytes, with_teacher=False):
+    """Rows held for their gradient and rows scored at once; vocab: rows of the largest shard."""
     return tuning.plan_rows(
-        max(n, 1), *_row_bytes(kernels, weight, vocab, "exp", with_teacher=True),
-        max_workspace_bytes, tuning.max_chunk(weight.device.type),
+        max(n, 1), *_row_bytes(kernels, weight, vocab, keep, with_teacher), max_workspace_bytes,
+        tuning.max_chunk(weight.device.type),
     )
 
 
 def what_is_kept(kernels, weight, vocab, n, max_workspace_bytes, gradient_tolerance):
-    """For linear_log_probs_fwd's `keep`. Sizes that depend on the data are for eager mode."""
-    dynamic = not torch.compiler.is_compiling() and not capturing(weight)
-    if gradient_tolerance and dynamic and gradient_source(weight, False) == "exp":
+    """linear_log_probs_fwd's `keep` where a gradient is needed; None: it is formed anew."""
+    if gradient_source(weight, False) != "exp":
+        return None
+    # How many columns count depends on the data, which only eager mode can follow.
+    if gradient_tolerance and not torch.compiler.is_compiling() and not capturing(weight):
         return "columns"
-    fits = keeps_exponentials(kernels, weight, vocab, n, max_workspace_bytes)
-    return "exp" if fits else None
+    group, _ = _plan(kernels, weight, vocab, n, "exp", max_workspace_bytes, with_teacher=True)
+    return "exp" if group >= n else None
 
 
 def _largest(x):
@@ -176,9 +169,8 @@ class Rows:
         weight = head.weight
         self.dtype, self.operand = compute_dtype(weight.dtype), gemm.operand_dtype(weight)
         if plan is None:
-            plan = tuning.plan_rows(
-                max(n, 1), *_row_bytes(kernels, weight, shard.rows, keep, with_teacher),
-                max_workspace_bytes, tuning.max_chunk(weight.device.type),
+            plan = _plan(
+                kernels, weight, shard.rows, n, keep, max_workspace_bytes, with_teacher
             )
         self.group, self.chunk = self.plan = plan
         self.held = self.chunk if by_chunk else self.group
@@ -313,8 +305,10 @@ def linear_log_probs_fwd(
 ):
     """log p(y) (N,), entropy (N,) or (0,), and what Kept says for keep None, "exp" or "columns"."""
     n = len(hidden)
-    # The same chunks whatever is kept: log-probs are then equal to the bit.
-    plan = _plan_log_probs(kernels, head.weight, shard.rows, n, max_workspace_bytes)
+    # Chunks as if E were kept, also where it is not: log-probs are then equal to the bit.
+    plan = _plan(
+        kernels, head.weight, shard.rows, n, "exp", max_workspace_bytes, with_teacher=True
+    )
     rows = Rows(
         kernels, head, shard, n, keep="exp" if keep else None,
         max_workspace_bytes=max_workspace_bytes, plan=plan, by_chunk=keep == "columns",
@@ -404,7 +398,7 @@ def _add_columns(grads, hidden, g, slope, left):
     """Adds the rows whose columns were kept; a mask (N,) of those that were not."""
     largest = _largest(g.abs())  # whose square may be no number of fp32
     energy = (g / torch.where(largest > 0, largest, 1)).square() * left.energy
-    index, v = kept(energy, grads.tolerance), -g / left.s * slope
+    index, v = carrying(energy, grads.tolerance), -g / left.s * slope
     sizes, anew = left.sizes.tolist(), torch.zeros_like(g, dtype=torch.bool)
     bounds = torch.cat([left.sizes.new_zeros(1), left.sizes[:, 0].cumsum(0)])
     places = torch.searchsorted(index, bounds.to(g.device)).tolist()

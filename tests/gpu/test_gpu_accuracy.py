@@ -152,12 +152,20 @@ def test_a_wrong_guess_is_redone(offset, dtype, impl):
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 def test_the_head_of_an_8b_model(dtype, impl):
-    """H = 4096 summed by tensor cores, and targets with p near 1 as well as far out."""
+    """H = 4096 summed by tensor cores, half of the targets at a logit of 20 and p near 1; no logit
+    is beyond the range that the contract is given for."""
     require(impl, dtype)
-    n, v, h = size(512, 9), size(151936, 303), size(4096, 32)
-    p, options = problem("off-policy", n, v, h, dtype, std=20.0)
-    logits = p["hidden"][: n // 2].float() @ p["weight"].float().T
-    p["completion_ids"][: n // 2] = logits.argmax(-1)
+    n, v, h = size(512, 16), size(151936, 303), size(4096, 256)
+    p, options = problem("off-policy", n, v, h, dtype, std=2.0)
+    half, ids = n // 2, p["completion_ids"][: n // 2]
+    x, w = p["hidden"][:half].double(), p["weight"][ids].double()
+    z = (x * w).sum(-1, keepdim=True)
+    p["hidden"][:half] = (x + (20 - z) * w / w.square().sum(-1, keepdim=True)).to(dtype)
+    exact = linear_log_probs(
+        p["hidden"].double(), p["weight"].double(), p["completion_ids"], impl="ref"
+    )
+    assert exact[:half].exp().min() > 0.9
+    p["old_log_probs"] = (exact - 0.1).to(p["old_log_probs"].dtype)
     check_accuracy(p, options, impl, dtype)
 
 

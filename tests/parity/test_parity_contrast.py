@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from runs import quick  # noqa: F401
+from test_parity_objectives import lists, model
 
 from rlsd import TrainConfig, group_advantages
-from rlsd.demo import tiny_model
-from rlsd.policy.models import Policy, head_of, open_forward
+from rlsd.policy.models import Policy, head_of
 from rlsd.policy.packing import Layout
 from rlsd.policy.update import (
     live_batch,
@@ -23,21 +23,6 @@ from rlsd.sampling.rollout import Rollout
 PAD, EOS = 0, 1
 RLSD, RLCSD = {"objective": "rlsd", "rlsd_contrast_hints": 3}, {"objective": "rlcsd"}
 REWARDS = [1, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 1]  # the last group has no signal
-
-
-def model(seed):
-    made = tiny_model(64, seed=seed, hidden=32).double().eval()
-    with torch.no_grad():
-        for p in made.parameters():
-            if p.dim() > 1:
-                p *= 3  # far enough from uniform that contexts matter
-    open_forward(made)
-    return made
-
-
-def lists(lengths, seed):
-    rng = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 43, (n,), generator=rng).tolist() for n in lengths]
 
 
 def config_of(**changed):

@@ -16,11 +16,11 @@ from families import (
     PAD,
     SIZES,
     build,
-    gradients,
     right_pad,
     sequences,
 )
 from runs import WORDS, options
+from test_models import ours
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlsd.policy.prompt_cache
@@ -44,10 +44,7 @@ from rlsd.policy.teacher import Teacher
 from rlsd.policy.update import (
     Batch,
     log_probs_under,
-    router_totals,
-    student_terms,
     teacher_hidden,
-    teacher_inputs,
 )
 from rlsd.trainer import Trainer
 from rlsd_kernels import RLSDLossConfig, aggregation_weights
@@ -90,19 +87,7 @@ def prepared(family, lora):
 
 
 def update(model, teacher, batch, layout, *, parts=ALL, router=None):
-    """(loss, gradients) of teacher and student, as the trainer sums them over micro-batches."""
-    model.zero_grad(set_to_none=True)
-    policy, total, totals = Policy(model, head_of(model), layout, router), 0.0, None
-    if router and len(parts) > 1:
-        totals = router_totals(policy, batch, parts)
-    for rows in parts:
-        part = batch.select(rows)
-        with teacher.scoring() as scorer:
-            inputs = teacher_inputs(policy._replace(model=scorer), part, CONFIG)
-        terms = student_terms(policy, part, inputs, 0.5, CONFIG, OPTIONS, totals=totals)
-        (terms.out.loss + terms.aux_loss).backward()
-        total += (terms.out.loss + terms.aux_loss).item()
-    return total, gradients(model)
+    return ours(model, teacher, batch, parts, layout, router=router)
 
 
 def apart(got, want):
