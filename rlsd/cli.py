@@ -295,7 +295,7 @@ def evaluate(arguments):
     from .policy.distributed import Processes
     from .sampling.evaluation import evaluate as run
     from .sampling.evaluation import summary
-    from .sampling.rollout import choose_sampler, require_room
+    from .sampling.samplers import choose_sampler, require_room
     from .tasks.data import load_data
     from .tasks.rewards import load_reward_funcs, require_scorable
 

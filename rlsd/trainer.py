@@ -60,14 +60,8 @@ from .reports.report import (
 )
 from .sampling.evaluation import evaluate
 from .sampling.leak import leak_metrics
-from .sampling.rollout import (
-    choose_sampler,
-    loss_mask,
-    references,
-    require_room,
-    roll_out,
-    rollout_metrics,
-)
+from .sampling.rollout import loss_mask, references, roll_out, rollout_metrics
+from .sampling.samplers import choose_sampler, require_room
 from .tasks import rewards
 from .tasks.data import load_data, rows_of_step
 

@@ -27,7 +27,7 @@ from runs import (
 )
 
 import rlsd.reports.report
-import rlsd.sampling.rollout
+import rlsd.sampling.samplers
 import rlsd.trainer
 from rlsd.config import make_config
 from rlsd.policy.models import STUDENT, TEACHER, adapter_weights
@@ -248,7 +248,7 @@ def test_rollout_without_signal_makes_no_step(tmp_path):
 def test_all_truncated_and_masked_makes_no_step(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, mask_truncated_completions=True, beta=0.1)
     # An end that never comes.
-    monkeypatch.setattr(rlsd.sampling.rollout, "eos_ids", lambda *_: [1000])
+    monkeypatch.setattr(rlsd.sampling.samplers, "eos_ids", lambda *_: [1000])
     before = parameters(trainer.model)
     _, metrics = run_steps(trainer, 1)
     assert metrics[0]["completions/clipped_ratio"] == 1 and metrics[0]["live_sequences"] == 0

@@ -12,7 +12,8 @@ import math
 import torch
 
 from .leak import leak_metrics
-from .rollout import generate, roll_out
+from .rollout import roll_out
+from .samplers import generate
 
 Z = 1.959964  # of a two-sided 95 % interval
 

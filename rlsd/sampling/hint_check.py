@@ -20,7 +20,8 @@ from ..policy.update import Batch, log_probs_under
 from ..tasks.data import load_data, rows_of_step
 from ..tasks.rewards import load_reward_funcs, require_scorable
 from .evaluation import interval
-from .rollout import choose_sampler, generate, require_room, roll_out
+from .rollout import roll_out
+from .samplers import choose_sampler, generate, require_room
 
 
 def auc(right, wrong):

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rlsd import TrainConfig, UserError
 from rlsd.policy.models import head_of, require_own_positions
 from rlsd.policy.packing import Layout, completion_hidden, left_pad, micro_batches
-from rlsd.sampling.rollout import require_room
+from rlsd.sampling.samplers import require_room
 from rlsd_kernels import linear_log_probs
 
 LAYOUTS = {"padded": Layout(PAD), "packed": Layout(PAD, padding_free=True)}

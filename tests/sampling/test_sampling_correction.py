@@ -16,7 +16,7 @@ from runs import (
 )
 
 import rlsd.trainer
-from rlsd.sampling.rollout import generate
+from rlsd.sampling.samplers import generate
 
 NOISE = 1e-3  # as in test_trainer.py
 TRUNCATED = {

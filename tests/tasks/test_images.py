@@ -14,7 +14,7 @@ from rlsd.policy import checkpoint
 from rlsd.policy.checkpoint import load_model, load_tokenizer
 from rlsd.policy.models import head_of, sharing
 from rlsd.policy.packing import Layout, completion_hidden
-from rlsd.sampling.rollout import generate
+from rlsd.sampling.samplers import generate
 from rlsd.tasks.data import tokenize_rows
 from rlsd.tasks.images import PromptImages
 from rlsd_kernels import linear_log_probs
