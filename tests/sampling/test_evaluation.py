@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from test_rollout import EOS, TOKENIZER, canned, config, rows, sequences
+from test_samplers import EOS, TOKENIZER, canned, config, rows, sequences
 
 from rlsd.policy.distributed import Processes
 from rlsd.sampling.evaluation import evaluate, interval, ks_of, pass_at_k, summary

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from families import EOS, build, sequences
-from test_rollout import ONE, TOKENIZER, canned, config, rows
+from test_samplers import ONE, TOKENIZER, canned, config, rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from rlsd import UserError
