@@ -2,7 +2,8 @@
 
 from rlsd_kernels import __version__
 
-from .config import TrainConfig, UserError, load_yaml, make_config
+from .config import TrainConfig, UserError, make_config
+from .options import load_yaml
 from .policy.advantages import group_advantages, rlsd_lambda_at
 
 __all__ = [

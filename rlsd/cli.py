@@ -22,7 +22,8 @@ import torch
 from rlsd_kernels import __version__, available_impls
 from rlsd_kernels.logprob import choose_impl
 
-from .config import KINDS, TrainConfig, UserError, load_yaml, make_config
+from .config import TrainConfig, UserError, make_config
+from .options import KINDS, load_yaml
 from .packages import (
     OPTIONAL,
     RELEASES,
@@ -293,15 +294,20 @@ def evaluate(arguments):
     _quiet()
     from .policy.checkpoint import load_model, load_processor, load_tokenizer, verify
     from .policy.distributed import Processes
+    from .sampling.agents import agent_of
     from .sampling.evaluation import evaluate as run
     from .sampling.evaluation import summary
     from .sampling.samplers import choose_sampler, require_room
     from .tasks.data import load_data
     from .tasks.rewards import load_reward_funcs, require_scorable
+    from .tasks.tools import load_tools
 
-    functions = load_reward_funcs(config.reward_funcs, config)
+    functions, tools = load_reward_funcs(config.reward_funcs, config), load_tools(config)
     tokenizer = load_tokenizer(str(path))
-    _, held_out = load_data(config, tokenizer, processor=load_processor(str(path)))
+    agent = agent_of(config, tokenizer, tools)
+    functions += agent.reward_funcs if agent else []
+    processor = load_processor(str(path))
+    _, held_out = load_data(config, tokenizer, processor=processor, toolbox=tools)
     if not held_out:
         raise UserError(
             "There is nothing to evaluate: eval_size is 0, and neither eval_dataset nor "
@@ -317,7 +323,9 @@ def evaluate(arguments):
     config = dataclasses.replace(config, use_vllm=False)
     require_room(model, held_out, config)
     sample = choose_sampler(model, tokenizer, config, processes)
-    metrics = run(model, tokenizer, held_out, config, functions, config.seed, processes, sample)
+    metrics = run(
+        model, tokenizer, held_out, config, functions, config.seed, processes, sample, agent
+    )
     if not processes.main:
         return 0
     print(f"{path} on {len(held_out)} held-out questions, [95 % interval]")

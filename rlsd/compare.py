@@ -36,7 +36,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from .config import UserError, load_yaml, make_config
+from .config import UserError, make_config
+from .options import load_yaml
 from .policy import checkpoint
 from .policy.teacher import require_same_vocabulary
 from .reports.report import plot_runs, quiet_libraries, read_metrics, require_packages
@@ -54,6 +55,7 @@ from .reports.tables import (
     text_table,
 )
 from .tasks.data import load_data
+from .tasks.tools import load_tools
 
 # What a model from scratch depends on.
 SCRATCH = ("train_dataset", "dataset_size", "dataset_seed", "seed", "scratch_steps", "eval_size",
@@ -204,7 +206,7 @@ def require_data(config):
     """
     tokenizer = checkpoint.load_tokenizer(config.model_name_or_path)
     processor = checkpoint.load_processor(config.model_name_or_path)
-    rows, held_out = load_data(config, tokenizer, lambda *_: None, processor)
+    rows, held_out = load_data(config, tokenizer, lambda *_: None, processor, load_tools(config))
     if not held_out or not config.eval_steps:
         raise UserError("A comparison needs held-out questions; set eval_size and eval_steps.")
     if config.method.teacher_reads == "question":

@@ -8,18 +8,13 @@ import difflib
 import math
 import os
 import re
-import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rlsd_kernels import RLSDLossConfig
 
 from .objectives import OBJECTIVES
-
-
-class UserError(ValueError):
-    """A mistake the user can fix, told in one sentence; the command line prints it and exits 2."""
-
+from .options import UserError, coerce, option, shown
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TEACHER_MODEL_KINDS = ("live", "base", "snapshot", "ema")
@@ -27,15 +22,6 @@ SCALE_REWARDS = ("group", "batch", "none")
 FORMATS = ("think_answer", "think", "boxed")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 DEFAULT_PRIVILEGED_TEMPLATE = "Reference solution:\n{privileged_context}\n\n{prompt}"
-
-
-def option(default, text, *, choices=(), group=None):
-    """A dataclass field with its help; a callable default makes a fresh value each time.
-
-    choices: the only values of it, or of its items. group: what it and those after it are about.
-    """
-    kind = "default_factory" if callable(default) else "default"
-    return field(**{kind: default}, metadata={"help": text, "choices": choices, "group": group})
 
 
 @dataclass
@@ -162,6 +148,28 @@ class TrainConfig:
     )
     vllm_importance_sampling_clip_max: float = option(
         3.0, "upper bound of that weight (token_truncate in TRL)"
+    )
+    tools: list[str] = option(
+        list, "functions that the model may call: dotted paths, or run_python, which runs a "
+        "program isolated; see docs/agents.md", group="Agents",
+    )
+    environment_factory: str | None = option(
+        None, "dotted path of what makes an environment, whose methods are tools, or of a mapping "
+        "of such by the column environment"
+    )
+    rollout_func: str | None = option(
+        None, "dotted path of a function(prompts, trainer) that samples in place of the trainer"
+    )
+    hint_func: str | None = option(
+        None, "dotted path of a function(prompt, completion, feedback, **columns) that gives the "
+        "teacher's hint for a completion, or None"
+    )
+    max_tool_calling_iterations: int | None = option(
+        None, "turns in which tools are called; default: as many as max_completion_length holds"
+    )
+    max_tool_response_length: int = option(256, "a longer result of a tool is cut, and says so")
+    tool_timeout: float = option(
+        30.0, "seconds until a call of a tool counts as hung; the model is told"
     )
     reward_funcs: list[str] = option(
         lambda: ["exact_match"],
@@ -339,21 +347,23 @@ class TrainConfig:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            setattr(self, f.name, _coerce(f.name, getattr(self, f.name), _HINTS[f.name]))
+            setattr(self, f.name, coerce(
+                f.name, getattr(self, f.name), _HINTS[f.name], _CHOICES.get(f.name, ())
+            ))
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             for item in value if isinstance(value, list) else [value]:
                 if item not in allowed:
                     known = ", ".join(allowed)
-                    raise UserError(f"{name} must be one of {known}, but got {_shown(item)}.")
+                    raise UserError(f"{name} must be one of {known}, but got {shown(item)}.")
         for f in dataclasses.fields(self):  # torch, numpy and the operating system count in 64 bits
             value, most = getattr(self, f.name), 2**(32 if f.name.endswith("seed") else 63) - 1
             if isinstance(value, int) and value > most:
-                raise UserError(f"{f.name} must be at most {most}, but got {_shown(value)}.")
+                raise UserError(f"{f.name} must be at most {most}, but got {shown(value)}.")
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise UserError(f"{name} must be at least {low}, but got {_shown(value)}.")
+                raise UserError(f"{name} must be at least {low}, but got {shown(value)}.")
         self._fill_in_sizes()
         if self.generation_batch_size % self.num_generations:
             raise UserError(
@@ -380,14 +390,14 @@ class TrainConfig:
             if len(self.report_to) > 1:
                 raise UserError("report_to is none or names trackers, but not both.")
             self.report_to = []
-        if not self.reward_funcs:
+        if not self.reward_funcs and not self.environment_factory:
             raise UserError("reward_funcs must name at least one reward function.")
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
             raise UserError(
                 f"reward_weights has {len(self.reward_weights)} entries but reward_funcs has "
                 f"{len(self.reward_funcs)}; give one weight per function."
             )
-        for name in ("reward_timeout", "verify_timeout", *_RLCSD):
+        for name in ("reward_timeout", "verify_timeout", "tool_timeout", *_RLCSD):
             if not 0 < (got := getattr(self, name)) < math.inf:
                 unit = " of seconds" if name.endswith("timeout") else ""
                 raise UserError(f"{name} must be a positive number{unit}, but got {got}.")
@@ -527,6 +537,7 @@ class TrainConfig:
                 "does not have; set both to 0."
             )
         self._check_contrast()
+        self._check_agent()
         if self.shuffle_privileged_context and self.answer_only_privileged_context:
             raise UserError(
                 "Give shuffle_privileged_context or answer_only_privileged_context, but not both."
@@ -549,6 +560,34 @@ class TrainConfig:
                 "hints, which hint_source rollout does not read; leave them out."
             )
 
+    def _check_agent(self):
+        if self.rollout_func and (self.tools or self.environment_factory):
+            raise UserError(
+                "Give rollout_func, which plays all turns itself, or tools and "
+                "environment_factory, but not both."
+            )
+        sampled = self.tools or self.environment_factory or self.rollout_func or self.hint_func
+        if sampled and self.method.supervised:
+            raise UserError(
+                f"objective {self.objective} samples nothing that could use tools, "
+                "environment_factory, rollout_func or hint_func; leave them out."
+            )
+        if not self.hint_func:
+            return
+        if self.method.teacher_reads != "hint":
+            raise UserError(
+                f"hint_func makes a hint for the teacher, but that of objective {self.objective} "
+                "reads none; leave it out."
+            )
+        if self.hint_source == "rollout" or self.shuffle_privileged_context or (
+            self.answer_only_privileged_context
+        ):
+            raise UserError(
+                "hint_func makes the hint; leave out hint_source rollout, "
+                "shuffle_privileged_context and answer_only_privileged_context, which choose "
+                "another."
+            )
+
     @property
     def method(self):
         """The row of OBJECTIVES."""
@@ -560,10 +599,12 @@ class TrainConfig:
 
     def reads_hints(self):
         """Whether a teacher reads the privileged context of the data."""
+        return self.hint_source == "data" and not self.hint_func and self.reads_context()
+
+    def reads_context(self):
+        """Whether a teacher reads a privileged context, whoever made it."""
         method = self.method
-        return method.teacher_reads == "hint" and self.hint_source == "data" and (
-            not method.reweights or self.rlsd_lambda > 0
-        )
+        return method.teacher_reads == "hint" and (not method.reweights or self.rlsd_lambda > 0)
 
     def reads_siblings(self):
         """Whether a teacher reads completions of the group that it scores."""
@@ -601,49 +642,7 @@ _AT_LEAST = {
     "soft_punish_cache": 1, "code_memory_mb": 16, "vllm_server_port": 1, "vllm_group_port": 1,
     "vllm_server_timeout": 0, "vllm_max_model_length": 1, "vllm_importance_sampling_clip_max": 1,
     "distillation_coef": 0, "top_k": 0, "gradient_accumulation_steps": 1, "rlsd_contrast_hints": 0,
-    "rlcsd_threshold": 0,
-}
-
-
-def _coerce(name, value, hint):
-    """The value in the option's type, or UserError; a text may be a float (YAML reads 1e-6 so)."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    if typing.get_origin(hint) is list:
-        items = value if isinstance(value, list | tuple) else [value]
-        (item,) = typing.get_args(hint)
-        return [_coerce(name, v, item) for v in items]
-    if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except (ValueError, OverflowError):
-            pass
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, bool) and str(value).lower() in _CHOICES.get(name, ()):  # YAML's true
-        return str(value).lower()
-    if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{name} must not contain a null byte, but got {_shown(value)}.")
-    nan = isinstance(value, float) and math.isnan(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not nan:
-        return value
-    raise UserError(f"{name} must be {KINDS.get(hint, hint)}, but got {_shown(value)}.")
-
-
-def _shown(value):
-    """A value as it stands in a sentence."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer of 4,300 digits
-        text = f"a value of type {type(value).__name__} that is too large to show"
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-KINDS = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "a text",
-    dict: "a mapping of options",
+    "rlcsd_threshold": 0, "max_tool_calling_iterations": 0, "max_tool_response_length": 1,
 }
 
 
@@ -656,23 +655,3 @@ def make_config(options):
             hint = f"; did you mean {near[0]}?" if near else "; see `rlsd train --help`."
             raise UserError(f"Unknown option {name!r}{hint}")
     return TrainConfig(**options)
-
-
-def load_yaml(path):
-    """The options in a YAML file, as a dict."""
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            options = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(f"Cannot read the config {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes, dates, nesting
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"The config {path} is not valid YAML{line}.") from None
-    if options is None:
-        return {}
-    if not isinstance(options, dict):
-        raise UserError(f"The config {path} must be a list of `option: value` lines.")
-    return options

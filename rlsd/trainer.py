@@ -58,12 +58,14 @@ from .reports.report import (
     write_card,
     write_completions,
 )
+from .sampling.agents import agent_of
 from .sampling.evaluation import evaluate
 from .sampling.leak import leak_metrics
 from .sampling.rollout import loss_mask, references, roll_out, rollout_metrics
 from .sampling.samplers import choose_sampler, require_room
 from .tasks import rewards
 from .tasks.data import load_data, rows_of_step
+from .tasks.tools import load_tools
 
 
 class Trainer:
@@ -92,7 +94,10 @@ class Trainer:
         weights = str(resume_from or config.model_name_or_path)
         self.tokenizer = checkpoint.load_tokenizer(weights)
         self.processor = checkpoint.load_processor(weights)
-        self.rows, self.held_out = load_data(config, self.tokenizer, told, self.processor)
+        tools = load_tools(config)
+        self.agent = agent_of(config, self.tokenizer, tools, self)
+        self.reward_funcs += self.agent.reward_funcs if self.agent else []
+        self.rows, self.held_out = load_data(config, self.tokenizer, told, self.processor, tools)
         rows = [*self.rows, *self.held_out]
         self.processes.once(lambda: rewards.require_scorable(self.reward_funcs, rows))
         self.questions = config.generation_batch_size // config.num_generations
@@ -206,7 +211,7 @@ class Trainer:
         with memory_named("evaluating", "rollout_batch_size"):
             metrics = evaluate(
                 self.model, self.tokenizer, self.held_out, self.config, self.reward_funcs,
-                self.config.seed, self.processes, self.sample,
+                self.config.seed, self.processes, self.sample, self.agent,
             )
         return metrics | {"time/eval": time.monotonic() - began}
 
@@ -232,7 +237,7 @@ class Trainer:
             else:
                 rollout = roll_out(
                     self.model, self.tokenizer, rows, config, self.reward_funcs, self.processes,
-                    sample=self.sample,
+                    sample=self.sample, agent=self.agent, hindsight=True,
                 )
                 advantages = group_advantages(rollout.rewards, size, config.scale_rewards)
         advantages, rolled = advantages.to(rollout.mask.device), time.monotonic()
@@ -252,7 +257,7 @@ class Trainer:
             "prompt_sharing/tokens_saved": sum(map(sum, spared)),
         }
         metrics |= self.clock.metrics(
-            rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rows)
+            rollout.mask.sum().item() + sum(len(row["prompt_ids"]) for row in rollout.rows)
             - sum(spared[0]),
             self.flops.update(batch, config, spared) / self.processes.size, self.peak_flops,
         )

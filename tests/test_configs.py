@@ -8,7 +8,8 @@ import torch
 import transformers
 from runs import make_trainer, quick  # noqa: F401
 
-from rlsd.config import load_yaml, make_config
+from rlsd.config import make_config
+from rlsd.options import load_yaml
 from rlsd.sampling.evaluation import interval
 from rlsd.tasks.data import load_rows
 

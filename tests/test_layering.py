@@ -23,15 +23,15 @@ KERNEL_ORDER = [
 FLOORS = [
     ["cli"], ["compare"], ["demo"], ["trainer"], ["reports"],
     ["sampling", "checks", "integrations"], ["policy"], ["rewards"], ["tasks"], ["packages"],
-    ["config"], ["objectives"],
+    ["config"], ["objectives", "options"],
 ]
 ROOMS = {
-    "tasks": [["rewards"], ["scorers"], ["data"], ["grader"], ["judges"], ["deadline"], ["sandbox"],
-              ["worked", "prompts"], ["images"], ["answers"]],
+    "tasks": [["tools"], ["rewards"], ["scorers"], ["data"], ["grader"], ["judges"], ["deadline"],
+              ["sandbox"], ["worked", "prompts"], ["images"], ["answers"]],
     "policy": [["update"], ["teacher"], ["models"], ["packing"], ["checkpoint"], ["gguf_file"],
                ["prompt_cache"],
                ["distributed"], ["hints"], ["advantages"]],
-    "sampling": [["hint_check"], ["evaluation"], ["leak"], ["rollout"], ["samplers"],
+    "sampling": [["hint_check"], ["evaluation"], ["leak"], ["rollout"], ["agents"], ["samplers"],
                  ["vllm_sampler"]],
     "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],
     "integrations": [["trl", "trl_sft", "liger", "ms_swift", "verl"], ["head", "trl_config"]],

@@ -7,7 +7,8 @@ from trl import GRPOConfig
 from rlsd_kernels import RLSDLossConfig
 from rlsd_kernels.config import check_number
 
-from ..config import DEFAULT_PRIVILEGED_TEMPLATE, TEACHER_MODEL_KINDS, UserError, option
+from ..config import DEFAULT_PRIVILEGED_TEMPLATE, TEACHER_MODEL_KINDS
+from ..options import UserError, option
 
 
 @dataclass

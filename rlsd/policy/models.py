@@ -571,14 +571,16 @@ class Flops:
 
         spared: Batch.spared.
         """
-        tokens = batch.mask.sum(1).tolist()
+        tokens, own = batch.seen.sum(1).tolist(), batch.mask.sum(1).tolist()
         lengths = [len(p) + n for p, n in zip(batch.prompts, tokens, strict=True)]
-        hinted = [(len(p), n) for p, n in zip(batch.teacher_prompts, tokens, strict=True) if p]
+        hinted = [
+            (len(p) + n, k) for p, n, k in zip(batch.teacher_prompts, tokens, own, strict=True) if p
+        ]
         student = (
             (self.scoring(lengths, 0) - self.scoring(spared[0], 0)) * (1 + self.backward)
-            + self.head * sum(tokens) * (1 + self.head_backward)
+            + self.head * sum(own) * (1 + self.head_backward)
         )
-        teacher = self.scoring([p + n for p, n in hinted], sum(n for _, n in hinted))
+        teacher = self.scoring([n for n, _ in hinted], sum(k for _, k in hinted))
         teacher -= self.scoring(spared[1], 0)
         again = config.teacher_model_kind == "live" or config.method.distils
         passes = config.num_iterations if again else 1

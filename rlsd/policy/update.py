@@ -64,11 +64,17 @@ class Batch(NamedTuple):
     sampling_log_probs: torch.Tensor | None = None  # as the tokens were drawn; NaN: not known
     hints: list | None = None  # prompts that a contrast reads, [correct, wrong, ..] of each, or []
     a_hat: torch.Tensor | None = None  # where it is known before the loss, which has lambda 0 then
+    completion_mask: torch.Tensor | None = None  # tools' tokens too, which are context; None: mask
+
+    @property
+    def seen(self):
+        """(B, T) bool: the tokens that a pass over the completions reads."""
+        return self.mask if self.completion_mask is None else self.completion_mask
 
     def contexts(self):
         """([labels of the student's prompts, of the teacher's], tokens of the completions)."""
         prompts = [labels(own, self.images) for own in (self.prompts, self.teacher_prompts)]
-        return prompts, self.mask.sum(1).tolist()
+        return prompts, self.seen.sum(1).tolist()
 
     def micro_batches(self, config, layout):
         """Those of all processes."""
@@ -109,7 +115,7 @@ class Batch(NamedTuple):
         if not rows:
             part = self.select([0])
             return part._replace(loss_weights=torch.zeros_like(part.loss_weights))
-        width = int(self.mask[rows].sum(1).max())
+        width = int(self.seen[rows].sum(1).max())
         out = {}
         for name, value in self._asdict().items():
             if isinstance(value, list):
@@ -135,7 +141,7 @@ def teacher_hidden(teacher, batch, layout, *, always=False):
     teacher.eval()
     scored = completion_hidden(
         teacher, [batch.teacher_prompts[i] or batch.prompts[i] for i in need], ids[need],
-        batch.mask[need], layout, images=[batch.images[i] for i in need],
+        batch.seen[need], layout, images=[batch.images[i] for i in need],
     )
     teacher.train(training)
     hidden = scored.new_zeros(shape)
@@ -264,6 +270,7 @@ def live_batch(rollout, mask, advantages, privileged, config, hints=None):
         advantages=advantages[live], loss_weights=weights[live],
         sampling_log_probs=None if drawn is None else drawn[live],
         hints=None if hints is None else [hints[i] for i in live],
+        completion_mask=rollout.mask[live],
     ), live
 
 
@@ -369,7 +376,7 @@ def student_terms(
 
     def trunk(model):
         return completion_hidden(
-            model, batch.prompts, batch.completion_ids, batch.mask, policy.layout,
+            model, batch.prompts, batch.completion_ids, batch.seen, policy.layout,
             images=batch.images, router_logits=recorded,
         )
 
@@ -424,7 +431,7 @@ def _log_probs(policy, part, temperature, impl):
     """(B, T) of one micro-batch."""
     def trunk(model):
         return completion_hidden(
-            model, part.prompts, part.completion_ids, part.mask, policy.layout, images=part.images
+            model, part.prompts, part.completion_ids, part.seen, policy.layout, images=part.images
         )
 
     def head(hidden, weight, bias):
@@ -446,7 +453,7 @@ def router_totals(policy, batch, parts):
 
         def trunk(model, part=part, recorded=recorded):
             return completion_hidden(
-                model, part.prompts, part.completion_ids, part.mask, policy.layout,
+                model, part.prompts, part.completion_ids, part.seen, policy.layout,
                 images=part.images, router_logits=recorded,
             )
 

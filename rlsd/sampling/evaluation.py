@@ -12,7 +12,7 @@ import math
 import torch
 
 from .leak import leak_metrics
-from .rollout import roll_out
+from .rollout import roll_out, written
 from .samplers import generate
 
 Z = 1.959964  # of a two-sided 95 % interval
@@ -48,12 +48,13 @@ def ks_of(n):
 
 
 def evaluate(
-    model, tokenizer, rows, config, reward_funcs, seed, processes, sample=generate
+    model, tokenizer, rows, config, reward_funcs, seed, processes, sample=generate, agent=None
 ):
     """Held-out metrics, greedy and sampled: the share of full marks, 1, of the first function.
 
     Samples num_generations_eval completions per question. Every eval/pass@* has its interval in
-    eval/pass@*_low and eval/pass@*_high. sample: what choose_sampler returned.
+    eval/pass@*_low and eval/pass@*_high. sample: what choose_sampler returned. agent: of
+    agents.agent_of; its rollout_func knows no greedy sampling, so that there is none then.
     The random state of training is left as it was.
     """
     metrics = {}
@@ -61,10 +62,12 @@ def evaluate(
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         for name, greedy in (("greedy", True), ("sampled", False)):
+            if greedy and config.rollout_func:
+                continue
             n = 1 if greedy else config.num_generations_eval
             out = roll_out(
                 model, tokenizer, [row for row in rows for _ in range(n)], config, reward_funcs,
-                processes, greedy=greedy, sample=sample,
+                processes, greedy=greedy, sample=sample, agent=agent,
             )
             right = (out.rewards_per_func[:, 0] >= 1).view(len(rows), n).sum(1).tolist()
             for k in ks_of(n):
@@ -74,7 +77,7 @@ def evaluate(
                 metrics[f"{metric}_low"], metrics[f"{metric}_high"] = interval(values, n)
             metrics[f"eval/reward_{name}"] = out.rewards.mean().item()
             metrics |= leak_metrics(out, config, f"eval/leak_rate_{name}")
-    metrics["eval/completion_length"] = out.mask.sum(1).double().mean().item()
+    metrics["eval/completion_length"] = written(out).sum(1).double().mean().item()
     return metrics
 
 

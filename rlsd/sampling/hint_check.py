@@ -19,8 +19,10 @@ from ..policy.models import open_policy
 from ..policy.update import Batch, log_probs_under
 from ..tasks.data import load_data, rows_of_step
 from ..tasks.rewards import load_reward_funcs, require_scorable
+from ..tasks.tools import load_tools
+from .agents import agent_of
 from .evaluation import interval
-from .rollout import roll_out
+from .rollout import roll_out, written
 from .samplers import choose_sampler, generate, require_room
 
 
@@ -47,14 +49,14 @@ def gaps(policy, rollout, config):
         prompts=[row["prompt_ids"] for row in rollout.rows],
         teacher_prompts=[row["teacher_prompt_ids"] for row in rollout.rows],
         images=[row.get("_images") for row in rollout.rows],
-        completion_ids=rollout.completion_ids, mask=rollout.mask, advantages=zeros[:, 0],
-        loss_weights=zeros,
+        completion_ids=rollout.completion_ids, mask=written(rollout),
+        completion_mask=rollout.mask, advantages=zeros[:, 0], loss_weights=zeros,
     )
     parts = batch.micro_batches(config, policy.layout)
     student = log_probs_under(policy, batch, parts, config.temperature, config.impl)
     hinted = batch._replace(prompts=batch.teacher_prompts)
     teacher = log_probs_under(policy, hinted, parts, config.temperature, config.impl)
-    return torch.where(rollout.mask, teacher - student, 0.0).double()
+    return torch.where(written(rollout), teacher - student, 0.0).double()
 
 
 def gap_metrics(gap, rollout, references, size):
@@ -62,12 +64,12 @@ def gap_metrics(gap, rollout, references, size):
 
     references: per row the token ids of the hint as an answer, EOS included.
     """
-    right = (rollout.rewards_per_func[:, 0] >= 1).tolist()
+    right, own = (rollout.rewards_per_func[:, 0] >= 1).tolist(), written(rollout)
     found = {True: [], False: []}  # mean gap of every answer
     at = {(kind, place): [] for kind in (True, False) for place in ("before", "first", "after")}
     by_question = []
     for i, (kind, reference) in enumerate(zip(right, references, strict=True)):
-        keep = rollout.mask[i]
+        keep = own[i]
         values, ids = gap[i][keep].tolist(), rollout.completion_ids[i][keep].tolist()
         if i % size == 0:
             by_question.append({True: [], False: []})
@@ -107,7 +109,9 @@ def _mean(values):
     return sum(values) / len(values) if values else None
 
 
-def check_hints(policy, tokenizer, rows, config, reward_funcs, processes, sample=generate):
+def check_hints(
+    policy, tokenizer, rows, config, reward_funcs, processes, sample=generate, agent=None
+):
     """Metrics of the hints of `rows`, num_generations answers to each of eval_size of them."""
     usable = [row for row in rows if row["teacher_prompt_ids"]]
     if not usable:
@@ -121,7 +125,8 @@ def check_hints(policy, tokenizer, rows, config, reward_funcs, processes, sample
     for name, these in (("student", asked), ("teacher", hinted)):
         torch.manual_seed(config.seed)
         out = roll_out(
-            policy.model, tokenizer, these, config, reward_funcs, processes, sample=sample
+            policy.model, tokenizer, these, config, reward_funcs, processes, sample=sample,
+            agent=agent,
         )
         right = (out.rewards_per_func[:, 0] >= 1).double().view(-1, size).mean(1).tolist()
         lengths = [len(row["prompt_ids"]) for row in these]
@@ -130,7 +135,7 @@ def check_hints(policy, tokenizer, rows, config, reward_funcs, processes, sample
             f"{name}_pass@1": sum(right) / len(right), f"{name}_pass@1_low": low,
             f"{name}_pass@1_high": high, f"{name}_prompt_mean": sum(lengths) / len(lengths),
             f"{name}_prompt_max": max(lengths),
-            f"{name}_completion_mean": out.mask.sum(1).double().mean().item(),
+            f"{name}_completion_mean": written(out).sum(1).double().mean().item(),
             f"{name}_truncated": out.truncated.double().mean().item(),
         }
         rollouts[name] = out
@@ -183,11 +188,15 @@ def measure_hints(config):
     """check_hints of what a config names, on its training rows, whatever its objective reads."""
     if not config.eval_size:
         raise UserError("eval_size is 0, but says how many questions to measure; set it.")
-    functions = load_reward_funcs(config.reward_funcs, config)
+    functions, tools = load_reward_funcs(config.reward_funcs, config), load_tools(config)
     path = config.model_name_or_path
     tokenizer, processor = load_tokenizer(path), load_processor(path)
-    config = dataclasses.replace(config, objective="rlsd", rlsd_lambda=0.5, use_vllm=False)
-    rows, _ = load_data(config, tokenizer, processor=processor)
+    config = dataclasses.replace(
+        config, objective="rlsd", rlsd_lambda=0.5, use_vllm=False, hint_func=None
+    )
+    agent = agent_of(config, tokenizer, tools)
+    functions += agent.reward_funcs if agent else []
+    rows, _ = load_data(config, tokenizer, processor=processor, toolbox=tools)
     require_scorable(functions, rows)
     processes = Processes(config)
     model = load_model(
@@ -197,7 +206,7 @@ def measure_hints(config):
     policy = open_policy(model, tokenizer.pad_token_id, config)
     require_room(model, rows, config)
     sample = choose_sampler(model, tokenizer, config, processes)
-    return check_hints(policy, tokenizer, rows, config, functions, processes, sample) | {
+    return check_hints(policy, tokenizer, rows, config, functions, processes, sample, agent) | {
         "model": path, "train_dataset": config.train_dataset, "seed": config.seed,
         "hint_placement": config.hint_placement,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},

@@ -382,11 +382,14 @@ def answers_as_hints(rows):
     ]
 
 
-def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, processor=None):
+def tokenize_rows(
+    rows, tokenizer, config, *, need_hint, need_reference=False, processor=None, toolbox=None
+):
     """Add prompt_ids and teacher_prompt_ids; returns the kept rows and a sentence on dropped ones.
 
     A row without privileged context is an error naming the row unless the config allows it.
     need_reference: add _reference_ids too, the privileged context as a completion with EOS.
+    toolbox: a tools.Toolbox, whose tools the chat template then shows.
     """
     kept, dropped = [], []
     for row in rows:
@@ -414,7 +417,12 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
                 "trains on; fill privileged_context or solution."
             )
         try:
-            row = {**row, "_template_options": template_options(row, config)}
+            options = template_options(row, config)
+            if toolbox is not None:
+                if isinstance(row["prompt"], str):
+                    raise UserError("it is a plain text, but tools need a prompt of chat messages")
+                options = options | toolbox.template_options(row)
+            row = {**row, "_template_options": options}
             if with_images:
                 row["_images"] = PromptImages(row, processor)
             asked = ("prompt", "_images", "_template_options")
@@ -422,7 +430,8 @@ def tokenize_rows(rows, tokenizer, config, *, need_hint, need_reference=False, p
             how = config.privileged_template, config.hint_placement
             student, teacher = encode_pair(read, tokenizer, *how)
             around = student
-            if config.reads_siblings():  # whose template must find its place, and room
+            # Their template must find its place, and room.
+            if config.reads_siblings() or config.hint_func:
                 trial = {**row, "privileged_context": "0", "teacher_prompt": None}
                 _, around = encode_pair(trial, tokenizer, *how)
             if need_reference:
@@ -508,10 +517,11 @@ def split_rows(rows, config):
     return train, [rows[i] for i in sorted(chosen)]
 
 
-def load_data(config, tokenizer, log=print, processor=None):
+def load_data(config, tokenizer, log=print, processor=None, toolbox=None):
     """(training rows, held-out rows), tokenised; no held-out question occurs in training.
 
-    An evaluation may name an eval_dataset alone; there are no training rows then.
+    An evaluation may name an eval_dataset alone; there are no training rows then. toolbox: of
+    tools.load_tools.
     """
     need_reference = config.method.supervised
     if need_reference and tokenizer.eos_token_id is None:
@@ -545,13 +555,13 @@ def load_data(config, tokenizer, log=print, processor=None):
             rows = answers_as_hints(rows)
         rows, note = tokenize_rows(
             rows, tokenizer, config, need_hint=config.reads_hints(), need_reference=need_reference,
-            processor=processor,
+            processor=processor, toolbox=toolbox,
         )
         if note:
             log(note)
     if fresh:
         fresh, note = tokenize_rows(
-            fresh, tokenizer, config, need_hint=False, processor=processor
+            fresh, tokenizer, config, need_hint=False, processor=processor, toolbox=toolbox
         )
         if note:
             log(f"Held-out: {note}")

@@ -54,7 +54,8 @@ def load_reward_funcs(names, config):
 
     Built-ins get their options from the config, and are checked to run on this machine.
     """
-    found = [name if callable(name) else BUILT_IN.get(name) or _import(name) for name in names]
+    found = [name if callable(name) else BUILT_IN.get(name)
+             or imported(name, "reward function", BUILT_IN) for name in names]
     functions = []
     for function in found:
         why_not = _why_not(function, config)
@@ -175,22 +176,21 @@ def _why_not(function, config):
     return None
 
 
-def _import(path):
+def imported(path, what, built_in=()):
+    """What a dotted path names; what: how sentences call it, built_in: names that need no path."""
     module, _, name = path.rpartition(".")
     if not module:
+        known = f"built in are {', '.join(built_in)}, others need" if built_in else "it needs"
         raise UserError(
-            f"Unknown reward function {path!r}; built in are {', '.join(BUILT_IN)}, others need a "
-            "dotted path such as my_package.rewards.my_reward."
+            f"Unknown {what} {path!r}; {known} a dotted path such as my_package.rewards.my_reward."
         )
     try:
-        function = getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # importing runs the user's module
-        raise UserError(
-            f"Cannot import the reward function {path!r}: {_reason(error)}."
-        ) from error
-    if not callable(function):
-        raise UserError(f"The reward function {path!r} is not callable.")
-    return function
+        raise UserError(f"Cannot import the {what} {path!r}: {reason(error)}.") from error
+    if not callable(found) and not isinstance(found, dict):
+        raise UserError(f"The {what} {path!r} is not callable.")
+    return found
 
 
 def name_of(function):
@@ -198,7 +198,7 @@ def name_of(function):
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _reason(error):
+def reason(error):
     """The type and first line of an exception, without a full stop."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": .")
 
@@ -228,18 +228,18 @@ def rescued_by(save):
         _RESCUES.pop()
 
 
-def _end(error):
+def end_run(error):
     """Say why the run ends, from inside a reward function that does not."""
     try:
         error = _RESCUES[-1](error) if _RESCUES else error
     except Exception as failure:
-        error = f"{error} Saving failed: {_reason(failure)}."
+        error = f"{error} Saving failed: {reason(failure)}."
     rank = os.environ.get("RANK", "0")
     print(f"\nrlsd{f' (process {rank})' * (rank != '0')}: {error}", file=sys.stderr, flush=True)
 
 
 @functools.lru_cache
-def _event_loop():
+def event_loop():
     """The loop, in a thread of its own, of all async rewards: sessions they keep stay usable."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -247,17 +247,27 @@ def _event_loop():
     return loop, thread
 
 
-async def _awaited(awaitable):
+async def awaited(awaitable):
     try:
         return await awaitable
     except SystemExit as error:  # it would end the loop, and all other async rewards
-        raise RuntimeError(_reason(error)) from error
+        raise RuntimeError(reason(error)) from error
 
 
-def _arguments(function, rows, shown, completion_ids):
+def is_column(name):
+    """Whether what a row has under a name came with the data."""
+    return name[:1] != "_" and name not in INTERNAL
+
+
+def visible(row):
+    """Copies of a row's columns, as functions of users get them."""
+    return {name: copy.deepcopy(value) for name, value in row.items() if is_column(name)}
+
+
+def _arguments(function, rows, shown, completion_ids, environments=None):
     """What a function is called with: its own copies of everything, unless it is built in."""
     plain = getattr(function, "__wrapped__", function)
-    names = {name for row in rows for name in row if name[:1] != "_"} - INTERNAL
+    names = {name for row in rows for name in row if is_column(name)}
     if plain in BUILT_IN.values():
         names -= set(_options(plain))
     given = {
@@ -273,13 +283,14 @@ def _arguments(function, rows, shown, completion_ids):
         return given
     given["completion_ids"] = list(map(list, completion_ids))  # too many to copy one by one
     # Value by value: the rows of a group are the same object.
-    return {
+    given = {
         name: values if name == "completion_ids" else [copy.deepcopy(value) for value in values]
         for name, values in given.items()
     }
+    return given if environments is None else given | {"environments": environments}
 
 
-def _call_all(functions, rows, shown, completion_ids, seconds):
+def _call_all(functions, rows, shown, completion_ids, seconds, environments):
     """What each function returns; async ones run at the same time, after the others."""
     results, futures = [None] * len(functions), {}
 
@@ -289,10 +300,10 @@ def _call_all(functions, rows, shown, completion_ids, seconds):
     for k, function in enumerate(functions):
         bounded = getattr(function, "__wrapped__", function) in BOUNDED
         try:
-            given = _arguments(function, rows, shown, completion_ids)
+            given = _arguments(function, rows, shown, completion_ids, environments)
             call = functools.partial(function, **given)
             results[k] = call() if bounded else limited(
-                call, seconds, functools.partial(lambda f: _end(late(f)), function),
+                call, seconds, functools.partial(lambda f: end_run(late(f)), function),
                 str(late(function)),
             )
         except (Exception, SystemExit, Late) as error:
@@ -300,15 +311,15 @@ def _call_all(functions, rows, shown, completion_ids, seconds):
     waiting = [k for k, got in enumerate(results) if inspect.isawaitable(got)]
     if not waiting:
         return results
-    loop, thread = _event_loop()
+    loop, thread = event_loop()
 
     def first_late():
         undone = [k for k in waiting if k not in futures or not futures[k].done()]
         return late(functions[[*undone, *waiting][0]])
 
-    with Watched(seconds, thread.native_id, lambda: _end(first_late()), str(first_late())):
+    with Watched(seconds, thread.native_id, lambda: end_run(first_late()), str(first_late())):
         for k in waiting:
-            futures[k] = asyncio.run_coroutine_threadsafe(_awaited(results[k]), loop)
+            futures[k] = asyncio.run_coroutine_threadsafe(awaited(results[k]), loop)
         finished, unfinished = concurrent.futures.wait(
             futures.values(), timeout=seconds, return_when=concurrent.futures.FIRST_EXCEPTION
         )
@@ -338,21 +349,28 @@ def _failure(function, error, rows, seconds):
         )
     if isinstance(error, UserError):
         return RewardError(f"The reward function {name} failed: {error}.")
-    return RewardError(f"The reward function {name} raised {_reason(error)}.")
+    return RewardError(f"The reward function {name} raised {reason(error)}.")
 
 
-def score(functions, weights, rows, completions, completion_ids, timeout=300.0):
+def shown_to(row, completion):
+    """A completion as functions get it: a text, or messages where the row's prompt is a chat."""
+    if isinstance(completion, list) or isinstance(row["prompt"], str):
+        return completion
+    return [{"role": "assistant", "content": completion}]
+
+
+def score(
+    functions, weights, rows, completions, completion_ids, timeout=300.0, environments=None
+):
     """(B, F) rewards of each function and their weighted sum (B,), both fp64.
 
-    rows: the B rows, one per completion; completions: B texts; completion_ids: B lists of ids;
-    timeout: seconds that one function, or all async ones together, may take.
+    rows: the B rows, one per completion; completions: B texts or lists of messages; completion_ids:
+    B lists of ids; timeout: seconds that one function, or all async ones together, may take.
+    weights: of the first functions, 1 for the others. environments: B of them, if there are any.
     """
-    shown = [
-        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-        for row, text in zip(rows, completions, strict=True)
-    ]
+    shown = [shown_to(row, text) for row, text in zip(rows, completions, strict=True)]
     values = torch.full((len(rows), len(functions)), math.nan, dtype=torch.float64)
-    results = _call_all(functions, rows, shown, completion_ids, timeout)
+    results = _call_all(functions, rows, shown, completion_ids, timeout, environments)
     for k, (function, got) in enumerate(zip(functions, results, strict=True)):
         name = name_of(function)
         if not isinstance(got, list | tuple) or len(got) != len(rows):
@@ -379,8 +397,44 @@ def score(functions, weights, rows, completions, completion_ids, timeout=300.0):
         raise RewardError(
             f"Every reward function returned None for row {rows[int(unscored[0])][SOURCE]}."
         )
-    scale = torch.tensor(weights or [1.0] * len(functions), dtype=torch.float64)
+    weights = weights or []
+    weights = [*weights, *[1.0] * (len(functions) - len(weights))]
+    scale = torch.tensor(weights, dtype=torch.float64)
     return values, torch.nansum(values * scale, dim=1)
+
+
+def hindsight(path, rows, completions, feedback, seconds=300.0):
+    """What hint_func gives for each of B completions: a text, or None for no hint (a blank too)."""
+    function = imported(path, "hint_func")
+    shown = [shown_to(row, text) for row, text in zip(rows, completions, strict=True)]
+    late = RewardError(f"hint_func did not return within reward_timeout = {seconds:g} seconds.")
+
+    def ask():
+        return [
+            function(copy.deepcopy(row["prompt"]), copy.deepcopy(text), said,
+                     **{k: v for k, v in visible(row).items() if k != "prompt"})
+            for row, text, said in zip(rows, shown, feedback, strict=True)
+        ]
+
+    async def gathered(awaitables):
+        return await asyncio.gather(*map(awaited, awaitables))
+
+    try:
+        hints = limited(ask, seconds, lambda: end_run(late), str(late))
+        if any(map(inspect.isawaitable, hints)):
+            future = asyncio.run_coroutine_threadsafe(gathered(hints), event_loop()[0])
+            hints = future.result(seconds)
+    except (Late, TimeoutError):
+        raise late from None
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"hint_func raised {reason(error)}.") from error
+    for row, hint in zip(rows, hints, strict=True):
+        if hint is not None and not isinstance(hint, str):
+            raise RewardError(
+                f"hint_func must return a text or None, but returned a {type(hint).__name__} for "
+                f"row {row[SOURCE]}."
+            )
+    return [hint if hint and hint.strip() else None for hint in hints]
 
 
 def reward_metrics(functions, values):
