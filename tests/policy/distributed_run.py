@@ -58,7 +58,8 @@ PLAIN_FROM_DDP = ("opsd", "sft")  # which FSDP2 does not run
 
 
 def made_up(rows, config):
-    """A Rollout that depends on the rows alone: lengths 1 to 6, five rewards, EOS at the end."""
+    """A Rollout that depends on the rows alone: lengths 1 to 6, five rewards, EOS at the end, and
+    tools' tokens between."""
     rng = torch.Generator().manual_seed(sum(map(sum, (row["prompt_ids"] for row in rows))))
     lengths = torch.randint(1, 7, (len(rows),), generator=rng)
     ids = torch.randint(3, 40, (len(rows), 6), generator=rng)
@@ -70,7 +71,7 @@ def made_up(rows, config):
     texts = [" ".join(WORDS[i - 3] for i in y) for y in said]
     return Rollout(
         rows, ids, mask, texts, torch.zeros(len(rows), dtype=torch.bool), rewards,
-        rewards[:, None], -(ids % 7).float(),
+        rewards[:, None], -(ids % 7).float(), tool_mask=ids % 5 != 0,
     )
 
 
