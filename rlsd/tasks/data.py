@@ -471,12 +471,18 @@ def _opening(prompt_ids, tokenizer):
     return found[0] if found else ""
 
 
-def question(row):
-    """What makes two rows the same question: the text of the prompt, or of its user turns."""
+def question(row, hidden=False):
+    """What makes two rows the same question: the text of the prompt, or of its user turns.
+
+    hidden: with all other columns, of which an environment may make another episode.
+    """
     prompt = row["prompt"]
     if not isinstance(prompt, str):
         prompt = "\n".join(m["content"] for m in prompt if m["role"] == "user")
-    return " ".join(prompt.split())
+    text = " ".join(prompt.split())
+    if hidden:
+        text += repr(sorted((k, v) for k, v in row.items() if k[:1] != "_"))
+    return text
 
 
 def split_rows(rows, config):
@@ -500,9 +506,9 @@ def split_rows(rows, config):
         )
     if config.eval_split_size is None:
         return rows[: len(rows) - count], rows[len(rows) - count :]
-    groups = {}
+    groups, hidden = {}, bool(config.environment_factory)
     for i, row in enumerate(rows):
-        groups.setdefault(question(row), []).append(i)
+        groups.setdefault(question(row, hidden), []).append(i)
     order, chosen = list(groups), set()
     random.Random(config.data_seed()).shuffle(order)
     for name in order:
@@ -530,7 +536,8 @@ def load_data(config, tokenizer, log=print, processor=None, toolbox=None):
     rows = []
     if config.train_dataset:
         rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())
-    repeated = len(rows) - len({question(row) for row in rows})
+    hidden = bool(config.environment_factory)
+    repeated = len(rows) - len({question(row, hidden) for row in rows})
     if config.eval_split_size is not None and repeated:
         log(
             f"{repeated} of {len(rows)} rows repeat another's question; repeats stay on one side "
@@ -542,8 +549,8 @@ def load_data(config, tokenizer, log=print, processor=None, toolbox=None):
         seed = config.data_seed() + config.dataset_size
         held_out = load_rows(config.eval_dataset, size=config.eval_size, seed=seed)
         held_out = held_out[: config.eval_size]
-    seen = {question(row) for row in rows}
-    fresh = [row for row in held_out if question(row) not in seen]
+    seen = {question(row, hidden) for row in rows}
+    fresh = [row for row in held_out if question(row, hidden) not in seen]
     if len(fresh) < len(held_out):
         log(f"Left out {len(held_out) - len(fresh)} held-out questions that occur in training.")
     if held_out and not fresh:

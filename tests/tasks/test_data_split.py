@@ -1,11 +1,14 @@
 """Questions held out of the training data: how many, which, and none of them in both."""
 
+import dataclasses
+import json
 import random
 
 import pytest
 from test_data import ROW, columns, numbered, options, sentence, tokenizer, write
 
 from rlsd import TrainConfig, UserError
+from rlsd.demo_agent import agent_tokenizer
 from rlsd.tasks.data import load_data, question
 
 
@@ -124,3 +127,24 @@ def test_eval_split_size_too_large(tmp_path):
     with pytest.raises(UserError) as error:
         load_data(options(same, eval_split_size=2), tokenizer())
     sentence(error, "eval_split_size = 2", "same question")
+
+
+def test_an_environment_makes_two_questions_of_one_prompt(tmp_path):
+    """Its episode hangs on the other columns; without one, equal prompts are one question."""
+    rows = [{"prompt": [{"role": "user", "content": "go"}], "solution": "x", "place": k % 3}
+            for k in range(6)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "y.jsonl").write_text(
+        "".join(json.dumps({**row, "place": 2 + k}) + "\n" for k, row in enumerate(rows[:2])),
+        encoding="utf-8",
+    )
+    run = TrainConfig(
+        train_dataset=str(path), eval_dataset=str(tmp_path / "y.jsonl"), objective="grpo",
+        environment_factory="rlsd.demo_agent.Store",
+    )
+    tokenizer = agent_tokenizer()
+    kept = [len(part) for part in load_data(run, tokenizer, lambda *_: None)]
+    assert kept == [6, 1]
+    with pytest.raises(UserError, match="Every held-out question also occurs"):
+        load_data(dataclasses.replace(run, environment_factory=None), tokenizer, lambda *_: None)
