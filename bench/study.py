@@ -31,6 +31,7 @@ from rlsd.demo import (
     warm_up,
     word_tokenizer,
 )
+from rlsd.demo_agent import agent_options, agent_start
 from rlsd.policy.checkpoint import load_model, load_tokenizer
 from rlsd.tasks.data import load_rows
 
@@ -260,6 +261,17 @@ def cost_plan(work):
     }
 
 
+def agent_plan(work):
+    """Several turns with a tool: the objectives, the data's path or what was asked as the hint."""
+    folder = work / "agent-start"
+    if not (folder / "warm_start").exists():
+        agent_start(folder, 0)
+    return {
+        "seeds": [0, 1, 2], "goals": [0.6, 0.8], "base": agent_options(folder), "baseline": "GRPO",
+        "arms": {"GRPO": {"objective": "grpo"}, "RLSD, paper": PAPER, "RLSD, strong": STRONG},
+    }
+
+
 PARTS = {
     "chain0": lambda work: chain_plan(work, 0),
     "chain1": lambda work: chain_plan(work, 1),
@@ -268,6 +280,7 @@ PARTS = {
     "number_sequence": lambda work: gym_plan(work, "number_sequence"),
     "spell_backward": lambda work: gym_plan(work, "spell_backward"),
     "cost": cost_plan,
+    "agent": agent_plan,
     "smollm2": smollm2_plan,
     "smollm2_tolerance": smollm2_tolerance_plan,
 }

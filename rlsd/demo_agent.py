@@ -1,7 +1,7 @@
 """The agent task: follow links in a store that only a tool can read. `python -m rlsd.demo_agent`.
 
-"follow 3 from k7" asks where three links lead; which key links to which is drawn anew for every
-question and stands behind the tool `lookup`. The warm-up plants two faults: a fixed third of the
+"follow 5 from k7" asks where five links lead; which key links to which is drawn anew for every
+question and stands behind the tool `lookup`. The warm-up plants two faults: a fixed half of the
 keys is often asked for wrongly, and turns are sometimes counted wrongly. The privileged context is
 the path, so the teacher knows which key a call should name and when to stop.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from .demo import save_model, tiny_model, warm_up, word_tokenizer
 
 KEYS = [f"k{i}" for i in range(12)]
-HOPS = (2, 3, 4)
+HOPS = (4, 5, 6)
 ROLES = ["<user>", "<tool>", "<assistant>"]
 HINTED = "path {privileged_context} . {prompt}"
 CHAT = (
@@ -93,7 +93,7 @@ def _call(key):
 def demonstrations(seed, count=64):
     """demonstrations(step) for warm_up: faulty without the path, right with it."""
     rng = random.Random(seed)
-    weak = {key: rng.choice(KEYS) for key in rng.sample(KEYS, len(KEYS) // 3)}
+    weak = {key: rng.choice(KEYS) for key in rng.sample(KEYS, len(KEYS) // 2)}
 
     def played(row, faulty):
         links, path = json.loads(row["links"]), row["privileged_context"].split()
@@ -101,7 +101,7 @@ def demonstrations(seed, count=64):
         if faulty and rng.random() < 0.2:
             hops += rng.choice((-1, 1))
         for _ in range(hops):
-            asked = weak[key] if faulty and key in weak and rng.random() < 0.6 else key
+            asked = weak[key] if faulty and key in weak and rng.random() < 0.7 else key
             key = links[asked]
             turns.append(f"{_call(asked)} <tool> {key} <eos> <assistant>")
         return " ".join([*turns, key])
@@ -140,9 +140,9 @@ def agent_options(folder):
         "train_dataset": str(folder / "train.jsonl"), "eval_dataset": str(folder / "eval.jsonl"),
         "environment_factory": "rlsd.demo_agent.Store",
         "reward_funcs": ["rlsd.demo_agent.reached"], "privileged_template": HINTED,
-        "eval_size": 256, "max_completion_length": 72, "rollout_batch_size": 512,
+        "eval_size": 256, "max_completion_length": 96, "rollout_batch_size": 512,
         "generation_batch_size": 64, "num_generations": 8, "per_device_train_batch_size": 64,
-        "learning_rate": 5e-4, "adam_beta2": 0.98, "max_steps": 40, "eval_steps": 10,
+        "learning_rate": 2e-4, "adam_beta2": 0.98, "max_steps": 40, "eval_steps": 5,
         "logging_steps": 10, "save_steps": 0, "log_completions_steps": 0,
     }
 

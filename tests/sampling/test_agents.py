@@ -96,7 +96,7 @@ class Canned:
 def rolled(tokenizer, sampler, run, rows=1):
     box = load_tools(run)
     agent = agent_of(run, tokenizer, box)
-    chat = [{"role": "user", "content": "follow 2 from k3"}]
+    chat = [{"role": "user", "content": "follow 4 from k3"}]
     given = [{"prompt": chat, "solution": "k9", "_source": "1 of x",
               "privileged_context": "k3 k7 k9"}] * rows
     given, _ = tokenize_rows(given, tokenizer, run, need_hint=True, toolbox=box)
@@ -222,9 +222,9 @@ def test_an_environment_adds_to_the_question_of_both_contexts():
     student, teacher = (
         tokenizer.decode(rollout.rows[0][name]) for name in ("prompt_ids", "teacher_prompt_ids")
     )
-    assert student == "<user> follow 2 from k3 . k7 <eos> <assistant>"
-    assert teacher == "<user> path k3 k7 k9 . follow 2 from k3 . k7 <eos> <assistant>"
-    assert row["prompt"][0]["content"] == "follow 2 from k3"
+    assert student == "<user> follow 4 from k3 . k7 <eos> <assistant>"
+    assert teacher == "<user> path k3 k7 k9 . follow 4 from k3 . k7 <eos> <assistant>"
+    assert row["prompt"][0]["content"] == "follow 4 from k3"
 
 
 def from_feedback(prompt, completion, feedback, **columns):
@@ -276,7 +276,7 @@ def test_a_plain_text_is_refused():
 
 
 def own_rollout(prompts, trainer):
-    ids = AGENT("<user> follow 2 from k3 <eos> <assistant>")["input_ids"]
+    ids = AGENT("<user> follow 4 from k3 <eos> <assistant>")["input_ids"]
     return trainer.wrap({
         "prompt_ids": [ids for _ in prompts], "completion_ids": [[5, 6, 7, 1]] * len(prompts),
         "env_mask": [[1, 0, 1, 1]] * len(prompts), "logprobs": [[-1.0, 0.0, -2.0, -3.0]] * len(
@@ -296,7 +296,7 @@ class Wrapper:
 
 def by_function(**changed):
     run = config(tools=[], rollout_func=f"{HERE}.own_rollout")
-    rows = [{"prompt": [{"role": "user", "content": "follow 2 from k3"}], "solution": "k9",
+    rows = [{"prompt": [{"role": "user", "content": "follow 4 from k3"}], "solution": "k9",
              "privileged_context": "k3 k7 k9", "_source": "1 of x"}]
     rows, _ = tokenize_rows(rows, AGENT, run, need_hint=True)
     agent = agent_of(run, AGENT, None, Wrapper(**changed))
