@@ -48,7 +48,17 @@ class RLSDTrainer(TaughtTrainer):
 
     Arguments are GRPOTrainer's, with args an RLSDConfig. A row's `teacher_prompt`, or its prompt
     with `privileged_context` (default: `solution`) inserted, is what the teacher reads; one of
-    these columns must be there unless rlsd_lambda is 0. Evaluation logs GRPO's loss.
+    these columns must be there unless rlsd_lambda is 0 or another source brings the hints:
+
+    - hint_func(prompt, completion, feedback, **columns) -> str or None, also a coroutine function.
+      Asked once for each sequence of a training rollout, while lambda is above 0. prompt and
+      completion are what reward functions get, one of each; feedback is the attribute `feedback` of
+      the sequence's environment, or what rollout_func returned under that name, else None. Its text
+      is the hint. A sequence keeps plain A where it is None or blank, spells a control token or
+      writes what starts an assistant's turn.
+    - rollout_func may return `teacher_prompt_ids`: for each sequence a list of token ids, or None.
+
+    Evaluation logs GRPO's loss.
     Raises UserError (a ValueError), in one sentence, on what it cannot do as asked.
     """
 
@@ -56,11 +66,11 @@ class RLSDTrainer(TaughtTrainer):
     _name = "RLSD"
     _paper = {"title": "Self-Distilled RLVR", "id": "2604.03128"}
 
-    def __init__(self, model, reward_funcs=None, args=None, *more, **named):
+    def __init__(self, model, reward_funcs=None, args=None, *more, hint_func=None, **named):
         args = RLSDConfig("RLSD") if args is None else args
         if not isinstance(args, RLSDConfig):
             raise UserError(f"args must be an RLSDConfig, but is a {type(args).__name__}.")
-        self._scored, self._stats = None, []
+        self.hint_func, self._scored, self._stats = hint_func, None, []
         super().__init__(model, reward_funcs, args, *more, **named)
         base = base_of(self.model)
         missing = self._find_head(base)

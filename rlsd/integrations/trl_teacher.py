@@ -1,9 +1,13 @@
 """The privileged teacher of RLSDTrainer: what it reads, when it scores, where it is saved.
 
-It reads the student's prompt with a hint inserted, tokenised by TRL, and then the very tokens of
-the rollout.
+It reads the messages that the student read, what an environment added to them included, with one
+hint inserted: of the data, or of hint_func, which sees the rollout first. TRL tokenises both alike.
+After it come the very tokens of the rollout, those of tools too, which no loss or weight is on.
 """
 
+import asyncio
+import atexit
+import copy
 import os
 
 import torch
@@ -11,14 +15,23 @@ from datasets import IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
+from trl.trainer.utils import (
+    is_async_callable,
+    shutdown_event_loop_in_daemon,
+    start_event_loop_in_daemon,
+)
 
 from ..config import UserError
 from ..policy.advantages import rlsd_lambda_at
+from ..policy.checkpoint import reason
+from ..policy.hints import can_hint
 from ..policy.packing import left_pad
 from ..policy.teacher import Teacher
-from ..tasks.prompts import teacher_prompt
+from ..tasks.prompts import require_same_start, teacher_prompt
 
 HINT_COLUMNS = ("teacher_prompt", "privileged_context", "solution")
+NOT_COLUMNS = ("prompt", "completion", "completion_ids", "feedback")
+EMPTY_PROMPT = [{"role": "user", "content": ""}]  # TRL's, where the environment brings the prompt
 CONTEXT = ("teacher_prompt_ids", "teacher_prompt_mask", "completion_ids", "completion_mask")
 TEACHER_FILE = "rlsd_teacher.pt"
 
@@ -38,7 +51,7 @@ class _FollowStudent(TrainerCallback):
 class TaughtTrainer(GRPOTrainer):
     """GRPOTrainer beside a privileged teacher of the policy; RLSDTrainer adds passes and loss."""
 
-    teacher = None
+    teacher = hint_func = None
 
     def _add_teacher(self):
         args = self.args
@@ -48,26 +61,40 @@ class TaughtTrainer(GRPOTrainer):
         rates = {"sync_steps": args.teacher_sync_steps, "ema_rate": args.teacher_ema_rate}
         self.teacher = Teacher(trained, args.teacher_model_kind, **rates)
         self.add_callback(_FollowStudent(self))
+        asks = self.hint_func is not None and is_async_callable(self.hint_func)
+        if asks and not self._has_async_funcs:
+            # On a thread, as TRL runs coroutines: the loop of a notebook is busy.
+            thread, self.async_loop, _ = start_event_loop_in_daemon(name="hint_func")
+            atexit.register(shutdown_event_loop_in_daemon, thread, self.async_loop)
 
     def _require_teachable(self, args):
         """Refuse, before the first step, what would leave the teacher blind or wrong."""
-        data = self.train_dataset
+        data, ask = self.train_dataset, self.hint_func
+        columns = set(data.column_names or ())
+        methods = [tool.__name__ for tool in self.tools if tool not in self._standalone_tools]
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        of_data = ask is None and self.rollout_func is None  # it may return contexts
         for applies, what in (
-            (self.rollout_func is not None, "the teacher cannot see what rollout_func prompts"),
-            (self.environment_factories, "the teacher cannot see what environment_factory adds"),
+            (not (ask is None or callable(ask)), f"hint_func must be a function, but is {ask!r}"),
+            (ask is not None and "feedback" in columns, "hint_func gets feedback from the rollout, "
+             "but train_dataset has a column of that name; rename it"),
+            (self.rollout_func is not None and "teacher_prompt_ids" in columns, "rollout_func may "
+             "return teacher_prompt_ids, but train_dataset has a column of that name; rename it"),
+            (ask is not None and "feedback" in methods, "feedback is a method of the environment, "
+             "which TRL offers to the model as a tool; make it an attribute"),
             (self._is_vlm, "the teacher takes no images, but processing_class is a processor"),
             (sharded and args.teacher_model_kind != "live", "FSDP and DeepSpeed shard the weights "
              f"of which teacher_model_kind={args.teacher_model_kind!r} keeps a copy; use 'live'"),
-            (data.column_names is not None and not set(HINT_COLUMNS) & set(data.column_names),
+            (of_data and data.column_names is not None and not columns & set(HINT_COLUMNS),
              f"train_dataset has none of the columns {', '.join(HINT_COLUMNS)}, so the teacher "
-             "would know no more than the student; add one"),
+             "would know no more than the student; add one, give a hint_func"),
         ):
             if applies:
                 raise UserError(f"{what[0].upper()}{what[1:]}, or set rlsd_lambda to 0.")
-        if not isinstance(data, IterableDataset):
-            present = [c for c in data.column_names if c in ("prompt", *HINT_COLUMNS)]
-            for i, row in enumerate(data.select_columns(present)):
+        if of_data and not isinstance(data, IterableDataset):
+            read = ("prompt", "environment", *HINT_COLUMNS)
+            for i, row in enumerate(data.select_columns([c for c in read if c in columns])):
+                row = {"prompt": EMPTY_PROMPT, **row}
                 self._teacher_prompt(row, f"Row {i} of train_dataset", check_start=i == 0)
 
     def rollouts_done(self, global_step):
@@ -87,11 +114,142 @@ class TaughtTrainer(GRPOTrainer):
         return teacher_prompt(
             row, name, self._tokenizer, self.args.privileged_template, check_start=check_start,
             allow_missing=self.args.allow_missing_privileged_context,
-            template_options={"tools": self.tools or None, "chat_template": self.chat_template,
-                              **self.chat_template_kwargs},
+            template_options=self._template_options(row),
         )
 
+    def _template_options(self, row):
+        """What TRL gives the chat template of a row; an environment brings tools of its own."""
+        tools = self.tools
+        if self.environment_factories is not None:
+            name = row.get("environment") if self._multi_environment else None
+            if name not in self._env_tools:
+                raise UserError(f"A row of train_dataset has the environment {name!r}, but "
+                                f"environment_factory has {', '.join(self._env_tools)}.")
+            tools = self._env_tools[name]
+        return {"tools": tools or None, "chat_template": self.chat_template,
+                **self.chat_template_kwargs}
+
+    def _hinted_prompts(self, inputs):
+        """What the teacher reads for each sequence of the rollout, None where it has no hint."""
+        prompts, completions = self._rollout
+        if self.hint_func is not None:
+            hints = self._ask(inputs, prompts, completions)
+            return [self._with_hint(*x) for x in zip(inputs, prompts, hints, strict=True)]
+        hinted = []
+        for row, prompt in zip(inputs, prompts, strict=True):
+            name = f"The row of train_dataset with the prompt {prompt!r:.80}"
+            if row.get("teacher_prompt") and row.get("prompt", EMPTY_PROMPT) != prompt:
+                raise UserError(
+                    f"{name} has a teacher_prompt, which lacks what its environment added to the "
+                    "prompt; give the hint as privileged_context, or by hint_func."
+                )
+            if self.rollout_func is not None and not any(row.get(x) for x in HINT_COLUMNS) and (
+                not self.args.allow_missing_privileged_context
+            ):
+                raise UserError(
+                    f"{name} has no hint, and rollout_func returned no teacher_prompt_ids; return "
+                    "them, a list of token ids for each sequence, or give a hint_func."
+                )
+            hinted.append(self._teacher_prompt({**row, "prompt": prompt}, name))
+        return hinted
+
+    def _ask(self, inputs, prompts, completions):
+        """hint_func's text for each sequence of the rollout, or None."""
+        calls = []
+        for i, row in enumerate(inputs):
+            feedback = row.get("feedback")  # of rollout_func
+            if self.environments is not None:
+                feedback = getattr(self.environments[i], "feedback", feedback)
+            columns = {name: x for name, x in row.items() if name not in NOT_COLUMNS}
+            calls.append(((copy.deepcopy(prompts[i]), completions[i], feedback), columns))
+        if is_async_callable(self.hint_func):
+            async def one(given, columns):
+                return await self.hint_func(*given, **columns)
+
+            async def all_of_them():
+                return await asyncio.gather(*(one(*x) for x in calls), return_exceptions=True)
+
+            hints = asyncio.run_coroutine_threadsafe(all_of_them(), self.async_loop).result()
+        else:
+            hints = []
+            for given, columns in calls:
+                try:
+                    hints.append(self.hint_func(*given, **columns))
+                except Exception as error:
+                    hints.append(error)
+        for prompt, hint in zip(prompts, hints, strict=True):
+            after = f"for a completion of the prompt {prompt!r:.80}"
+            if isinstance(hint, BaseException):
+                raise UserError(
+                    f"hint_func failed {after} ({type(hint).__name__}: {reason(hint)})."
+                ) from hint
+            if not isinstance(hint, str | None):
+                raise UserError(
+                    f"hint_func must return a text or None, but returned {hint!r:.80} {after}."
+                )
+        return hints
+
+    def _with_hint(self, row, prompt, hint):
+        """The prompt with a text of hint_func, None where that cannot be a hint."""
+        if hint is None or not can_hint(hint, self._tokenizer):
+            return None
+        read = {"prompt": prompt, "privileged_context": hint}
+        hinted = teacher_prompt(
+            read, f"The prompt {prompt!r:.80}", self._tokenizer, self.args.privileged_template,
+            check_start=False,
+        )
+        try:
+            require_same_start(read, hinted, self._tokenizer, self._template_options(row))
+        except UserError:
+            return None
+        return hinted
+
+    def _contexts(self, inputs, student):
+        """Token ids that the teacher reads before each sequence, None where it has no hint.
+
+        student: those that the policy read.
+        """
+        if self.rollout_func is not None and any("teacher_prompt_ids" in row for row in inputs):
+            return self._returned_contexts(inputs)
+        prompts, hinted = self._rollout[0], self._hinted_prompts(inputs)
+        if self.rollout_func is not None:
+            for prompt, read, want, own in zip(
+                prompts, hinted, self._tokenize_prompts(prompts)[0], student, strict=True
+            ):
+                if read is not None and own != want:
+                    raise UserError(
+                        f"The prompt_ids that rollout_func returned for {prompt!r:.80} are not "
+                        "those of the row, so the teacher's cannot be made from it; return "
+                        "teacher_prompt_ids too, a list of token ids for each sequence, or set "
+                        "rlsd_lambda to 0."
+                    )
+        ids = self._tokenize_prompts(
+            [read or prompt for read, prompt in zip(hinted, prompts, strict=True)]
+        )[0]
+        return [None if read is None else x for read, x in zip(hinted, ids, strict=True)]
+
+    def _returned_contexts(self, inputs):
+        """The teacher_prompt_ids of rollout_func."""
+        if self.hint_func is not None:
+            raise UserError("rollout_func returned teacher_prompt_ids, so nothing would read the "
+                            "texts of hint_func; leave one of them out.")
+        rows, contexts = self.model.config.get_text_config().vocab_size, []
+        for i, row in enumerate(inputs):
+            ids = row.get("teacher_prompt_ids", ())
+            if ids is not None and not (isinstance(ids, list) and ids and all(
+                isinstance(x, int) and 0 <= x < rows for x in ids
+            )):
+                raise UserError(
+                    "The teacher_prompt_ids of rollout_func must be a list of token ids below "
+                    f"{rows} for each of the {len(inputs)} sequences, or None for plain A, but "
+                    f"number {i} is {ids!r:.80}."
+                )
+            contexts.append(ids)
+        return contexts
+
     def _calculate_rewards(self, *args):
+        if self.teacher is not None and self.model.training:
+            self._rollout = copy.deepcopy(args[1:3])  # prompts and completions, as rewards get them
         rewards = super()._calculate_rewards(*args)
         if self.model.training:
             total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
@@ -114,14 +272,18 @@ class TaughtTrainer(GRPOTrainer):
         )
         output["rlsd_lambda"] = torch.tensor(lam, dtype=torch.float64)
         if lam > 0:
-            name = "The row of train_dataset with the prompt {!r:.80}"
-            prompts = [self._teacher_prompt(x, name.format(x["prompt"])) for x in inputs]
-            output["has_hint"] = torch.tensor([p is not None for p in prompts])
-            prompts = [p or x["prompt"] for p, x in zip(prompts, inputs, strict=True)]
+            device = output["completion_ids"].device
+            student = [ids[mask.bool()].tolist() for ids, mask in zip(
+                output["prompt_ids"], output["prompt_mask"], strict=True
+            )]
+            contexts = self._contexts(inputs, student)
+            output["has_hint"] = torch.tensor([x is not None for x in contexts])
             output["teacher_prompt_ids"], output["teacher_prompt_mask"] = left_pad(
-                self._tokenize_prompts(prompts)[0], self._tokenizer.pad_token_id,
-                output["completion_ids"].device,
+                [x or own for x, own in zip(contexts, student, strict=True)],
+                self._tokenizer.pad_token_id, device,
             )
+            missing = self.accelerator.gather((~output["has_hint"]).float().to(device)).mean()
+            self._metrics["train"]["rlsd/hint_missing_frac"].append(missing.item())
         return output
 
     @torch.no_grad()
