@@ -34,8 +34,8 @@ ROOMS = {
     "sampling": [["hint_check"], ["evaluation"], ["leak"], ["rollout"], ["agents"], ["samplers"],
                  ["vllm_sampler"]],
     "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],
-    "integrations": [["trl", "trl_sft", "liger", "ms_swift", "verl"], ["trl_teacher"],
-                     ["head", "trl_config"]],
+    "integrations": [["trl", "trl_sft", "liger", "ms_swift", "verl"],
+                     ["trl_teacher", "trl_sharing"], ["head", "trl_config"]],
     "reports": [["tables"], ["report"]],
 }
 TORCH_ONLY = {"torch", "rlsd_kernels"} | sys.stdlib_module_names

@@ -1,6 +1,7 @@
-"""Tiny agents for TRL's trainers: chats with tools, what is said in them, environments, and RLSD over
-several turns in plain PyTorch to compare with."""
+"""Tiny agents for TRL's trainers: what is said in several turns, environments, and RLSD after such
+turns in plain PyTorch to compare with."""
 
+import copy
 import functools
 import importlib.resources
 import json
@@ -37,8 +38,7 @@ def tokenizer_of(template):
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.train_from_iterator([text, json.dumps({"name": "look", "parameters": {}})] * 2,
-                             trainers.BpeTrainer(
+    core.train_from_iterator([text], trainers.BpeTrainer(
         vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     ))
     end, pad, *others = MARKS[template]
@@ -72,8 +72,10 @@ def model_of(template):
 
 
 def questions(count=4):
-    return [{"prompt": [{"role": "user", "content": f"What is {i}?"}], "solution": f"It is {7 * i}."}
-            for i in range(count)]
+    return [
+        {"prompt": [{"role": "user", "content": f"What is {i}?"}], "solution": f"It is {7 * i}."}
+        for i in range(count)
+    ]
 
 
 def look(where: str) -> str:
@@ -131,8 +133,6 @@ def speaking(cls, template, tool="look", **arguments):
         return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
     class Speaking(cls):
-        said = None  # (turn, prompt) of the sequences of a rollout, in their order
-
         def _generate_single_turn(self, prompt_ids, *more, **named):
             rng, turns = random.Random(sum(map(sum, prompt_ids))), []
             for i, ids in enumerate(prompt_ids):
@@ -153,7 +153,10 @@ def rewards(completions, completion_ids, **columns):
 
 def make_agent(cls, folder, template, *, tool="look", arguments=None, data=None, more=None,
                **changed):
-    """(trainer, recorder) of a run of scripted turns; `more` are arguments of the trainer."""
+    """(trainer, recorder) of a run of scripted turns; `more` are arguments of the trainer.
+
+    data: rows, default questions(); none with [].
+    """
     args = RLSDConfig(**{
         "output_dir": str(folder / "run"), "use_cpu": True, "bf16": False, "report_to": "none",
         "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 200,
@@ -162,11 +165,9 @@ def make_agent(cls, folder, template, *, tool="look", arguments=None, data=None,
         "gradient_checkpointing": False, "disable_tqdm": True, "privileged_template": TEMPLATE,
         **changed,
     })
-    import copy
-
     model = copy.deepcopy(model_of(template))
     trainer = speaking(cls, template, tool, **(arguments or {}))(
-        model, rewards, args, Dataset.from_list(questions() if data is None else data),
+        model, rewards, args, None if data == [] else Dataset.from_list(data or questions()),
         processing_class=copy.deepcopy(tokenizer_of(template)), **(more or {}),
     )
     return trainer, Recorder(trainer)
@@ -200,7 +201,7 @@ class PlainAgent(PlainHookA):
                 ("questions", text), ("hinted", f"Known: {self.hint(i, row)}\n{text}")
             ):
                 out[name].append(self._tokenizer.apply_chat_template(
-                    [{"role": "user", "content": content}], tools=tools, return_dict=False,
+                    [{"role": "user", "content": content}], tools=tools or None, return_dict=False,
                     chat_template=self.chat_template, add_generation_prompt=True,
                 ))
         return out

@@ -1,6 +1,7 @@
 """The loss inside a model's own forward, where DDP and FSDP hooks fire and weights are gathered.
 
     model(input_ids, attention_mask, rlsd_head=f)  ->  (f(hidden, weight, bias), auxiliary loss)
+    model(rlsd_trunk=t, rlsd_head=f)               ->  with (hidden, auxiliary loss) = t(model)
 
 f is a fused op over the LM head: the (B, L, V) logits of the plain forward are never made.
 """
@@ -40,18 +41,18 @@ def add_rlsd_head(model, cast_lm_head_to_fp32):
     """Let `model(..., rlsd_head=f)` return (f(hidden, weight, bias), MoE auxiliary loss or None).
 
     hidden (B, L, H), weight (V, H) and bias (V,) or None have one dtype, autocast's where it is
-    on, as in TRL's fused head. Without rlsd_head, forward is what it was.
+    on, as in TRL's fused head. With rlsd_trunk hidden and the loss are what it returns. Without
+    rlsd_head, forward is what it was.
     """
     forward = model.forward
 
     @functools.wraps(type(model).forward)  # generate checks its arguments against the signature
-    def with_head(self, *args, rlsd_head=None, **kwargs):
+    def with_head(self, *args, rlsd_head=None, rlsd_trunk=None, **kwargs):
         if rlsd_head is None:
             return forward(*args, **kwargs)
-        kwargs.pop("labels", None)  # PEFT passes None
-        kwargs["use_cache"] = False
-        out, layer = self.base_model(*args, **kwargs), self.get_output_embeddings()
-        hidden = out.last_hidden_state.to(layer.weight.device)
+        hidden, aux_loss = rlsd_trunk(self) if rlsd_trunk else plain_trunk(self, *args, **kwargs)
+        layer = self.get_output_embeddings()
+        hidden = hidden.to(layer.weight.device)
         dtype, device = hidden.dtype, hidden.device.type
         if cast_lm_head_to_fp32:
             dtype = torch.float32
@@ -62,27 +63,33 @@ def add_rlsd_head(model, cast_lm_head_to_fp32):
             for x in (layer.weight, layer.bias)
         ]
         with torch.autocast(device, enabled=False):
-            result = rlsd_head(hidden.to(dtype), *head)
-        aux_loss = None
+            return rlsd_head(hidden.to(dtype), *head), aux_loss
+
+    def plain_trunk(self, *args, labels=None, **kwargs):  # PEFT passes labels
+        kwargs["use_cache"] = False
+        out, aux_loss = self.base_model(*args, **kwargs), None
         if kwargs.get("output_router_logits"):
             config = self.config.get_text_config()
             aux_loss = load_balancing_loss_func(
                 out.router_logits, config.num_experts, config.num_experts_per_tok,
                 kwargs.get("attention_mask"),
             )
-        return result, aux_loss
+        return out.last_hidden_state, aux_loss
 
     model.forward = types.MethodType(with_head, model)
 
 
-def answer_trl(model, scale, *, temperature, impl, gradient_tolerance, metrics):
+def answer_trl(model, scale, *, temperature, impl, gradient_tolerance, metrics, shared=None):
     """Let TRL's passes over a model with the rlsd_head, `model(..., labels=y, fused_lm_head=True)`,
-    return Scores by linear_log_probs. scale: its Head; metrics: is_top1 and mean_logits too."""
+    return Scores by linear_log_probs. scale: its Head; metrics: is_top1 and mean_logits too;
+    shared: SharedPrompts of rows whose labels begin at one column."""
     forward = model.forward
 
     def scores(labels, hidden, weight, bias):
         labels = labels[:, 1:].to(hidden.device)
         live = labels != -100
+        if hidden.shape[1] <= labels.shape[1]:  # the trunk gave those of the last tokens alone
+            hidden = nn.functional.pad(hidden, (0, 0, labels.shape[1] - hidden.shape[1], 1))
         rows, ids = hidden[:, :-1][live], labels[live]
         found = linear_log_probs(
             rows, weight, ids, bias=bias, return_entropy=True, temperature=temperature, impl=impl,
@@ -97,8 +104,16 @@ def answer_trl(model, scale, *, temperature, impl, gradient_tolerance, metrics):
     def answering(self, *args, fused_lm_head=False, **kwargs):
         if not fused_lm_head:
             return forward(*args, **kwargs)
-        head = functools.partial(scores, kwargs.pop("labels"))
-        scored, aux_loss = forward(*args, rlsd_head=head, **kwargs)
+        labels, trunk = kwargs.pop("labels"), None
+        if shared is not None and (labels != -100).any():
+            start = int((labels != -100).any(0).nonzero()[0])
+            ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+            trunk, _ = shared.trunk(
+                ids[:, :start], mask[:, :start], ids[:, start:], mask[:, start:],
+                with_router="output_router_logits" in kwargs,
+            )
+        head = functools.partial(scores, labels)
+        scored, aux_loss = forward(*args, rlsd_head=head, rlsd_trunk=trunk, **kwargs)
         return Scores(*scored, aux_loss)
 
     model.forward = types.MethodType(answering, model)

@@ -34,6 +34,7 @@ from ..config import UserError
 from ..policy.models import head_of
 from .head import add_rlsd_head, answer_trl, base_of
 from .trl_config import RLSDConfig
+from .trl_sharing import shared_prompts
 from .trl_teacher import TaughtTrainer
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,10 @@ class RLSDTrainer(TaughtTrainer):
         args = RLSDConfig("RLSD") if args is None else args
         if not isinstance(args, RLSDConfig):
             raise UserError(f"args must be an RLSDConfig, but is a {type(args).__name__}.")
-        self.hint_func, self._scored, self._stats = hint_func, None, []
+        self.hint_func, self._scored, self._stats, self._tokens_saved = hint_func, None, [], 0
         super().__init__(model, reward_funcs, args, *more, **named)
         base = base_of(self.model)
-        missing = self._find_head(base)
+        scale, missing = self._find_head(base)
         self.obstacle = missing or self._find_obstacle()
         if self.obstacle and not missing and Version(trl.__version__) < Version("1.15"):
             missing = f"{self.obstacle}, and TRL {trl.__version__} has no fused head to replace"
@@ -82,24 +83,31 @@ class RLSDTrainer(TaughtTrainer):
         elif self.obstacle:
             logger.info("The loss is TRL's formula on log-probs of the fused head, because %s.",
                         self.obstacle)
+        self.shared = shared_prompts(self, base, self.obstacle)
+        if scale is not None:
+            self._add_heads(scale, base)
         if args.rlsd_lambda > 0:
             self._add_teacher()
 
     def _find_head(self, model):
-        """Give policy and reference the fused head, or say why not (a clause)."""
+        """(its Head, None), or (None, why the fused head cannot have its place, a clause)."""
         plugin = self.args.deepspeed_plugin
         if plugin is not None and plugin.zero_stage == 3:
-            return "ZeRO-3 partitions the head"
+            return None, "ZeRO-3 partitions the head"
         try:
-            scale = head_of(model)
+            return head_of(model), None
         except UserError as error:
-            return str(error).rstrip(".")
+            return None, str(error).rstrip(".")
+
+    def _add_heads(self, scale, model):
+        """Give policy and reference the fused head."""
         args, self._scale = self.args, scale._asdict()
         for each in filter(None, (model, self.ref_model)):
             each = self.accelerator.unwrap_model(each)
             add_rlsd_head(each, args.cast_lm_head_to_fp32)
             answer_trl(each, scale, temperature=self.temperature, impl=args.rlsd_impl,
-                       gradient_tolerance=args.gradient_tolerance, metrics=False)
+                       gradient_tolerance=args.gradient_tolerance, metrics=False,
+                       shared=self.shared)
 
     def _find_obstacle(self):
         """Why the loss is not one fused pass (a clause), or None."""
@@ -133,6 +141,13 @@ class RLSDTrainer(TaughtTrainer):
     def _forward(self, model, prompt_ids, prompt_mask, ids, mask, head, **more):
         """(head(hidden, weight, bias), auxiliary loss); hidden (B, T, H) predict the ids."""
         with self.accelerator.autocast():
+            if self.shared is not None:
+                trunk, saved = self.shared.trunk(
+                    prompt_ids, prompt_mask, ids, mask, with_router="output_router_logits" in more
+                )
+                self._tokens_saved += saved
+                if trunk is not None:
+                    return model(rlsd_trunk=trunk, rlsd_head=head)
             return model(
                 input_ids=torch.cat([prompt_ids, ids], 1),
                 attention_mask=torch.cat([prompt_mask, mask], 1),
@@ -236,7 +251,11 @@ class RLSDTrainer(TaughtTrainer):
     def log(self, logs, start_time=None):
         if self.model.training and self._stats:
             own = {name: x.cpu() for name, x in merge_stats(self._stats).items()}
+            if self.shared is not None:
+                saved = sum(gather_object([self._tokens_saved]))
+                self._metrics["train"]["prompt_sharing/tokens_saved"].append(saved)
             self._stats.clear()
+            self._tokens_saved = 0
             for name, x in merge_stats(gather_object([own])).items():
                 if name == "entropy" and torch.tensor(self._metrics["train"][name]).isnan().any():
                     self._metrics["train"][name] = [x.item()]  # a process had no live token

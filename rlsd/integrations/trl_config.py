@@ -29,6 +29,10 @@ class RLSDConfig(GRPOConfig):
     gradient_tolerance: float = option(
         0.0, "Relative error that the gradient at the logits may have, in [0, 1); 0 is exact."
     )
+    share_prompts: str = option(
+        "auto", "Compute a prompt once for the rows of a micro-batch that have it: `auto`, where "
+        "the model proves to give the same, `true` or `false`.",
+    )
     teacher_model_kind: str = option("snapshot", "`live`, `base`, `snapshot` or `ema`.")
     teacher_sync_steps: int = option(10, "A snapshot teacher follows after so many rollouts.")
     teacher_ema_rate: float = option(0.05, "An ema teacher moves this share per rollout.")
@@ -46,6 +50,8 @@ class RLSDConfig(GRPOConfig):
             ("teacher_sync_steps", "at least 1", self.teacher_sync_steps >= 1),
             ("teacher_ema_rate", "in (0, 1]", 0 < self.teacher_ema_rate <= 1),
             ("teacher_model_kind", f"one of {', '.join(kinds)}", self.teacher_model_kind in kinds),
+            ("share_prompts", "one of auto, true, false",
+             self.share_prompts in ("auto", "true", "false")),
             ("privileged_template", "a text with {prompt} and {privileged_context} once each",
              template.count("{prompt}") == template.count("{privileged_context}") == 1),
         ):
