@@ -37,6 +37,10 @@ class RLSDConfig(GRPOConfig):
     teacher_sync_steps: int = option(10, "A snapshot teacher follows after so many rollouts.")
     teacher_ema_rate: float = option(0.05, "An ema teacher moves this share per rollout.")
     privileged_template: str = option(DEFAULT_PRIVILEGED_TEMPLATE, "Makes the teacher's prompt.")
+    hint_placement: str = option(
+        "text", "`text`: privileged_template inserts the hint; `turn`: one more exchange before the "
+        "last user turn, the same question solved by it.",
+    )
     allow_missing_privileged_context: bool = option(False, "Rows without one train as plain GRPO.")
 
     def __post_init__(self):
@@ -52,11 +56,15 @@ class RLSDConfig(GRPOConfig):
             ("teacher_model_kind", f"one of {', '.join(kinds)}", self.teacher_model_kind in kinds),
             ("share_prompts", "one of auto, true, false",
              self.share_prompts in ("auto", "true", "false")),
+            ("hint_placement", "text or turn", self.hint_placement in ("text", "turn")),
             ("privileged_template", "a text with {prompt} and {privileged_context} once each",
              template.count("{prompt}") == template.count("{privileged_context}") == 1),
         ):
             if not holds:
                 raise UserError(f"{name} must be {rule}, but got {getattr(self, name)!r}.")
+        if self.hint_placement == "turn" and template != DEFAULT_PRIVILEGED_TEMPLATE:
+            raise UserError("privileged_template is for hint_placement text, but hint_placement is "
+                            "turn, which adds the hint as it is; leave one of them out.")
 
     def loss_config(self):
         """The scalars of the fused loss."""

@@ -113,6 +113,7 @@ class TaughtTrainer(GRPOTrainer):
             row = {**row, "privileged_context": row.get("solution")}
         return teacher_prompt(
             row, name, self._tokenizer, self.args.privileged_template, check_start=check_start,
+            placement=self.args.hint_placement,
             allow_missing=self.args.allow_missing_privileged_context,
             template_options=self._template_options(row),
         )
@@ -193,13 +194,14 @@ class TaughtTrainer(GRPOTrainer):
         """The prompt with a text of hint_func, None where that cannot be a hint."""
         if hint is None or not can_hint(hint, self._tokenizer):
             return None
-        read = {"prompt": prompt, "privileged_context": hint}
+        read, placement = {"prompt": prompt, "privileged_context": hint}, self.args.hint_placement
         hinted = teacher_prompt(
             read, f"The prompt {prompt!r:.80}", self._tokenizer, self.args.privileged_template,
-            check_start=False,
+            placement=placement, check_start=False,
         )
+        options = self._template_options(row)
         try:
-            require_same_start(read, hinted, self._tokenizer, self._template_options(row))
+            require_same_start(read, hinted, self._tokenizer, options, placement)
         except UserError:
             return None
         return hinted

@@ -222,7 +222,8 @@ def require_same_start(row, privileged, tokenizer, template_options=None, placem
 
 
 def teacher_prompt(
-    row, name, tokenizer, template, *, allow_missing=False, template_options=None, check_start=True
+    row, name, tokenizer, template, *, placement="text", allow_missing=False, template_options=None,
+    check_start=True,
 ):
     """What the teacher reads for a row of prompt, teacher_prompt and privileged_context (any type).
 
@@ -241,9 +242,10 @@ def teacher_prompt(
     try:
         if not isinstance(row["prompt"], str) and not is_chat(row["prompt"]):
             raise UserError("its prompt is neither a text nor messages with text content")
-        privileged = privileged_prompt({**row, "privileged_context": hint}, template, tokenizer)
+        row = {**row, "privileged_context": hint}
+        privileged = privileged_prompt(row, template, tokenizer, placement)
         if check_start:
-            require_same_start(row, privileged, tokenizer, template_options)
+            require_same_start(row, privileged, tokenizer, template_options, placement)
     except UserError as error:
         raise UserError(f"{name} cannot be used: {error}.") from None
     return privileged

@@ -108,11 +108,19 @@ def test_other_releases_are_refused_at_import(host, version, monkeypatch):
     ("rlsd_lambda_warmup_steps", -1), ("rlsd_lambda_decay_steps", -1), ("teacher_sync_steps", 0),
     ("teacher_ema_rate", 0.0), ("teacher_model_kind", "other"), ("privileged_template", "{prompt}"),
     ("gradient_tolerance", 1.0), ("gradient_tolerance", -1e-3), ("gradient_tolerance", "a little"),
-    ("gradient_tolerance", float("nan")),
+    ("gradient_tolerance", float("nan")), ("share_prompts", "never"), ("hint_placement", "system"),
 ])
 def test_bad_options_are_refused(folder, option, value):
     with pytest.raises(ValueError, match=option) as error:
         RLSDConfig(str(folder / "x"), use_cpu=True, bf16=False, **{option: value})
+    one_sentence(error)
+
+
+def test_a_template_has_no_part_in_a_turn(folder):
+    options = {"use_cpu": True, "bf16": False, "hint_placement": "turn"}
+    assert RLSDConfig(str(folder / "x"), **options).hint_placement == "turn"
+    with pytest.raises(UserError, match="privileged_template is for hint_placement text") as error:
+        RLSDConfig(str(folder / "x"), privileged_template="{prompt}{privileged_context}", **options)
     one_sentence(error)
 
 

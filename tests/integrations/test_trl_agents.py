@@ -23,7 +23,7 @@ from trl_agents import (  # noqa: E402
 )
 from trl_runs import OFF, differences  # noqa: E402
 
-from rlsd.config import UserError  # noqa: E402
+from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE, UserError  # noqa: E402
 from rlsd.integrations.trl import RLSDTrainer  # noqa: E402
 
 
@@ -190,6 +190,26 @@ def test_tool_tokens_have_no_part_in_metrics(folder):
         found.append({k: v for k, v in trainer.state.log_history[0].items()
                       if k.startswith(("rlsd/", "loss", "grad"))})
     assert found[0] == found[1] and found[0]["rlsd/delta_std"] > 0
+
+
+def test_a_hint_as_a_turn_of_its_own(folder):
+    """After the observation, which the repeated question has too; tools are listed once."""
+    Shop.opened = 0
+    trainer, _ = make_agent(
+        RLSDTrainer, folder, "qwen3", max_steps=1, hint_placement="turn",
+        privileged_template=DEFAULT_PRIVILEGED_TEMPLATE, **AGENTS["environment"],
+    )
+    inputs, batch = rollout(trainer)
+    student = live(batch["prompt_ids"], batch["prompt_mask"])
+    teacher = live(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"])
+    for row, own, hinted in zip(inputs, student, teacher, strict=True):
+        own, hinted = (trainer._tokenizer.decode(ids) for ids in (own, hinted))
+        asked = own[own.index("<|im_start|>user") : own.rindex("<|im_start|>")]
+        start = own[: own.index("<|im_start|>user")]
+        assert "Shelf" in asked and "Buys a" in start
+        assert hinted.startswith(start + asked) and hinted.endswith(own.removeprefix(start))
+        between = hinted[len(start + asked) : -len(own.removeprefix(start))]
+        assert between.startswith("<|im_start|>assistant") and row["solution"] in between
 
 
 # rollout_func
