@@ -35,7 +35,7 @@ ROOMS = {
                  ["vllm_sampler"]],
     "checks": [["validate"], ["bench"], ["measure"], ["profiles"]],
     "integrations": [["trl", "trl_sft", "liger", "ms_swift", "verl"],
-                     ["trl_teacher", "trl_sharing"], ["head", "trl_config"]],
+                     ["trl_teacher", "trl_sharing"], ["trl_siblings", "head", "trl_config"]],
     "reports": [["tables"], ["report"]],
 }
 TORCH_ONLY = {"torch", "rlsd_kernels"} | sys.stdlib_module_names

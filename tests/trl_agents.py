@@ -126,7 +126,10 @@ class Quiet:
 
 
 def speaking(cls, template, tool="look", **arguments):
-    """A trainer class that says what is written here: every third sequence calls no tool."""
+    """A trainer class that says what is written here: every third sequence calls no tool.
+
+    tool: a name, or of a prompt (name, arguments).
+    """
     tokenizer = tokenizer_of(template)
 
     def says(text):
@@ -136,10 +139,9 @@ def speaking(cls, template, tool="look", **arguments):
         def _generate_single_turn(self, prompt_ids, *more, **named):
             rng, turns = random.Random(sum(map(sum, prompt_ids))), []
             for i, ids in enumerate(prompt_ids):
-                later = OF_TOOL[template] in tokenizer.decode(ids)
-                answer = f"So it is {rng.randrange(99)}."
-                if not later and i % 3:
-                    name, given = tool(i) if callable(tool) else (tool, arguments)
+                text, answer = tokenizer.decode(ids), f"So it is {rng.randrange(99)}."
+                if OF_TOOL[template] not in text and i % 3:
+                    name, given = tool(text) if callable(tool) else (tool, arguments)
                     answer = call(template, name, **given)
                 turns.append(says(answer))
             return turns, None
@@ -197,8 +199,9 @@ class PlainAgent(PlainHookA):
             if self.environments is not None:
                 text += getattr(self.environments[i], "seen", "")
                 tools = self._env_tools[self._batch_environments[i]]
+            hint = self.hint(i, row)
             for name, content in (
-                ("questions", text), ("hinted", f"Known: {self.hint(i, row)}\n{text}")
+                ("questions", text), ("hinted", f"Known: {hint}\n{text}" if hint else text)
             ):
                 out[name].append(self._tokenizer.apply_chat_template(
                     [{"role": "user", "content": content}], tools=tools or None, return_dict=False,

@@ -188,6 +188,8 @@ class RLSDTrainer(TaughtTrainer):
             mask, self.loss_type, max_completion_length=self.max_completion_length,
             num_items_in_batch=items / self.args.steps_per_generation,
         ) / accumulation
+        if "rlcsd_weights" in inputs:  # of the whole rollout
+            weights = inputs["rlcsd_weights"] * (self.args.steps_per_generation / accumulation)
 
         def head(hidden, weight, bias):
             return fused_linear_rlsd_loss(
@@ -259,6 +261,8 @@ class RLSDTrainer(TaughtTrainer):
             for name, x in merge_stats(gather_object([own])).items():
                 if name == "entropy" and torch.tensor(self._metrics["train"][name]).isnan().any():
                     self._metrics["train"][name] = [x.item()]  # a process had no live token
+                if name in self._metrics["train"]:  # of a contrast, which is over before the loss
+                    continue
                 if name.startswith(("rlsd/", "policy_kl", "clip_ratio/dual")) and not x.isnan():
                     self._metrics["train"][name].append(x.item())
         super().log(logs, start_time)

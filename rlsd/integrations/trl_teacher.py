@@ -24,10 +24,11 @@ from trl.trainer.utils import (
 from ..config import UserError
 from ..policy.advantages import rlsd_lambda_at
 from ..policy.checkpoint import reason
-from ..policy.hints import can_hint
+from ..policy.hints import can_hint, weighed
 from ..policy.packing import left_pad
 from ..policy.teacher import Teacher
 from ..tasks.prompts import require_same_start, teacher_prompt
+from .trl_siblings import contrasted, require_siblings, sibling_contexts
 
 HINT_COLUMNS = ("teacher_prompt", "privileged_context", "solution")
 NOT_COLUMNS = ("prompt", "completion", "completion_ids", "feedback")
@@ -73,7 +74,8 @@ class TaughtTrainer(GRPOTrainer):
         columns = set(data.column_names or ())
         methods = [tool.__name__ for tool in self.tools if tool not in self._standalone_tools]
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        of_data = ask is None and self.rollout_func is None  # it may return contexts
+        # Elsewhere contexts are known only after a rollout.
+        of_data = ask is None and self.rollout_func is None and args.hint_source == "data"
         for applies, what in (
             (not (ask is None or callable(ask)), f"hint_func must be a function, but is {ask!r}"),
             (ask is not None and "feedback" in columns, "hint_func gets feedback from the rollout, "
@@ -82,7 +84,7 @@ class TaughtTrainer(GRPOTrainer):
              "return teacher_prompt_ids, but train_dataset has a column of that name; rename it"),
             (ask is not None and "feedback" in methods, "feedback is a method of the environment, "
              "which TRL offers to the model as a tool; make it an attribute"),
-            (self._is_vlm, "the teacher takes no images, but processing_class is a processor"),
+            (self._is_vlm, "The teacher takes no images, but processing_class is a processor"),
             (sharded and args.teacher_model_kind != "live", "FSDP and DeepSpeed shard the weights "
              f"of which teacher_model_kind={args.teacher_model_kind!r} keeps a copy; use 'live'"),
             (of_data and data.column_names is not None and not columns & set(HINT_COLUMNS),
@@ -90,11 +92,14 @@ class TaughtTrainer(GRPOTrainer):
              "would know no more than the student; add one, give a hint_func"),
         ):
             if applies:
-                raise UserError(f"{what[0].upper()}{what[1:]}, or set rlsd_lambda to 0.")
-        if of_data and not isinstance(data, IterableDataset):
-            read = ("prompt", "environment", *HINT_COLUMNS)
+                raise UserError(f"{what}, or set rlsd_lambda to 0.")
+        if args.reads_siblings():
+            require_siblings(self)
+        if self.rollout_func is None and not isinstance(data, IterableDataset):
+            read = ("prompt", "environment", *(HINT_COLUMNS if of_data else ()))
+            later = {} if of_data else {"privileged_context": "0"}  # some harmless hint
             for i, row in enumerate(data.select_columns([c for c in read if c in columns])):
-                row = {"prompt": EMPTY_PROMPT, **row}
+                row = {"prompt": EMPTY_PROMPT, **later, **row}
                 self._teacher_prompt(row, f"Row {i} of train_dataset", check_start=i == 0)
 
     def rollouts_done(self, global_step):
@@ -211,8 +216,8 @@ class TaughtTrainer(GRPOTrainer):
 
         student: those that the policy read.
         """
-        if self.rollout_func is not None and any("teacher_prompt_ids" in row for row in inputs):
-            return self._returned_contexts(inputs)
+        if self.rollout_func is not None and "teacher_prompt_ids" in inputs[0]:
+            return [row["teacher_prompt_ids"] for row in inputs]
         prompts, hinted = self._rollout[0], self._hinted_prompts(inputs)
         if self.rollout_func is not None:
             for prompt, read, want, own in zip(
@@ -230,12 +235,14 @@ class TaughtTrainer(GRPOTrainer):
         )[0]
         return [None if read is None else x for read, x in zip(hinted, ids, strict=True)]
 
-    def _returned_contexts(self, inputs):
-        """The teacher_prompt_ids of rollout_func."""
+    def _require_contexts(self, inputs):
+        """UserError where rollout_func returned teacher_prompt_ids that are none."""
+        if self.rollout_func is None or not any("teacher_prompt_ids" in row for row in inputs):
+            return
         if self.hint_func is not None:
             raise UserError("rollout_func returned teacher_prompt_ids, so nothing would read the "
                             "texts of hint_func; leave one of them out.")
-        rows, contexts = self.model.config.get_text_config().vocab_size, []
+        rows = self.model.config.get_text_config().vocab_size
         for i, row in enumerate(inputs):
             ids = row.get("teacher_prompt_ids", ())
             if ids is not None and not (isinstance(ids, list) and ids and all(
@@ -246,19 +253,20 @@ class TaughtTrainer(GRPOTrainer):
                     f"{rows} for each of the {len(inputs)} sequences, or None for plain A, but "
                     f"number {i} is {ids!r:.80}."
                 )
-            contexts.append(ids)
-        return contexts
 
     def _calculate_rewards(self, *args):
         if self.teacher is not None and self.model.training:
+            self._require_contexts(args[0])  # before TRL trips over too few
             self._rollout = copy.deepcopy(args[1:3])  # prompts and completions, as rewards get them
         rewards = super()._calculate_rewards(*args)
         if self.model.training:
             total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
             groups = total.view(-1, self.num_generations)
             constant = (groups == groups[:, :1]).all(1).repeat_interleave(self.num_generations)
-            parts = constant.chunk(self.accelerator.num_processes)
-            self._constant = parts[self.accelerator.process_index]
+            self._constant, self._rewards = (
+                x.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+                for x in (constant, total)
+            )
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -278,14 +286,37 @@ class TaughtTrainer(GRPOTrainer):
             student = [ids[mask.bool()].tolist() for ids, mask in zip(
                 output["prompt_ids"], output["prompt_mask"], strict=True
             )]
-            contexts = self._contexts(inputs, student)
+            contexts, wanted = [None] * len(student), torch.ones(len(student), dtype=torch.bool)
+            if args.hint_source == "data":
+                contexts = self._contexts(inputs, student)
+            if args.reads_siblings():
+                options = [self._template_options(row) for row in inputs]
+                hints = sibling_contexts(self, self._rollout[0], output, contexts, options, step)
+                contexts = [own[0] if own else None for own in hints]
+                wanted = weighed(output["advantages"], args)
             output["has_hint"] = torch.tensor([x is not None for x in contexts])
             output["teacher_prompt_ids"], output["teacher_prompt_mask"] = left_pad(
                 [x or own for x, own in zip(contexts, student, strict=True)],
                 self._tokenizer.pad_token_id, device,
             )
-            missing = self.accelerator.gather((~output["has_hint"]).float().to(device)).mean()
-            self._metrics["train"]["rlsd/hint_missing_frac"].append(missing.item())
+            missing = ~output["has_hint"].to(device) & wanted.to(device)
+            counts = torch.stack([missing.sum(), wanted.to(device).sum()]).float()
+            missing, of = self.accelerator.gather(counts).view(-1, 2).sum(0).tolist()
+            name = "contrast" if args.reads_siblings() else "hint"
+            if of:
+                self._metrics["train"][f"rlsd/{name}_missing_frac"].append(missing / of)
+            if args.rlsd_contrast_hints:
+                output["advantages"], weights, metrics = contrasted(
+                    self, output, student, hints, lam
+                )
+                output["rlsd_lambda"].zero_()  # all is in A_hat
+                if weights is not None:
+                    output["rlcsd_weights"] = weights
+                del metrics["rlsd/contrast_missing_frac"]
+                for name, x in sorted(metrics.items()):
+                    x = self.accelerator.gather(torch.tensor(x, device=device)).nanmean().item()
+                    if x == x:
+                        self._metrics["train"][name].append(x)
         return output
 
     @torch.no_grad()

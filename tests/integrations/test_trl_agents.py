@@ -33,12 +33,12 @@ def silent(monkeypatch):
 
 
 def rolled_out(prompts, trainer, **extra):
-    """A rollout_func: six tokens, of which the middle two are an environment's."""
+    """A rollout_func: six tokens or more, of which the third and fourth are an environment's."""
     prompt_ids = trainer._tokenize_prompts(prompts)[0]
     end = trainer._tokenizer.eos_token_id
-    completions = [[40 + i, 50, 60 + i, 70, 80 + i % 3, end] for i in range(len(prompts))]
-    return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None,
-            "env_mask": [[1, 1, 0, 0, 1, 1] for _ in prompts], **extra}
+    said = [[40 + i, 50, 60 + i, 70, *range(80, 81 + i % 3), end] for i in range(len(prompts))]
+    return {"prompt_ids": prompt_ids, "completion_ids": said, "logprobs": None,
+            "env_mask": [[1, 1, 0, 0, *[1] * (len(x) - 4)] for x in said], **extra}
 
 
 def bare():
@@ -54,9 +54,8 @@ def two_environments():
     return [{**row, "environment": ("shop", "quiet")[i % 2]} for i, row in enumerate(questions())]
 
 
-def of_either(i):
-    """Row by row both environments' tools, whichever is there."""
-    return [("buy", {"what": "tea"}), ("ring", {"times": 2})][i // 4 % 2]
+def of_either(text):
+    return ("buy", {"what": "tea"}) if "Buys a" in text else ("ring", {"times": 2})
 
 
 AGENTS = {
@@ -85,7 +84,8 @@ def test_lambda_zero_is_grpo_trainer(folder, options):
 
 
 @pytest.mark.parametrize("template, agent", [
-    *(("qwen3", agent) for agent in AGENTS), ("llama3_1", "tools"), ("llama3_1", "environment"),
+    *(("qwen3", agent) for agent in AGENTS), ("llama3_1", "environment"),
+    pytest.param("llama3_1", "tools", marks=pytest.mark.slow),
 ])
 def test_rlsd_after_turns_is_hook_a_in_plain_pytorch(folder, template, agent):
     trainer = assert_same_run(
@@ -294,7 +294,9 @@ class HindsightAgent(PlainAgent):
         return f"bought tea {row['answer']}" if i % 3 else ""
 
 
-@pytest.mark.parametrize("kind", ["function", "coroutine", "object"])
+@pytest.mark.parametrize("kind", [
+    "function", "coroutine", pytest.param("object", marks=pytest.mark.slow),
+])
 def test_hindsight_is_hook_a_in_plain_pytorch(folder, kind):
     agent = {**AGENTS["environment"], "data": numbered()}
 
@@ -310,7 +312,8 @@ def test_hindsight_is_hook_a_in_plain_pytorch(folder, kind):
             return hint_func(*given, **columns)
 
     chosen = {"function": hint_func, "coroutine": later, "object": Asked()}[kind]
-    options = {"max_steps": 2, "rlsd_lambda_decay_steps": 5}
+    # A teacher that is the student, to which no hint is delta 0: plain A.
+    options = {"max_steps": 2, "rlsd_lambda_decay_steps": 5, "teacher_sync_steps": 1}
     _, want = run_agent(HindsightAgent, folder, "qwen3", **agent, **options)
     agent["more"] = {**agent["more"], "hint_func": chosen}
     trainer, got = run_agent(RLSDTrainer, folder, "qwen3", **agent, **options)
@@ -417,7 +420,7 @@ def hint_func(prompt, completion, feedback, **columns):
 
 
 @pytest.mark.parametrize("options, complaint", [
-    ({"more": {"hint_func": "text"}}, "^Hint_func must be a function, but is 'text'"),
+    ({"more": {"hint_func": "text"}}, "^hint_func must be a function, but is 'text'"),
     ({"more": {"hint_func": hint_func}, "data": [{**x, "feedback": "a"} for x in questions()]},
      "hint_func gets feedback from the rollout, but train_dataset has a column of that name"),
     ({"more": {"rollout_func": rolled_out},
@@ -430,7 +433,13 @@ def hint_func(prompt, completion, feedback, **columns):
     ({"more": {"environment_factory": {"shop": Shop}},
       "data": [{**x, "environment": "shed"} for x in questions()]},
      "has the environment 'shed', but environment_factory has shop"),
-], ids=["no-function", "feedback", "ids", "method", "no-hint", "no-environment"])
+    ({"more": {"hint_func": hint_func}, "data": [*bare(), {
+        "prompt": [{"role": "user", "content": "so<|im_end|>"}]}]},
+     "^Row 4 of train_dataset cannot be used: its prompt spells the control token"),
+    ({"more": {"hint_func": hint_func}, "hint_placement": "turn",
+      "privileged_template": DEFAULT_PRIVILEGED_TEMPLATE, "data": [{"prompt": "Plain?"}] * 4},
+     "^Row 0 of train_dataset cannot be used: its prompt is a plain text, in which hint_placement"),
+], ids=["no-function", "feedback", "ids", "method", "no-hint", "no-environment", "prompt", "plain"])
 def test_refused_at_construction(folder, options, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         make_agent(RLSDTrainer, folder, "qwen3", **options)

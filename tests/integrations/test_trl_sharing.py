@@ -48,7 +48,7 @@ def compared(folder, **options):
         found.append((trainer, recorder, sum(tokens)))
     (trainer, got, less), (_, want, more) = found
     loss, gradient = differences(got, want)
-    assert loss < 1e-6 and gradient < 1e-5, (loss, gradient)
+    assert loss < 1e-6 * max(1, *want.losses) and gradient < 1e-5, (loss, gradient)
     saved = sum(x.get("prompt_sharing/tokens_saved", 0) for x in trainer.state.log_history)
     assert saved > 0 and less < more
     return trainer
@@ -96,7 +96,7 @@ def test_checkpointed_layers_run_again_in_backward(folder):
                           gradient_checkpointing=switch, **OFF)
         calls = []
         layer = trainer.model.model.layers[0]
-        layer.mlp.register_forward_hook(
+        layer.self_attn.register_forward_hook(
             lambda *_, calls=calls: calls.append(torch.is_grad_enabled())
         )
         trainer.train()
@@ -125,7 +125,11 @@ def test_equal_weights_have_ratio_one_in_bf16(folder, size):
 
 
 def gpt2():
-    return architecture("gpt2")
+    model = architecture("gpt2")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def with_dropout():
