@@ -81,15 +81,12 @@ def _find_reason(trainer, model, config):
     args = trainer.args
     dropout = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     learned = is_peft_model(trainer.model) and trainer.model.active_peft_config.is_prompt_learning
-    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     for applies, reason in (
         (args.per_device_train_batch_size == 1, "per_device_train_batch_size is 1, so that no two "
          "rows of a micro-batch have one prompt"),
         (trainer.is_fsdp_enabled, "FSDP gathers weights for one pass of each layer"),
         (trainer._is_vlm, "the model takes images"),
         (learned, "an adapter of virtual tokens goes before every row"),
-        (args.gradient_checkpointing and reentrant, "checkpoints with use_reentrant lose the "
-         "gradients of a prompt's keys and values"),
         (max([0, *dropout, getattr(config, "attention_dropout", None) or 0]) > 0,
          "dropout is on, which would fall on a shared prompt once"),
     ):
@@ -139,7 +136,8 @@ def recomputing_beside_a_cache(model):
 
 def _checkpointed(layer, forward, *args, **kwargs):
     run = functools.partial(_unswitched, layer, forward, **kwargs)
-    return layer._gradient_checkpointing_func(run, *args)
+    # With re-entry the cache, no positional argument, would get no gradient.
+    return layer._gradient_checkpointing_func(run, *args, use_reentrant=False)
 
 
 def _unswitched(layer, forward, *args, **kwargs):

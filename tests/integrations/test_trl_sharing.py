@@ -9,7 +9,7 @@ pytest.importorskip("trl", reason="the TRL integration needs trl: pip install '.
 from families import architecture  # noqa: E402
 from peft import LoraConfig, PromptTuningConfig  # noqa: E402
 from test_integrations_trl import one_sentence  # noqa: E402
-from test_parity_trl import ACCUMULATION, MOE, tiny  # noqa: E402
+from test_parity_trl import ACCUMULATION, HEAD_OF_TRL, MOE, tiny  # noqa: E402
 from trl_runs import DATA, OFF, differences, make, run  # noqa: E402
 
 from rlsd.config import UserError  # noqa: E402
@@ -22,6 +22,8 @@ CASES = {
     "lora": {"more": {"peft_config": LORA}},
     "checkpoints": {"gradient_checkpointing": True},
     "lora-checkpoints": {"more": {"peft_config": LORA}, "gradient_checkpointing": True},
+    "reentrant": {"gradient_checkpointing": True,
+                  "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "reused": {**ACCUMULATION["reused"], "beta": 0.1, "use_bias_correction_kl": False},
     "masked": {"mask_truncated_completions": True, "loss_type": "grpo"},
     "live": {"teacher_model_kind": "live", "num_iterations": 2},
@@ -112,6 +114,7 @@ def test_the_same_prompt_gives_delta_zero(folder):
         assert abs(record["rlsd/delta_mean"]) < 1e-6 and record["rlsd/delta_std"] < 1e-5
 
 
+@pytest.mark.skipif(not HEAD_OF_TRL, reason="TRL 1.14 computes old log-probs by itself")
 @pytest.mark.parametrize("size", [2, 8])
 def test_equal_weights_have_ratio_one_in_bf16(folder, size):
     """Old, reference and new log-probs come from passes of one layout, whatever repeats in them."""
@@ -154,8 +157,6 @@ OBSTACLES = {
     "convolutions": ({"model": lfm2}, "are of type conv too"),
     "virtual": ({"more": {"peft_config": PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=3)}}, "virtual tokens"),
-    "reentrant": ({"gradient_checkpointing": True,
-                   "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
 }
 
 

@@ -12,6 +12,7 @@ from trl_runs import DATA, PlainHookA, differences, log_probs_of, make  # noqa: 
 import rlsd.integrations.trl_teacher  # noqa: E402
 from rlsd.config import UserError  # noqa: E402
 from rlsd.integrations.trl import RLSDConfig, RLSDTrainer  # noqa: E402
+from rlsd.integrations.trl_siblings import require_siblings  # noqa: E402
 
 OPTIONS = {"success_reward_threshold": 0.5, "rlsd_lambda_decay_steps": 0}
 
@@ -64,8 +65,8 @@ def test_which_siblings_are_read(folder, read, source):
                             for good in (True, False))
             if source == "data":
                 right = [after(row["solution"], row)]
-            constant = len(set(rewards[i - i % 4 : i - i % 4 + 4].tolist())) == 1
-            if constant or not right or not wrong:
+            weighed = rewards[i] != rewards[i - i % 4 : i - i % 4 + 4].mean()  # of quarters: exact
+            if not (weighed and right and wrong):
                 assert own == []
                 continue
             seen += 1
@@ -146,7 +147,9 @@ def test_a_right_sibling_as_the_hint_is_hook_a_in_plain_pytorch(folder, read):
             out["hinted"] = [x[0] if x else q for x, q in zip(own, out["questions"], strict=True)]
             return out
 
-    options = {**OPTIONS, "hint_source": "rollout", "rlsd_lambda_decay_steps": 5}
+    # A teacher that is the student, to which no hint is delta 0: plain A.
+    options = {**OPTIONS, "hint_source": "rollout", "rlsd_lambda_decay_steps": 5,
+               "teacher_sync_steps": 1}
     trainer, got = make(RLSDTrainer, folder, **options)
     trainer.train()
     plain, want = make(Plain, folder, **options)
@@ -157,17 +160,24 @@ def test_a_right_sibling_as_the_hint_is_hook_a_in_plain_pytorch(folder, read):
 
 
 @pytest.mark.parametrize("options, complaint", [
-    ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
-      "steps_per_generation": 3}, "6 sequences at once, which are no whole groups"),
     ({"more": {"hint_func": lambda *a, **b: "x"}, "hint_source": "rollout"},
      "hint_func would not be asked"),
     ({"more": {"rollout_func": lambda *a: {}}}, "several turns are no hints"),
     ({"objective": "rlcsd", "loss_type": "sapo"}, "objective='rlcsd' weighs tokens, but loss_type"),
-], ids=["groups", "hint_func", "turns", "formula"])
+], ids=["hint_func", "turns", "formula"])
 def test_refused_at_construction(folder, options, complaint, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     with pytest.raises(UserError, match=f"^Siblings cannot be hints because .*{complaint}") as said:
         make(RLSDTrainer, folder, **{"rlsd_contrast_hints": 1, **options})
+    one_sentence(said)
+
+
+def test_a_process_must_hold_whole_groups(folder):
+    """Of one process TRL itself demands it."""
+    trainer, _ = make(RLSDTrainer, folder)
+    trainer.num_generations = 3
+    with pytest.raises(UserError, match="8 sequences at once, which are no whole groups") as said:
+        require_siblings(trainer)
     one_sentence(said)
 
 
