@@ -444,8 +444,8 @@ def choose_sampler(model, tokenizer, config, processes, log=print):
                 model.get_input_embeddings().weight.device,
             )
 
-        def reason():  # kernels and dtype of the engine are its own
-            return sampler_refusal(drawn, model, tokenizer, config, limit=0.25)
+        def reason(limit=0.25):  # kernels and dtype of the engine are its own
+            return sampler_refusal(drawn, model, tokenizer, config, limit=limit)
 
         with engine.synced():
             if why := reason():
@@ -454,7 +454,7 @@ def choose_sampler(model, tokenizer, config, processes, log=print):
                     "--logprobs-mode processed_logprobs, or set use_vllm to false."
                 )
         with halved(model), engine.synced():
-            if why := reason():
+            if why := reason(0.1):  # rounding is less where logits are smaller
                 raise UserError(
                     f"vLLM keeps old weights of {name} when it is sent new ones ({why}); install "
                     "another release of vLLM, or set use_vllm to false."

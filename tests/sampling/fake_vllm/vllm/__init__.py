@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from .model_executor.layers import utils
+from .model_executor.layers import utils as packing  # vllm.utils is a package
 
 __version__ = "0.27.0"
 
@@ -64,7 +64,7 @@ class LLM:
         head = self.engine.model.get_output_embeddings()
         for layer in self.engine.model.modules():
             if isinstance(layer, torch.nn.Linear):
-                utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=layer is not head)
+                packing.dispatch_cpu_unquantized_gemm(layer, remove_weight=layer is not head)
         executor = types.SimpleNamespace(driver_worker=types.SimpleNamespace(
             model_runner=types.SimpleNamespace(model=self.engine)
         ))
