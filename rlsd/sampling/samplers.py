@@ -433,23 +433,42 @@ def choose_sampler(model, tokenizer, config, processes, log=print):
     if config.use_vllm:
         if placeholders_of(model):
             raise UserError("use_vllm samples from text alone, but the model takes images.")
-        from .vllm_sampler import VLLMSampler
+        from .vllm_sampler import VLLMSampler, halved
 
-        ends = eos_ids(model, tokenizer)
+        ends, name = eos_ids(model, tokenizer), type(model).__name__
         engine = VLLMSampler(model, tokenizer, config, ends)
 
-        def by_vllm(model, tokenizer, prompts, config, *, images=None, greedy=False):
-            drawn = engine.sample(prompts, config, greedy)
+        def drawn(model, tokenizer, prompts, config, *, images=None, greedy=False):
             return samples_of_lists(
-                *drawn, ends, tokenizer.pad_token_id, model.get_input_embeddings().weight.device
+                *engine.sample(prompts, config, greedy), ends, tokenizer.pad_token_id,
+                model.get_input_embeddings().weight.device,
             )
 
-        # Its kernels and dtype are its own.
-        if reason := sampler_refusal(by_vllm, model, tokenizer, config, limit=0.25):
-            raise UserError(
-                f"vLLM does not sample from {type(model).__name__} as it is trained ({reason}); "
-                "give a server --logprobs-mode processed_logprobs, or set use_vllm to false."
-            )
+        def reason(limit=0.25):  # kernels and dtype of the engine are its own
+            return sampler_refusal(drawn, model, tokenizer, config, limit=limit)
+
+        with engine.synced():
+            if why := reason():
+                raise UserError(
+                    f"vLLM does not sample from {name} as it is trained ({why}); give a server "
+                    "--logprobs-mode processed_logprobs, or set use_vllm to false."
+                )
+        with halved(model), engine.synced():
+            if why := reason(0.1):  # rounding is less where logits are smaller
+                raise UserError(
+                    f"vLLM keeps old weights of {name} when it is sent new ones ({why}); install "
+                    "another release of vLLM, or set use_vllm to false."
+                )
+
+        def by_vllm(model, tokenizer, prompts, config, *, images=None, greedy=False):
+            with engine.synced():
+                if why := reason():
+                    raise UserError(
+                        f"vLLM does not hold today's weights of {name} ({why}); resume from the "
+                        "last checkpoint, with use_vllm false if it happens again."
+                    )
+                return drawn(model, tokenizer, prompts, config, greedy=greedy)
+
         log(f"Sampling by vLLM, vllm_mode {config.vllm_mode}.")
         return by_vllm
     wanted, why_not = config.use_transformers_continuous_batching, ""

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import EOS, build, sequences
 from runs import (
+    WORDS,
     assert_same,
     make_trainer,
     naive_log_probs,
@@ -22,8 +24,9 @@ from runs import (
 
 from rlsd import UserError
 from rlsd.config import make_config
+from rlsd.demo import word_tokenizer
 from rlsd.policy.models import STUDENT, TEACHER, adapter_weights, add_lora, add_teacher_adapter
-from rlsd.sampling.vllm_sampler import VLLMSampler, merged_weights
+from rlsd.sampling.vllm_sampler import VLLMSampler, _loadable, halved, merged_weights
 
 FAKE = str(Path(__file__).parent / "fake_vllm")
 HOSTS = ("vllm", "trl")  # and TRL's own client of the server needs requests
@@ -120,6 +123,13 @@ def check_run(trainer, engine):
     })
 
 
+def trials_and_samples(vllm, llm):
+    """The calls by which weights are checked, and the others; one check comes before each."""
+    calls = [c for c in llm.calls if isinstance(c, vllm.SamplingParams)]
+    assert len(calls) % 2 == 0
+    return [*calls[:2], *calls[2::2]], calls[3::2]  # two at the start
+
+
 @pytest.mark.parametrize("changed", [
     {}, {"use_peft": True, "lora_r": 4}, {"vllm_enable_sleep_mode": True},
 ], ids=["full", "lora", "sleep"])
@@ -141,8 +151,8 @@ def test_colocated_vllm_samples_with_the_weights_of_every_step(vllm, tmp_path, c
         "logprobs_mode": "processed_logprobs",
         "enable_sleep_mode": sleeps,
     }
-    trial, *sampled = [c for c in llm.calls if isinstance(c, vllm.SamplingParams)]
-    assert (trial.temperature, trial.max_tokens) == (0.7, 4)
+    trials, sampled = trials_and_samples(vllm, llm)
+    assert {(c.temperature, c.max_tokens) for c in trials} == {(0.7, 4)}
     # Greedy and sampled before step 1; then each step's rollout and the evaluation after it.
     wanted = [0.0, 0.7, 0.7, 0.0, 0.7, 0.7, 0.0, 0.7]
     assert [c.temperature for c in sampled[:8]] == wanted
@@ -150,7 +160,11 @@ def test_colocated_vllm_samples_with_the_weights_of_every_step(vllm, tmp_path, c
         assert (c.max_tokens, c.n, c.logprobs, c.top_k, c.top_p) == (6, 1, 0, 0, 1.0)
         assert set(c.stop_token_ids) == {1, *range(8, 20)}
     if sleeps:
-        assert llm.calls[:6] == ["sleep", ["weights"], "reset", ["kv_cache"], trial, "sleep"]
+        trial, sample = trials[0], sampled[0]
+        awake = [["weights"], "reset", ["kv_cache"]]
+        kinds = [trial if c in trials else sample if c in sampled else c for c in llm.calls]
+        assert kinds == ["sleep", *2 * [*awake, trial, "sleep"],
+                         *len(sampled) * [*awake, trial, sample, "sleep"]]
     assert last["sampling/sampling_logp_difference/max"] < 1e-4
     # TRL's default: the correction is on under vLLM.
     assert last["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-4)
@@ -161,10 +175,123 @@ def test_vllm_is_told_what_to_keep(vllm, tmp_path):
     filters = {"top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
     trainer = make_trainer(tmp_path, use_vllm=True, **filters)
     trainer.sample(trainer.model, trainer.tokenizer, [[4, 5]], trainer.config)
-    told = [c for c in vllm.LLM.made[-1].calls if isinstance(c, vllm.SamplingParams)]
-    assert [{name: getattr(c, name) for name in filters} for c in told] == [
-        {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}, filters  # the trial's
-    ]
+    trials, (sample,) = trials_and_samples(vllm, vllm.LLM.made[-1])
+    none = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    for calls, kept in ((trials, none), ([sample], filters)):
+        assert all({name: getattr(c, name) for name in filters} == kept for c in calls)
+
+
+def test_halved_weights_come_back_to_the_bit():
+    model = with_adapters(bf16=True)
+    before = parameters(model)
+    with halved(model):
+        assert_same(parameters(model), {name: p / 2 for name, p in before.items()})
+    assert_same(parameters(model), before)
+
+
+def test_what_a_gguf_file_held_is_written_for_vllm_to_read(tmp_path):
+    """Only where there is no folder: a resumed run has its checkpoint, or the base beside it."""
+    model, ids = with_adapters(), torch.tensor([sequences([9])[0]])
+    model.name_or_path = own = str(tmp_path / "base")
+    with _loadable(model, word_tokenizer(WORDS), "x.gguf"):
+        read = transformers.AutoModelForCausalLM.from_pretrained(model.name_or_path)
+        torch.testing.assert_close(read(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert len(transformers.AutoTokenizer.from_pretrained(model.name_or_path)) > len(WORDS)
+    assert model.name_or_path == own
+    (tmp_path / "base").mkdir()
+    for path in ("x.gguf", "org/model"):
+        with _loadable(model, None, path):
+            assert model.name_or_path == own
+
+
+def deaf(part):
+    """load_weights of an engine that drops what it is sent for parameters so named."""
+    def load_weights(self, pairs):
+        own = dict(self.model.named_parameters())
+        for name, weight in pairs:
+            if part not in name:
+                own[name].data.copy_(weight)
+    return load_weights
+
+
+@pytest.mark.parametrize("part", ["", "embed", "mlp", "self_attn"],
+                         ids=["all", "embedding", "mlp", "attention"])
+def test_an_engine_that_keeps_old_weights_is_refused(vllm, tmp_path, monkeypatch, part):
+    make_trainer(tmp_path, use_vllm=True)
+    monkeypatch.setattr(vllm.Engine, "load_weights", deaf(part))
+    with pytest.raises(UserError, match="vLLM keeps old weights of Qwen3ForCausalLM"):
+        make_trainer(tmp_path, use_vllm=True)
+
+
+def test_a_head_packed_beside_its_embedding_is_refused(vllm, tmp_path, monkeypatch):
+    """What reload_weights does on a CPU: a tied head computes with its old copy."""
+    from vllm.model_executor.layers import utils
+
+    build_llm = vllm.LLM.__init__
+
+    def packs_the_head(self, model, **given):
+        build_llm(self, model, **given)
+        head = self.engine.model.get_output_embeddings()
+        assert head.weight is self.engine.model.get_input_embeddings().weight
+        packing(head, remove_weight=False)
+
+    packing = utils.dispatch_cpu_unquantized_gemm
+    monkeypatch.setattr(vllm.LLM, "__init__", packs_the_head)
+    with pytest.raises(UserError, match="vLLM keeps old weights of Qwen3ForCausalLM"):
+        make_trainer(tmp_path, use_vllm=True)
+    assert utils.dispatch_cpu_unquantized_gemm is packing
+
+
+def test_weights_that_stop_arriving_end_the_run_and_lose_nothing(vllm, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, use_vllm=True, learning_rate=0.1, max_steps=9)
+    update, steps = trainer.update, []
+
+    def deaf_from_the_second(batch, step):
+        if step == 2:
+            monkeypatch.setattr(vllm.Engine, "load_weights", deaf(""))
+        steps.append(step)
+        return update(batch, step)
+
+    trainer.update = deaf_from_the_second
+    with pytest.raises(UserError, match="does not hold today's weights of Qwen3.*safe in"):
+        trainer.train()
+    assert steps == list(range(1, steps[-1] + 1)) and 2 <= steps[-1] < 9
+    assert (tmp_path / "run" / f"checkpoint-{steps[-1]}").is_dir()
+
+
+def test_errors_of_the_engine_are_sentences(vllm, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, use_vllm=True)
+    drawn = trainer.model, trainer.tokenizer, [[4, 5]], trainer.config
+
+    def fails(error):
+        def call(*_, **given):
+            raise error
+        return call
+
+    for owner, name, error, said in (
+        (vllm.LLM, "generate", Exception("Request failed: 500,\n down"),
+         "vLLM cannot sample: Request failed: 500, down."),
+        (vllm.Engine, "load_weights", AttributeError("no attribute 'weight_loader'"),
+         "vLLM cannot take the weights: AttributeError: no attribute 'weight_loader'."),
+        (vllm.Engine, "load_weights", AssertionError(), "vLLM cannot take the weights: Assertion"),
+        (vllm.LLM, "__init__", KeyError("model"), "vLLM cannot be used: KeyError: 'model'."),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails(error))
+            with pytest.raises(UserError, match=said):
+                if name == "__init__":
+                    make_trainer(tmp_path, use_vllm=True)
+                trainer.sample(*drawn)
+    generate = vllm.LLM.generate
+
+    def full(llm, prompts, **given):
+        if prompts[0]["prompt_token_ids"] == [4, 5]:  # past the check
+            raise torch.OutOfMemoryError("full")
+        return generate(llm, prompts, **given)
+
+    monkeypatch.setattr(vllm.LLM, "generate", full)
+    with pytest.raises(torch.OutOfMemoryError):  # the trainer says what to lower
+        trainer.sample(*drawn)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -242,10 +369,10 @@ def test_a_server_samples_with_the_weights_of_every_step(server, vllm, tmp_path,
     )
     records = trainer.train()
     check_run(trainer, Server.engine)
-    steps = ["/start_weight_update", "/update_weights", "/finish_weight_update",
+    check = ["/start_weight_update", "/update_weights", "/finish_weight_update",
              "/reset_prefix_cache", "/v1/completions"]
-    assert Server.posts == ["/init_weight_transfer_engine", *4 * steps]  # the trial's, two of
-    # training, and the check's
+    step = [*check, "/v1/completions"]  # two of training, and check_run's
+    assert Server.posts == ["/init_weight_transfer_engine", *2 * check, *3 * step]
     assert records[-1]["sampling/sampling_logp_difference/max"] < 1e-4
 
 

@@ -1,6 +1,7 @@
 """The part of vLLM's surface that TRL's VLLMGeneration and VLLMClient use, on a transformers model.
 
-Weights come in by name and shape alone, as to vLLM, and sleeping at level 2 loses them.
+Weights come in by name and shape alone, as to vLLM, and sleeping at level 2 loses them. It is vLLM
+on a CPU: the engine in this process packs its linear layers, after which they take no weights.
 """
 
 import types
@@ -8,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 import transformers
+
+from .model_executor.layers import utils as packing  # vllm.utils is a package
 
 __version__ = "0.27.0"
 
@@ -36,7 +39,7 @@ class Engine:
     def load_weights(self, pairs):
         own = dict(self.model.named_parameters())
         for name, weight in pairs:
-            assert own[name].shape == weight.shape, name
+            assert own[name].shape == weight.shape, f"Attempted to load weight {name}"
             own[name].copy_(weight)
 
     @torch.no_grad()
@@ -58,6 +61,10 @@ class LLM:
 
     def __init__(self, model, **given):
         self.engine, self.given, self.calls = Engine(model), given, []
+        head = self.engine.model.get_output_embeddings()
+        for layer in self.engine.model.modules():
+            if isinstance(layer, torch.nn.Linear):
+                packing.dispatch_cpu_unquantized_gemm(layer, remove_weight=layer is not head)
         executor = types.SimpleNamespace(driver_worker=types.SimpleNamespace(
             model_runner=types.SimpleNamespace(model=self.engine)
         ))
