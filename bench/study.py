@@ -60,9 +60,19 @@ def chain_arms(teacher):
         "SFT": {"objective": "sft"},
         "RLSD, shuffled hints": {**STRONG, "shuffle_privileged_context": True},
         "RLSD, answer-only hints": {**STRONG, "answer_only_privileged_context": True},
-        "RLSD, contrast, data's hints": CONTRAST,
-        "RLSD, contrast, own hints": {**CONTRAST, "hint_source": "rollout"},
-        "RLCSD": RLCSD,
+    }
+
+
+def contrast_plan(work, seed):
+    """The hint against wrong completions of the group, from the starts and seeds of the chains."""
+    return {
+        "seeds": CHAIN_SEEDS, "goals": [0.6, 0.8], "base": chain_base(work, seed),
+        "baseline": "GRPO", "arms": {
+            "GRPO": {"objective": "grpo"},
+            "RLSD, contrast, data's hints": CONTRAST,
+            "RLSD, contrast, own hints": {**CONTRAST, "hint_source": "rollout"},
+            "RLCSD": RLCSD,
+        },
     }
 
 
@@ -275,6 +285,8 @@ def agent_plan(work):
 PARTS = {
     "chain0": lambda work: chain_plan(work, 0),
     "chain1": lambda work: chain_plan(work, 1),
+    "contrast0": lambda work: contrast_plan(work, 0),
+    "contrast1": lambda work: contrast_plan(work, 1),
     "sensitivity": sensitivity_plan,
     "tolerance": tolerance_plan,
     "number_sequence": lambda work: gym_plan(work, "number_sequence"),
