@@ -34,6 +34,9 @@ from rlsd.reports.tables import (
 
 RESULTS, DOCUMENT = ROOT / "bench" / "results" / "study", ROOT / "docs" / "results.md"
 CHAINS, GYM = ("chain0", "chain1"), ("number_sequence", "spell_backward")
+CONTRASTS = {"contrast0": "chain0", "contrast1": "chain1"}  # the same starts and seeds
+SHOWN = (*CHAINS, *CONTRASTS, "tolerance", *GYM, "agent", "smollm2", "smollm2_tolerance")
+PARTS = (*SHOWN, "sensitivity", "cost")
 PAPER, STRONG = "RLSD, paper", "RLSD, strong"
 
 
@@ -50,7 +53,7 @@ def load(part):
 
 
 def load_all():
-    found = {name: load(name) for name in (*CHAINS, "sensitivity", "tolerance", *GYM, "cost")}
+    found = {name: load(name) for name in PARTS}
     return {name: data for name, data in found.items() if data}
 
 
@@ -286,6 +289,7 @@ def claims(parts):
             "the least of three medians, without an error; a snapshot or EMA teacher is a second "
             "copy of the weights, a live one is not",
         ))
+    rows += contrast_claims(parts)
     untestable = "no weights of that size and no GPU here"
     rows += [
         ("56.18 against 53.86 (GRPO) on five benchmarks, Qwen3-VL-8B", "-", "not testable here",
@@ -294,6 +298,38 @@ def claims(parts):
          untestable),
     ]
     return rows
+
+
+def contrast_claims(parts):
+    """What an independent group measured (arXiv 2606.11709), where the chains can say it."""
+    both = [
+        {**parts[name], "runs": parts[chain]["runs"] | parts[name]["runs"]}
+        for name, chain in CONTRASTS.items() if name in parts and chain in parts
+    ]
+    if not both:
+        return []
+    below = {arm: pooled(both, arm, "GRPO", final) for arm in (PAPER, STRONG)}
+    rows = [(
+        "RLSD ends below GRPO (6 of 8 settings of arXiv 2606.11709)",
+        "; ".join(f"{arm}: {shown_gain(g)}" for arm, g in below.items()),
+        verdicts({arm: clear(g, -1) for arm, g in below.items()}), "after the last step",
+    )]
+    for arm in ("RLSD, contrast, data's hints", "RLSD, contrast, own hints"):
+        gains = [pooled(both, arm, STRONG, v) for v in (final, curve_mean)]
+        rows.append((
+            f"a contrast mends RLSD; {arm}, against the hint alone",
+            f"minus {STRONG}, after: {shown_gain(gains[0])}, curve mean: {shown_gain(gains[1])} "
+            f"({gains[0]['n']} pairs)",
+            verdict(clear(gains[0])), "after the last step; lambda and clip of the strong setting",
+        ))
+    gain = pooled(both, "RLCSD", "GRPO", final)
+    rows.append((
+        "RLCSD ends above GRPO", f"{shown_gain(gain)} ({gain['n']} pairs)", verdict(clear(gain)),
+        "after the last step; its authors' scalars",
+    ))
+    fixed = "every right answer of these tasks has one form and one length"
+    return [*rows, ("the gap sits on tokens of style", "-", "not testable here", fixed),
+            ("responses shrink", "-", "not testable here", fixed)]
 
 
 def claims_table(parts):
@@ -314,8 +350,7 @@ def plot(name, data):
 def blocks(parts):
     """{name: markdown} of everything that docs/results.md shows of the data."""
     made = {
-        name: comparison_table(parts[name]) for name in (*CHAINS, "tolerance", *GYM)
-        if name in parts
+        name: comparison_table(parts[name]) for name in SHOWN if name in parts
     }
     chains = [parts[name] for name in CHAINS if name in parts]
     if chains:
@@ -344,7 +379,7 @@ def fill(text, made):
 def main():
     parts = load_all()
     for name, data in parts.items():
-        if name in (*CHAINS, *GYM):
+        if name in (*CHAINS, *GYM, "agent", "smollm2"):
             plot(name, data)
         (RESULTS / f"{name}.csv").write_text(csv_table(rows_of(data)), encoding="utf-8")
     made = blocks(parts)
