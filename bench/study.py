@@ -68,7 +68,7 @@ def contrast_plan(work, seed):
     return {
         "seeds": CHAIN_SEEDS, "goals": [0.6, 0.8], "base": chain_base(work, seed),
         "baseline": "GRPO", "arms": {
-            "GRPO": {"objective": "grpo"},
+            "GRPO": {"objective": "grpo"}, "RLSD, strong": STRONG,
             "RLSD, contrast, data's hints": CONTRAST,
             "RLSD, contrast, own hints": {**CONTRAST, "hint_source": "rollout"},
             "RLCSD": RLCSD,
