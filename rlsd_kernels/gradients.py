@@ -70,11 +70,11 @@ def dropped_direction(weight, energy, j):
     return gemm.dx(share[None].to(gemm.operand_dtype(weight)), weight)[0]
 
 
-def lost_mass(e, d, shard, capped):
+def lost_mass(e, d, shard, balanced):
     """Sums of the rows of e (M, V) over the columns that d (M, J) leaves out."""
     dtype = compute_dtype(e.dtype)
-    lost = -d.sum(1, dtype=dtype)  # rows of the whole D sum to 0
-    if capped or shard.sum is not None:
+    lost = -d.sum(1, dtype=dtype)  # balanced: rows of the whole D sum to 0
+    if not balanced or shard.sum is not None:
         lost += e.sum(1, dtype=dtype)
     return lost
 
@@ -134,7 +134,7 @@ class Columns:
         d, w = e.index_select(1, j), weight.new_zeros(weight.shape[1], dtype=s.dtype)
         if fits:
             w = dropped_direction(weight, columns, j)
-        lost = lost_mass(e, d, self.shard, self.head.softcap is not None)
+        lost = lost_mass(e, d, self.shard, self.head.softcap is None)
         sizes = torch.tensor([[len(e), width]])
         self.parts.append((d.view(-1), s, j, sizes, energy, lost, w[None]))
 
@@ -147,12 +147,13 @@ class Gradients:
 
     def __init__(
         self, kernels, hidden, head, shard, dx_dtype, need, one_group, size=None,
-        gradient_tolerance=0.0,
+        gradient_tolerance=0.0, sums_to_0=True,
     ):
-        """size: 0-dim, the rough size of the rows' coefficients where e comes in fp16."""
+        """size: 0-dim, the rough size of the rows' coefficients where e comes in fp16;
+        sums_to_0: whether rows of dL/dlogits do, as those of log p and of an entropy do."""
         self.kernels, self.tolerance = kernels, gradient_tolerance
         self.weight, self.shard, self.size = head.weight, shard, None
-        self.capped, self.work = head.softcap is not None, 0.0
+        self.balanced, self.work = sums_to_0 and head.softcap is None, 0.0
         if size is not None:
             self.size = torch.where(size > 0, size, 1) / FP16_SCALE
         self.need_dx, self.need_dw, self.need_db = need
@@ -163,7 +164,7 @@ class Gradients:
         self.dx = hidden.new_zeros(hidden.shape if self.need_dx else 0, dtype=dx_dtype)
         self.dw = self.weight.new_empty(self.weight.shape if self.need_dw else 0, dtype=sums)
         self.db = self.weight.new_zeros(len(self.weight) if self.need_db else 0, dtype=dtype)
-        self.empty = True
+        self.empty, self.every_row = True, None
         if gradient_tolerance:  # columns are added where they are kept
             self.dw.zero_()
             self.empty = False
@@ -174,8 +175,9 @@ class Gradients:
         h,  # (M, H) those rows in the GEMMs' dtype
         v,  # (M,)
         e,  # (M, V)
+        even=None,  # (M,)
     ):
-        """Rows whose gradient at the raw logits is v e."""
+        """Rows whose gradient at the raw logits is v e, or v e + even with a tolerance of 0."""
         if self.tolerance and not capturing(h):
             largest = v.abs().amax()  # whose square may be no number of fp32
             columns, rows = self.kernels.energies(e, v / torch.where(largest > 0, largest, 1))
@@ -185,12 +187,14 @@ class Gradients:
             if not self.shard.any(chosen is None, v):
                 i, j = chosen
                 d = e.index_select(1, j)
-                lost = lost_mass(e, d, self.shard, self.capped)[i]
+                lost = lost_mass(e, d, self.shard, self.balanced)[i]
                 w = dropped_direction(self.weight, columns, j) if self.need_dx else None
                 return self.add_columns(_rows(index, i), h[i], v[i], d[i], j, lost, w)
         self.work += len(h)
         if self.need_dx:
             dx = gemm.dx(e, self.weight).mul_(v.unsqueeze(-1))
+            if even is not None:
+                dx.addr_(even, self.weight.sum(0, dtype=dx.dtype))
             if self.shard.sum is not None:
                 dx = self.shard.sum(dx)
             self.dx[index] = dx.to(self.dx.dtype)
@@ -206,6 +210,11 @@ class Gradients:
             sums = self.db.new_empty(len(self.db), 2)
             self.db += gemm.add_dw(sums, e, parts, first=True).sum(-1)
         self.empty = False
+        if even is not None and self.need_dw:
+            row = even @ h.to(even.dtype)
+            self.every_row = row if self.every_row is None else self.every_row + row
+        if even is not None and self.need_db:
+            self.db += even.sum()
 
     def add_columns(
         self,
@@ -242,6 +251,8 @@ class Gradients:
         dw, db = self.dw, self.db
         if self.empty:
             dw.zero_()
+        if self.every_row is not None:
+            dw += self.every_row
         if self.size is not None:
             dw, db = dw.mul_(self.size), db.mul_(self.size)
         return self.dx, dw.to(dw_dtype), db.to(db_dtype)

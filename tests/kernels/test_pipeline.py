@@ -23,6 +23,7 @@ from rlsd_kernels import (
     logprob,
     pipeline,
     rlsd_loss,
+    rows,
     tuning,
 )
 from rlsd_kernels.ops import Need
@@ -99,27 +100,6 @@ def test_kernels_log_probs(impl, dtype, rows):
         results.append(dict(zip(("lp", "entropy", "d_h", "d_w", "d_b"),
                                 (lp.detach(), entropy.detach(), *grads), strict=True)))
     assert_as_accurate(*results)
-
-
-@pytest.fixture
-def gpu_operands(monkeypatch):
-    """GEMMs as cuBLAS does them: 16-bit operands, fp32 accumulators and result."""
-
-    def logits(h, weight, out):
-        assert h.dtype == weight.dtype
-        return out.copy_(h.float() @ weight.float().T)
-
-    def dx(e, weight):
-        assert e.dtype == weight.dtype
-        return e.float() @ weight.float()
-
-    def add_dw(dw, e, x, *, first=False):
-        assert e.dtype == x.dtype
-        return dw.copy_((0 if first else dw.float()) + e.float().T @ x.float())
-
-    monkeypatch.setattr(gemm, "operand_dtype", lambda weight: weight.dtype)
-    for function in (logits, dx, add_dw):
-        monkeypatch.setattr(gemm, function.__name__, function)
 
 
 def torch_at_16_bits(p, options):
@@ -344,7 +324,7 @@ def test_logits_held_at_once_fit_the_workspace(impl, case, guess):
     with held:
         pipeline.linear_rlsd_loss(
             logprob.load_impl(impl), p["hidden"],
-            pipeline.Head(p["weight"], None, 1.0, 1.0, 5.0 if case == "softcap" else None),
+            rows.Head(p["weight"], None, 1.0, 1.0, 5.0 if case == "softcap" else None),
             p["completion_ids"],
             pipeline.Tokens(
                 p["advantages"], p["loss_weights"], None, p["old_log_probs"], None, None
@@ -415,7 +395,7 @@ def test_the_chunk_of_a_gpu_holds_e_of_all_rows(monkeypatch):
     triton_impl = pytest.importorskip("rlsd_kernels.triton_impl")
     weight = torch.empty(151936, 4096, dtype=torch.bfloat16, device="meta")
     monkeypatch.setattr(gemm, "operand_dtype", lambda weight: weight.dtype)
-    stored, scratch = pipeline._row_bytes(triton_impl, weight, 151936, "exp", with_teacher=True)
+    stored, scratch = rows.row_bytes(triton_impl, weight, 151936, "exp", with_teacher=True)
     plan = tuning.plan_rows(8192, stored, scratch, tuning.WORKSPACE_BYTES["cuda"], 8192)
     assert (stored, scratch) == (2 * 151936, 4 * 151936) and plan == (8192, 2048)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from problems import NAMES
 
-from rlsd_kernels import available_impls, cuda_impl, gemm, linear_log_probs, pipeline, torch_impl
+from rlsd_kernels import available_impls, cuda_impl, gemm, linear_log_probs, rows, torch_impl
 from rlsd_kernels.logprob import load_impl
 from rlsd_kernels.shards import Shard
 
@@ -65,11 +65,11 @@ def test_the_target_logit_comes_from_the_gemm_of_the_sum(kernels, impl, softcap,
 @pytest.mark.parametrize("impl", KERNELS)
 def test_rows_of_e_and_z_are_aligned_at_any_vocabulary(kernels, impl, keep):
     weight = torch.randn(1003, 4, device=DEVICE)
-    rows = pipeline.Rows(
-        kernels, pipeline.Head(weight, None, 1.0, 1.0, None), Shard([0, 1003, 1003], None), 7,
+    found = rows.Rows(
+        kernels, rows.Head(weight, None, 1.0, 1.0, None), Shard([0, 1003, 1003], None), 7,
         keep=keep, max_workspace_bytes=2**20,
     )
-    for x in (rows.e, rows.z) if keep == "logits" else (rows.e,):
+    for x in (found.e, found.z) if keep == "logits" else (found.e,):
         assert x.shape == (7, 1003) and x.stride() == (1003 if impl == "torch" else 1008, 1)
 
 

@@ -350,16 +350,58 @@ def test_fix_targets(kernels, m, dtype):
     assert torch.equal(e, expected)
 
 
+@pytest.mark.parametrize("m", [1, 43])  # 43 x 3: a second, partly masked block
+def test_fix_several_targets_of_a_row(kernels, m):
+    e = torch.randn(m, 77, device=DEVICE)[:, :50]
+    ids = torch.randint(-3, 53, (m, 3), device=DEVICE)
+    ids[:, 1] = torch.where(ids[:, 0] == 0, ids[:, 1], 0)  # beside ids that are nowhere
+    values = ids.float() * 2 + torch.arange(m, device=DEVICE)[:, None]
+    expected = e.clone()
+    for i, row in enumerate(ids.tolist()):
+        for target in row:
+            if 0 <= target < 50:
+                expected[i, target] = 2 * target + i
+    kernels.fix_targets(e, ids, values)
+    assert torch.equal(e, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_of_rows(kernels, head, shape):
+    """Their sum, and the first of the largest, which is what z_y of that id would be."""
+    if head != "bias" and shape != SHAPES[-1]:
+        return
+    case = Case(kernels, shape, head=head)
+    m, v, _ = shape
+    if v > 1000:  # equals, in one tile and in several
+        for j in (v - 1, 70, 3):
+            case.weight[j] = case.weight[int(case.z[0].argmax())]
+    total, top, place = (torch.full((m,), math.nan, device=DEVICE) for _ in range(3))
+    place, z_y = place.long(), torch.empty(m, device=DEVICE)
+    case.score(case.lse.float(), logits=(total, top, place))
+    z = case.scorer.weight.float()
+    z = torch.empty(m, v, device=DEVICE)
+    case.scorer.score(case.h, case.lse.float(), out=z, keep="logits")
+    assert torch.equal(place, z.max(-1).indices)
+    finite = case.z.isfinite()
+    assert torch.equal(total.isinf(), ~finite.all(-1))
+    if head != "forbidden":
+        assert worst(total, z.double().sum(-1))[0] <= 1e-6 * v * float(z.abs().max())
+    case.score(case.lse.float(), ids=place, z_y=z_y)
+    assert torch.equal(top, z_y)
+
+
 GRADIENT_OUT = {"in-place": None, "fp32": torch.float32, "bf16": torch.bfloat16,
                 "fp16": torch.float16}
 
 
 @pytest.mark.parametrize("out", GRADIENT_OUT)
-@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("entropy, even", [(False, False), (True, False), (True, True)],
+                         ids=["", "entropy", "entropy-even"])
 @pytest.mark.parametrize("head", ["plain", "forbidden", "softcap-all"])
 # 5000: two whole tiles and a tail; 1: only a tail
 @pytest.mark.parametrize("v", [1, 5000])
-def test_logit_gradient(kernels, v, head, entropy, out):
+def test_logit_gradient(kernels, v, head, entropy, even, out):
     m, scale = 4, -0.6
     case = Case(kernels, (m, v, 16), head=head)
     ids = torch.tensor([v - 1, 0, -1, v], device=DEVICE)  # the last two live in other shards
@@ -382,7 +424,12 @@ def test_logit_gradient(kernels, v, head, entropy, out):
     z = case.z.float()
     buffer = z if out == "in-place" else torch.empty(m, v, dtype=GRADIENT_OUT[out], device=DEVICE)
     pair = (g_entropy.float(), h_rows.detach().float()) if entropy else (None, None)
-    case.scorer.logit_gradient(z, buffer, ids, case.lse.float(), g.float(), *pair, scale)
+    m_rows = None
+    if even:
+        m_rows = torch.randn(m, dtype=torch.float64, device=DEVICE)
+        expected = expected + scale * m_rows[:, None] * case.dcap
+        m_rows = m_rows.float()
+    case.scorer.logit_gradient(z, buffer, ids, case.lse.float(), g.float(), *pair, m_rows, scale)
     eps = torch.finfo(buffer.dtype).eps
     allowed = (eps / 2 + 2e-5) * expected.abs() + 2e-6
     excess = (buffer.double() - expected).abs() - allowed
@@ -395,7 +442,7 @@ def test_logit_gradient_of_a_row_without_coefficient_is_zero(kernels):
     z[1] = math.nan
     g, ids = torch.tensor([1, 0, 1.0], device=DEVICE), torch.zeros(3, dtype=torch.int64).to(DEVICE)
     z[2] = math.nan
-    case.scorer.logit_gradient(z, z, ids, case.lse.float(), g, None, None, 1.0)
+    case.scorer.logit_gradient(z, z, ids, case.lse.float(), g, None, None, None, 1.0)
     assert (z[1] == 0).all() and z[2].isnan().all() and z[0].isfinite().all() and (z[0] != 0).any()
 
 
