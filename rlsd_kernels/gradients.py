@@ -14,7 +14,8 @@
 The rank-one term takes up that rows of W share a mean: without it dh errs ten times as much at 2.4
 nats. Both GEMMs shrink from M V to kept rows x kept columns; log-probs and loss never change.
 Where v is only known in backward, columns are chosen on rows of p - onehot scaled to energy 1, so
-that no row hides behind a louder one, and rows once v is there.
+that no row hides behind a louder one, and rows once v is there. What each row's columns leave out
+is kept too: rows on which v puts more weight than that allows are formed anew: the bound holds.
 """
 
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from .config import capturing, compute_dtype
 
 FP16_SCALE = 2048.0  # times p (1 + |log p + H|) <= 14 stays below fp16's 65504
 DENSE_SHARE = 0.5  # a chunk that keeps more of its entries is not worth gathering them
+ROUNDING = 1e-3  # of an allowed energy: what sums in fp32 may differ by
 UNIT = 2**52  # energies are summed as integers of this fraction: exact, in whatever order
 
 
@@ -46,6 +48,18 @@ def carrying(energy, tolerance):
     has a NaN, which must stay in the gradient. The host waits for their number."""
     order, out = _order(energy, tolerance)
     return order[int(out) :].sort().values
+
+
+def exceeding(energy, share, tolerance):
+    """(n,) bool: the fewest rows without whose part the columns left out carry at most
+    tolerance^2 / 2 of the energy (n,) of all the others; share (n,): of each row's own energy.
+
+    A row that goes takes its own tolerance^2 / 2 with it. None where the energy has a NaN.
+    """
+    allowed = tolerance * tolerance / 2 * (1 + ROUNDING)
+    parts, order = (energy.double() * (share.double() - allowed)).sort(descending=True)
+    before = parts.cumsum(0) - parts
+    return torch.zeros_like(energy, dtype=torch.bool).index_copy(0, order, parts.sum() > before)
 
 
 def selection(columns, rows, tolerance):
@@ -93,6 +107,7 @@ class Kept(NamedTuple):
     sizes: torch.Tensor  # (K, 2) on the CPU: rows, kept columns or -1: to be formed anew
     energy: torch.Tensor  # (N,) of p - onehot
     lost: torch.Tensor  # (N,) sums of e over the columns that are not kept
+    share: torch.Tensor  # (N,) their share of the row's energy
     direction: torch.Tensor  # (K, H) dropped_direction
 
     @classmethod
@@ -101,7 +116,7 @@ class Kept(NamedTuple):
         count, number = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=dtype)
         return cls(
             x.new_empty(0, dtype=operand), number, count, count.new_empty(0, device="cpu"),
-            *(number.clone() for _ in range(3)),
+            *(number.clone() for _ in range(4)),
         )
 
 
@@ -122,7 +137,8 @@ class Columns:
         if self.shard.sum is not None:
             energy = self.shard.sum(energy)
         norm = s * energy.sqrt()
-        columns, _ = self.kernels.energies(e, torch.where(norm > 0, 1 / norm, 0))
+        scale = torch.where(norm > 0, 1 / norm, 0)
+        columns, _ = self.kernels.energies(e, scale)
         j = carrying(columns, self.tolerance)
         if len(j) > DENSE_SHARE * len(columns):
             j = carrying(columns, 0.0)
@@ -135,8 +151,11 @@ class Columns:
         if fits:
             w = dropped_direction(weight, columns, j)
         lost = lost_mass(e, d, self.shard, self.head.softcap is None)
+        _, share = self.kernels.energies(e.index_fill_(1, j, 0), scale)
+        if self.shard.sum is not None:
+            share = self.shard.sum(share)
         sizes = torch.tensor([[len(e), width]])
-        self.parts.append((d.view(-1), s, j, sizes, energy, lost, w[None]))
+        self.parts.append((d.view(-1), s, j, sizes, energy, lost, share, w[None]))
 
     def kept(self):
         return Kept(*map(torch.cat, zip(*self.parts, strict=True)))

@@ -24,7 +24,7 @@ from .config import (
     compute_dtype,
     stored_dtype,
 )
-from .gradients import Columns, Gradients, Kept, carrying
+from .gradients import Columns, Gradients, Kept, carrying, exceeding
 from .rows import (
     Rows,
     Upstream,
@@ -174,7 +174,7 @@ def linear_log_probs_bwd(
             sums_to_0=up.lse is None and up.mean_logits is None,
         )
 
-    e = left.e
+    e = left.e.data  # no version of it is another's: what is written below is put back
     if e.dim() == 2 and not strict:
         step, row_bytes = n, shard.rows * e.itemsize
         if index is not None:  # copies of rows beside E: what it leaves free, or an eighth
@@ -205,6 +205,8 @@ def linear_log_probs_bwd(
     if len(left.sizes) and not strict and up.alone:
         grads = gradients(False)
         index = _indices(up.live & _add_columns(grads, hidden, up.log_probs, head.slope, left))
+        # Beside them each has to do with half of the energy that may be left out.
+        grads.tolerance *= math.sqrt(0.5)
         n = len(hidden) if index is None else len(index)
     rows = Rows(
         kernels, head, shard, n, keep=gradient_source(weight, strict),
@@ -224,13 +226,19 @@ def _add_columns(grads, hidden, g, slope, left):
     largest = _largest(g.abs())  # whose square may be no number of fp32
     energy = (g / torch.where(largest > 0, largest, 1)).square() * left.energy
     index, v = carrying(energy, grads.tolerance), -g / left.s * slope
-    sizes, anew = left.sizes.tolist(), torch.zeros_like(g, dtype=torch.bool)
+    sizes, gone = left.sizes.tolist(), torch.ones_like(g, dtype=torch.bool)
+    gone[index] = False
+    without = torch.repeat_interleave(*left.sizes.T.flip(0)).to(g.device) < 0
+    # Dropped rows leave nothing out by their columns, rows without columns all of what they may.
+    share = left.share.masked_fill(gone, 0).masked_fill(without, grads.tolerance**2 / 2)
+    anew = exceeding(energy, share, grads.tolerance) & ~gone
+    index = index[~anew[index]]
+    anew |= without
     bounds = torch.cat([left.sizes.new_zeros(1), left.sizes[:, 0].cumsum(0)])
     places = torch.searchsorted(index, bounds.to(g.device)).tolist()
     bounds, at, column = bounds.tolist(), 0, 0
     for k, (rows, width) in enumerate(sizes):
         if width < 0:
-            anew[bounds[k] : bounds[k + 1]] = True
             continue
         d = left.e[at : at + rows * width].view(rows, width)
         i, j = index[places[k] : places[k + 1]], left.columns[column : column + width]

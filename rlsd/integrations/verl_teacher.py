@@ -94,7 +94,8 @@ def rows_of(trainer, batch):
         {"responses": data["responses"], "response_mask": data["response_mask"],
          "attention_mask": mask.long()},
         non_tensors={name: np.array(values, dtype=object) for name, values in other.items()},
-        meta_info={"temperature": trainer.config.actor_rollout_ref.rollout.temperature},
+        meta_info={"temperature": trainer.config.actor_rollout_ref.rollout.temperature,
+                   "global_token_num": sizes.tolist()},
     )
 
 

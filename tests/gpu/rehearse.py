@@ -296,7 +296,7 @@ def run_ops(impl):
             )
             lp = out[0] if names else out
             upstream = [gpu(n) if x in names else None for x in ("entropy", "lse", "mean_logits")]
-            dx, dw, db, *_ = backward(lp, gpu(*ids), *upstream, *[None] * 9)
+            dx, dw, db, *_ = backward(lp, gpu(*ids), *upstream, *[None] * 10)
             assert dx.shape == hidden.shape and dw.dtype == weight.dtype and db.shape == (v,)
             calls += 1
     for terms in ({}, {"entropy": 1, "config": RLSDLossConfig(entropy_coef=0.1)},
