@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from problems import NAMES, assert_as_accurate, cast, make_problem, run_fused
+from problems import NAMES, assert_as_accurate, cast, make_problem, run_fused, run_log_probs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsd_kernels import (
@@ -446,6 +446,7 @@ def _sharded_results(rank, world):
         names = ("log_probs", "entropy", "d_hidden", "d_weight")
         values = (lp.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves))
         results["log_probs", room, impl] = dict(zip(names, values, strict=True))
+    results["outputs"] = {impl: _outputs(p, impl, mine, group) for impl in (*KERNELS, "ref")}
     results["tolerance"] = {impl: _within_a_tolerance(p, impl, mine, group) for impl in KERNELS}
     # another vocabulary, whose shard differs on the last rank alone
     longer = torch.cat([p["weight"], p["weight"][:1]])[mine.start : mine.stop + (rank == world - 1)]
@@ -467,6 +468,15 @@ def _sharded_results(rank, world):
     except ValueError as error:
         results["error"] = str(error)
     return results
+
+
+def _outputs(p, impl, mine, group=None):
+    """All that linear_log_probs returns, and gradients of what is differentiable."""
+    ids = torch.stack([p["completion_ids"], p["completion_ids"].flip(0)], 1)
+    inputs = {"hidden": p["hidden"], "weight": p["weight"][mine], "completion_ids": ids}
+    upstream = {"log_probs": torch.stack([p["advantages"], p["loss_weights"]], 1),
+                "lse": p["advantages"], "mean_logits": p["advantages"].flip(0)}
+    return run_log_probs(inputs, impl, upstream, tp_group=group)
 
 
 def _within_a_tolerance(p, impl, mine, group):
@@ -505,6 +515,13 @@ def test_vocabulary_shards_equal_the_whole_head(world, tmp_path):
     for r in ranks.values():
         torch.testing.assert_close(r["longer"], want)
 
+    whole = _outputs(p, "ref", slice(None))
+    for r, impl in itertools.product(ranks.values(), (*KERNELS, "ref")):
+        got = r["outputs"][impl]
+        want = whole | {"d_weight": whole["d_weight"][slice(*r["rows"])]}
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=2e-5, atol=2e-6, msg=name)
+
     leaves = [p["hidden"].clone().requires_grad_(), (6 * p["weight"]).requires_grad_()]
     lp = linear_log_probs(*leaves, p["completion_ids"], impl="ref")
     d_hidden, d_weight = torch.autograd.grad((lp * p["advantages"]).sum(), leaves)
@@ -515,7 +532,8 @@ def test_vocabulary_shards_equal_the_whole_head(world, tmp_path):
             assert (sign * dh - d_hidden).norm() <= 0.2 * d_hidden.norm(), (impl, k)
             assert (sign * dw - want).norm() <= 0.1 * d_weight.norm(), (impl, k)
     firsts = [r["tolerance"]["torch"][0] for r in ranks.values()]
-    assert any((dw == 0).all(1).any() for _, dw in firsts)  # columns were left out
+    found = itertools.chain(*(r["tolerance"]["torch"] for r in ranks.values()))
+    assert any((dw == 0).all(1).any() for _, dw in found)  # columns were left out
     assert all(torch.equal(dh, firsts[0][0]) for dh, _ in firsts)
 
     for case, room in itertools.product((*SHARDED, "log_probs"), ROOM):

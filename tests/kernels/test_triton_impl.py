@@ -350,47 +350,6 @@ def test_fix_targets(kernels, m, dtype):
     assert torch.equal(e, expected)
 
 
-@pytest.mark.parametrize("m", [1, 43])  # 43 x 3: a second, partly masked block
-def test_fix_several_targets_of_a_row(kernels, m):
-    e = torch.randn(m, 77, device=DEVICE)[:, :50]
-    ids = torch.randint(-3, 53, (m, 3), device=DEVICE)
-    ids[:, 1] = torch.where(ids[:, 0] == 0, ids[:, 1], 0)  # beside ids that are nowhere
-    values = ids.float() * 2 + torch.arange(m, device=DEVICE)[:, None]
-    expected = e.clone()
-    for i, row in enumerate(ids.tolist()):
-        for target in row:
-            if 0 <= target < 50:
-                expected[i, target] = 2 * target + i
-    kernels.fix_targets(e, ids, values)
-    assert torch.equal(e, expected)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-@pytest.mark.parametrize("head", HEADS)
-def test_logits_of_rows(kernels, head, shape):
-    """Their sum, and the first of the largest, which is what z_y of that id would be."""
-    if head != "bias" and shape != SHAPES[-1]:
-        return
-    case = Case(kernels, shape, head=head)
-    m, v, _ = shape
-    if v > 1000:  # equals, in one tile and in several
-        for j in (v - 1, 70, 3):
-            case.weight[j] = case.weight[int(case.z[0].argmax())]
-    total, top, place = (torch.full((m,), math.nan, device=DEVICE) for _ in range(3))
-    place, z_y = place.long(), torch.empty(m, device=DEVICE)
-    case.score(case.lse.float(), logits=(total, top, place))
-    z = case.scorer.weight.float()
-    z = torch.empty(m, v, device=DEVICE)
-    case.scorer.score(case.h, case.lse.float(), out=z, keep="logits")
-    assert torch.equal(place, z.max(-1).indices)
-    finite = case.z.isfinite()
-    assert torch.equal(total.isinf(), ~finite.all(-1))
-    if head != "forbidden":
-        assert worst(total, z.double().sum(-1))[0] <= 1e-6 * v * float(z.abs().max())
-    case.score(case.lse.float(), ids=place, z_y=z_y)
-    assert torch.equal(top, z_y)
-
-
 GRADIENT_OUT = {"in-place": None, "fp32": torch.float32, "bf16": torch.bfloat16,
                 "fp16": torch.float16}
 
