@@ -26,7 +26,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rlsd_kernels import triton_distillation, triton_impl, tuning  # noqa: E402
+from rlsd_kernels import triton_distillation, triton_impl, triton_tokens, tuning  # noqa: E402
 
 ARCHS = (80, 90, 100)
 VOCAB = 151936
@@ -71,8 +71,11 @@ def builds(arch):
     def row_max(**flags):
         return triton_impl._row_max_kernel, {}, flags | tuning.exp_tiles(VOCAB), False
 
+    def row_logits(**flags):
+        return triton_impl._row_logits_kernel, {}, flags | tuning.exp_tiles(VOCAB), False
+
     def gradient(out, **flags):
-        flags |= tuning.exp_tiles(VOCAB)
+        flags = {"HAS_EVEN": False} | flags | tuning.exp_tiles(VOCAB)
         return triton_impl._logit_gradient_kernel, {"out": out}, flags, False
 
     def target(dtype):
@@ -87,7 +90,7 @@ def builds(arch):
     def token(on, **flags):
         names = ("HAS_TEACHER", "HAS_OLD", "HAS_REF", "HAS_MASK", "HAS_ENTROPY", "HAS_KL_LOSS")
         flags = dict.fromkeys(names, on) | {"DELTA_FROM_OLD": False, "NEGATIVE_ONLY": False} | flags
-        return triton_impl._token_kernel, {}, flags | tuning.TOKEN_TILES, False
+        return triton_tokens._token_kernel, {}, flags | tuning.TOKEN_TILES, False
 
     def gemm(dtype, **flags):
         flags = {"HAS_BIAS": False, "HAS_CAP": False, "STORE": True} | flags
@@ -126,9 +129,13 @@ def builds(arch):
         "exp-logits-bias-softcap": exp(2, **both),
         "row-max": row_max(HAS_BIAS=False, HAS_CAP=False),
         "row-max-bias-softcap": row_max(**both),
+        "row-logits": row_logits(HAS_BIAS=False, HAS_CAP=False),
+        "row-logits-bias-softcap": row_logits(**both),
         "gradient-fp32": gradient("*fp32", HAS_CAP=False, HAS_ENTROPY=False),
         "gradient-bf16-softcap": gradient("*bf16", HAS_CAP=True, HAS_ENTROPY=False),
         "gradient-fp16-entropy": gradient("*fp16", HAS_CAP=False, HAS_ENTROPY=True),
+        "gradient-fp16-softcap-entropy-even": gradient(
+            "*fp16", HAS_CAP=True, HAS_ENTROPY=True, HAS_EVEN=True),
         "target-logits-fp32": target("*fp32"),
         "target-logits-bf16": target("*bf16"),
         "target-logits-fp16": target("*fp16"),

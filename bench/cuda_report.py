@@ -38,6 +38,7 @@ def readable(symbols):
     for symbol, full in zip(symbols, done.stdout.splitlines(), strict=True):
         kernel, arguments = re.search(r"(rlsd_\w+)(?:<(.*?)>)?\(", full).groups()
         flags = {"rlsd_exp_kernel": ["softcap", "entropy"], "rlsd_row_max_kernel": ["softcap"],
+                 "rlsd_row_logits_kernel": ["softcap"],
                  "rlsd_logit_gradient_kernel": ["softcap", "entropy"]}.get(kernel, [])
         words = [short.get(x, x) for x in (arguments or "").split(", ") if x]
         types = [x for x in words if x not in ("true", "false")]

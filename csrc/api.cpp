@@ -136,9 +136,22 @@ void row_max(const Tensor& x, const MaybeTensor& bias, const Tensor& c, const Te
   launch(rlsd::row_max(p, launch.stream()));
 }
 
+void row_logits(const Tensor& x, const MaybeTensor& bias, const Tensor& sum, const Tensor& top_ids,
+                double pre, double post, bool capped) {
+  rlsd::RowLogitsParams p = {};
+  p.x = logits_data(x);
+  p.rows = x.size(0), p.vocab = int(x.size(1)), p.stride_x = x.stride(0);
+  p.sum = floats(sum, x, p.rows, "sum");
+  p.top_ids = vector_data<int64_t>(top_ids, x, p.rows, ScalarType::Long, "top_ids");
+  p.capped = capped;
+  p.epilogue = {floats(bias, x, p.vocab, "bias"), float(pre), float(post)};
+  const Launch launch(x);
+  launch(rlsd::row_logits(p, launch.stream()));
+}
+
 void logit_gradient(const Tensor& z, const Tensor& out, const Tensor& ids, const Tensor& lse,
                     const Tensor& g, const MaybeTensor& g_entropy, const MaybeTensor& entropy,
-                    double scale, double inv_post, bool capped) {
+                    const MaybeTensor& even, double scale, double inv_post, bool capped) {
   rlsd::LogitGradientParams p = {};
   p.z = logits_data(z);
   p.rows = z.size(0), p.vocab = int(z.size(1)), p.stride_z = z.stride(0);
@@ -149,7 +162,7 @@ void logit_gradient(const Tensor& z, const Tensor& out, const Tensor& ids, const
   STD_TORCH_CHECK(g_entropy.has_value() == entropy.has_value(),
                   "g_entropy and entropy come together.");
   p.g_entropy = floats(g_entropy, z, p.rows, "g_entropy");
-  p.entropy = floats(entropy, z, p.rows, "entropy");
+  p.entropy = floats(entropy, z, p.rows, "entropy"), p.even = floats(even, z, p.rows, "even");
   p.capped = capped, p.scale = float(scale), p.inv_post = float(inv_post);
   const Launch launch(z);
   launch(rlsd::logit_gradient(p, launch.stream()));
@@ -180,8 +193,9 @@ void fix_targets(const Tensor& e, const Tensor& ids, const Tensor& values) {
   check_matrix(e, e, p.rows, p.vocab, "e");
   check_sizes(p.rows, p.vocab);
   p.e = e.data_ptr(), p.stride_e = e.stride(0), p.e_dtype = dtype_of(e, "e");
-  p.ids = vector_data<int64_t>(ids, e, p.rows, ScalarType::Long, "ids");
-  p.values = floats(values, e, p.rows, "values");
+  p.per_row = ids.dim() == 2 ? ids.size(1) : 1;
+  p.ids = vector_data<int64_t>(ids, e, p.rows * p.per_row, ScalarType::Long, "ids");
+  p.values = floats(values, e, p.rows * p.per_row, "values");
   const Launch launch(e);
   launch(rlsd::fix_targets(p, launch.stream()));
 }
@@ -244,8 +258,12 @@ STABLE_TORCH_LIBRARY(rlsd_cuda, m) {
       "row_max(Tensor x, Tensor? bias, Tensor(a!) c, Tensor total, float pre, float post, "
       "bool capped) -> ()");
   m.def(
+      "row_logits(Tensor x, Tensor? bias, Tensor(a!) sum, Tensor(b!) top_ids, float pre, "
+      "float post, bool capped) -> ()");
+  m.def(
       "logit_gradient(Tensor z, Tensor(a!) out, Tensor ids, Tensor lse, Tensor g, "
-      "Tensor? g_entropy, Tensor? entropy, float scale, float inv_post, bool capped) -> ()");
+      "Tensor? g_entropy, Tensor? entropy, Tensor? even, float scale, float inv_post, "
+      "bool capped) -> ()");
   m.def("target_logits(Tensor h, Tensor weight, Tensor ids, Tensor(a!) out) -> ()");
   m.def("fix_targets(Tensor(a!) e, Tensor ids, Tensor values) -> ()");
   m.def("energies(Tensor e, Tensor v, Tensor(a!) columns, Tensor(b!) parts) -> ()");
@@ -264,6 +282,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlsd_cuda, CPU, m) {
 #endif
   m.impl("exp_rows", TORCH_BOX(&exp_rows));
   m.impl("row_max", TORCH_BOX(&row_max));
+  m.impl("row_logits", TORCH_BOX(&row_logits));
   m.impl("logit_gradient", TORCH_BOX(&logit_gradient));
   m.impl("target_logits", TORCH_BOX(&target_logits));
   m.impl("fix_targets", TORCH_BOX(&fix_targets));

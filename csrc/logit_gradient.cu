@@ -1,4 +1,4 @@
-// The strict row stage: dlogits = scale (g (p - onehot(y)) + g_H p (log p + H)) dcap.
+// The strict row stage: dlogits = scale (g (p - onehot(y)) + g_H p (log p + H) + even) dcap.
 //
 // p = exp(z - lse) from finished logits in fp32: 4V bytes read and 2V or 4V written per row, in
 // place if the caller wants. A row whose coefficients are 0 gives exact zeros whatever z holds.
@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t target = p.ids[row];
   const float lse = p.lse[row], g = p.g[row];
   const float g_entropy = kEntropy ? p.g_entropy[row] : 0, entropy = kEntropy ? p.entropy[row] : 0;
-  const bool dead = g == 0 && g_entropy == 0;
+  const float even = p.even == nullptr ? 0 : p.even[row];
+  const bool dead = g == 0 && g_entropy == 0 && even == 0;
   const bool wide = is_aligned(out + head_of(z, p.vocab));
   stream_row<kThreads, kPerVector<Out>>(z, p.vocab, [&](int j, const auto& logits) {
     constexpr int kN = int(sizeof(logits) / sizeof(float));
@@ -31,6 +32,7 @@ __global__ void __launch_bounds__(kThreads)
       float d = g * (prob - (j + k == target ? 1.0f : 0.0f));
       // prob 0: a forbidden token has log_p = -inf
       if constexpr (kEntropy) d += g_entropy * (prob == 0 ? 0.0f : prob * (log_p + entropy));
+      d += even;
       if constexpr (kCapped) {
         const float tanh = logits[k] * p.inv_post;
         d *= (1 - tanh) * (1 + tanh);

@@ -44,12 +44,23 @@ struct RowMaxParams {
   Epilogue epilogue;
 };
 
+struct RowLogitsParams {
+  const float* x;
+  float* sum;        // (M,) of the row's z
+  int64_t* top_ids;  // (M,) where the first of its largest z is
+  int64_t rows, stride_x;
+  int vocab;
+  bool capped;
+  Epilogue epilogue;
+};
+
 struct LogitGradientParams {
   const float* z;  // (M, V) finished logits; `out` may be the same memory
   void* out;       // (M, V)
   const int64_t* ids;
   const float *lse, *g;              // (M,)
   const float *g_entropy, *entropy;  // (M,), or both null
+  const float* even;                 // (M,) or null
   int64_t rows, stride_z, stride_out;
   int vocab;
   bool capped;
@@ -70,8 +81,8 @@ struct TargetLogitsParams {
 struct FixTargetsParams {
   void* e;  // (M, V)
   const int64_t* ids;
-  const float* values;  // (M,)
-  int64_t rows, vocab, stride_e;
+  const float* values;  // (M, per_row), like ids
+  int64_t rows, per_row, vocab, stride_e;
   DType e_dtype;
 };
 
@@ -119,6 +130,7 @@ struct RlsdParams {
 
 const char* exp_rows(const ExpParams& params, void* stream);
 const char* row_max(const RowMaxParams& params, void* stream);
+const char* row_logits(const RowLogitsParams& params, void* stream);
 const char* logit_gradient(const LogitGradientParams& params, void* stream);
 const char* target_logits(const TargetLogitsParams& params, void* stream);
 const char* fix_targets(const FixTargetsParams& params, void* stream);

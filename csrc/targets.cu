@@ -1,4 +1,4 @@
-// What touches one token per row: z_y = h . W[y] in fp32, and E[i, y_i] := value_i.
+// What touches some tokens per row: z_y = h . W[y] in fp32, and E[i, y_ik] := value_ik.
 //
 // Reads 2 H elements per row and writes 4 bytes; an id that this head (or shard) does not hold gives
 // 0, respectively writes nothing, and is never used as an address.
@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename E>
 __global__ void __launch_bounds__(kThreads) rlsd_fix_targets_kernel(const FixTargetsParams p) {
-  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (row >= p.rows) return;
-  const int64_t target = p.ids[row];
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.rows * p.per_row) return;
+  const int64_t row = i / p.per_row, target = p.ids[i];
   if (target < 0 || target >= p.vocab) return;
-  static_cast<E*>(p.e)[row * p.stride_e + target] = from_float<E>(p.values[row]);
+  static_cast<E*>(p.e)[row * p.stride_e + target] = from_float<E>(p.values[i]);
 }
 
 }  // namespace
@@ -61,7 +61,7 @@ const char* target_logits(const TargetLogitsParams& p, void* stream) {
 const char* fix_targets(const FixTargetsParams& p, void* stream) {
   return dtype_switch(p.e_dtype, [&](auto e) {
     using E = typename decltype(e)::type;
-    const int64_t blocks = (p.rows + kThreads - 1) / kThreads;
+    const int64_t blocks = (p.rows * p.per_row + kThreads - 1) / kThreads;
     return launch(rlsd_fix_targets_kernel<E>, blocks, kThreads, p, stream);
   });
 }

@@ -2,7 +2,7 @@
 
 from .config import RLSDLossConfig
 from .distillation import linear_distillation_loss
-from .logprob import available_impls, linear_log_probs
+from .logprob import LinearLogProbsOutput, available_impls, linear_log_probs
 from .loss import (
     FusedLinearRLSDLoss,
     RLSDLossOutput,
@@ -16,6 +16,7 @@ from .metrics import merge_stats
 __version__ = "0.1.0"
 __all__ = [
     "FusedLinearRLSDLoss",
+    "LinearLogProbsOutput",
     "RLSDLossConfig",
     "RLSDLossOutput",
     "aggregation_weights",

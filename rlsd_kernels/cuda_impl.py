@@ -32,7 +32,7 @@ def target_logits(h, weight, ids):
 
 
 def fix_targets(e, ids, values):
-    """In place e[i, ids[i]] = values[i] where 0 <= ids[i] < V."""
+    """In place e[i, ids_ik] = values_ik where 0 <= ids_ik < V; ids (M,) or (M, K)."""
     extension.load().fix_targets(e, ids.contiguous(), values.contiguous())
 
 
@@ -83,10 +83,14 @@ class Scorer(StreamingScorer):
         bias, pre, post, capped = epilogue
         extension.load().row_max(x, bias, c, total, pre, post, capped)
 
-    def logit_gradient(self, z, out, ids, lse, g, g_entropy, entropy, scale):
-        """out = scale (g (p - onehot) + g_entropy p (log p + H)) dcap with p = exp(z - lse)."""
-        rows = [ids, lse, g, None, None]
+    def _row_logits(self, x, epilogue, total, top_ids):
+        bias, pre, post, capped = epilogue
+        extension.load().row_logits(x, bias, total, top_ids, pre, post, capped)
+
+    def logit_gradient(self, z, out, ids, lse, g, g_entropy, entropy, even, scale):
+        """out = scale (g (p - onehot) + g_entropy p (log p + H) + even) dcap, p = exp(z - lse)."""
+        rows = [ids, lse, g, None, None, even]
         if g_entropy is not None and entropy is not None:
-            rows[3:] = [g_entropy, entropy]
+            rows[3:5] = [g_entropy, entropy]
         rows = [None if x is None else x.contiguous() for x in rows]
         extension.load().logit_gradient(z, out, *rows, scale, 1 / self.post, self.capped)

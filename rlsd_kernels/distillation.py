@@ -43,7 +43,7 @@ from .logprob import (
     register_gradients,
 )
 from .ops import Need, custom_op, empty_gradients, flatten
-from .pipeline import Head
+from .rows import Head
 from .shards import Shard, shard_of
 from .tuning import rows_per_chunk
 

@@ -14,7 +14,8 @@
 The rank-one term takes up that rows of W share a mean: without it dh errs ten times as much at 2.4
 nats. Both GEMMs shrink from M V to kept rows x kept columns; log-probs and loss never change.
 Where v is only known in backward, columns are chosen on rows of p - onehot scaled to energy 1, so
-that no row hides behind a louder one, and rows once v is there.
+that no row hides behind a louder one, and rows once v is there. What each row's columns leave out
+is kept too: rows on which v puts more weight than that allows are formed anew: the bound holds.
 """
 
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from .config import capturing, compute_dtype
 
 FP16_SCALE = 2048.0  # times p (1 + |log p + H|) <= 14 stays below fp16's 65504
 DENSE_SHARE = 0.5  # a chunk that keeps more of its entries is not worth gathering them
+ROUNDING = 1e-3  # of an allowed energy: what sums in fp32 may differ by
 UNIT = 2**52  # energies are summed as integers of this fraction: exact, in whatever order
 
 
@@ -46,6 +48,18 @@ def carrying(energy, tolerance):
     has a NaN, which must stay in the gradient. The host waits for their number."""
     order, out = _order(energy, tolerance)
     return order[int(out) :].sort().values
+
+
+def exceeding(energy, share, tolerance):
+    """(n,) bool: the fewest rows without whose part the columns left out carry at most
+    tolerance^2 / 2 of the energy (n,) of all the others; share (n,): of each row's own energy.
+
+    A row that goes takes its own tolerance^2 / 2 with it. None where the energy has a NaN.
+    """
+    allowed = tolerance * tolerance / 2 * (1 + ROUNDING)
+    parts, order = (energy.double() * (share.double() - allowed)).sort(descending=True)
+    before = parts.cumsum(0) - parts
+    return torch.zeros_like(energy, dtype=torch.bool).index_copy(0, order, parts.sum() > before)
 
 
 def selection(columns, rows, tolerance):
@@ -70,11 +84,11 @@ def dropped_direction(weight, energy, j):
     return gemm.dx(share[None].to(gemm.operand_dtype(weight)), weight)[0]
 
 
-def lost_mass(e, d, shard, capped):
+def lost_mass(e, d, shard, balanced):
     """Sums of the rows of e (M, V) over the columns that d (M, J) leaves out."""
     dtype = compute_dtype(e.dtype)
-    lost = -d.sum(1, dtype=dtype)  # rows of the whole D sum to 0
-    if capped or shard.sum is not None:
+    lost = -d.sum(1, dtype=dtype)  # balanced: rows of the whole D sum to 0
+    if not balanced or shard.sum is not None:
         lost += e.sum(1, dtype=dtype)
     return lost
 
@@ -93,6 +107,7 @@ class Kept(NamedTuple):
     sizes: torch.Tensor  # (K, 2) on the CPU: rows, kept columns or -1: to be formed anew
     energy: torch.Tensor  # (N,) of p - onehot
     lost: torch.Tensor  # (N,) sums of e over the columns that are not kept
+    share: torch.Tensor  # (N,) their share of the row's energy
     direction: torch.Tensor  # (K, H) dropped_direction
 
     @classmethod
@@ -101,7 +116,7 @@ class Kept(NamedTuple):
         count, number = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=dtype)
         return cls(
             x.new_empty(0, dtype=operand), number, count, count.new_empty(0, device="cpu"),
-            *(number.clone() for _ in range(3)),
+            *(number.clone() for _ in range(4)),
         )
 
 
@@ -122,7 +137,8 @@ class Columns:
         if self.shard.sum is not None:
             energy = self.shard.sum(energy)
         norm = s * energy.sqrt()
-        columns, _ = self.kernels.energies(e, torch.where(norm > 0, 1 / norm, 0))
+        scale = torch.where(norm > 0, 1 / norm, 0)
+        columns, _ = self.kernels.energies(e, scale)
         j = carrying(columns, self.tolerance)
         if len(j) > DENSE_SHARE * len(columns):
             j = carrying(columns, 0.0)
@@ -134,9 +150,12 @@ class Columns:
         d, w = e.index_select(1, j), weight.new_zeros(weight.shape[1], dtype=s.dtype)
         if fits:
             w = dropped_direction(weight, columns, j)
-        lost = lost_mass(e, d, self.shard, self.head.softcap is not None)
+        lost = lost_mass(e, d, self.shard, self.head.softcap is None)
+        _, share = self.kernels.energies(e.index_fill_(1, j, 0), scale)
+        if self.shard.sum is not None:
+            share = self.shard.sum(share)
         sizes = torch.tensor([[len(e), width]])
-        self.parts.append((d.view(-1), s, j, sizes, energy, lost, w[None]))
+        self.parts.append((d.view(-1), s, j, sizes, energy, lost, share, w[None]))
 
     def kept(self):
         return Kept(*map(torch.cat, zip(*self.parts, strict=True)))
@@ -147,12 +166,13 @@ class Gradients:
 
     def __init__(
         self, kernels, hidden, head, shard, dx_dtype, need, one_group, size=None,
-        gradient_tolerance=0.0,
+        gradient_tolerance=0.0, sums_to_0=True,
     ):
-        """size: 0-dim, the rough size of the rows' coefficients where e comes in fp16."""
+        """size: 0-dim, the rough size of the rows' coefficients where e comes in fp16;
+        sums_to_0: whether rows of dL/dlogits do, as those of log p and of an entropy do."""
         self.kernels, self.tolerance = kernels, gradient_tolerance
         self.weight, self.shard, self.size = head.weight, shard, None
-        self.capped, self.work = head.softcap is not None, 0.0
+        self.balanced, self.work = sums_to_0 and head.softcap is None, 0.0
         if size is not None:
             self.size = torch.where(size > 0, size, 1) / FP16_SCALE
         self.need_dx, self.need_dw, self.need_db = need
@@ -163,7 +183,7 @@ class Gradients:
         self.dx = hidden.new_zeros(hidden.shape if self.need_dx else 0, dtype=dx_dtype)
         self.dw = self.weight.new_empty(self.weight.shape if self.need_dw else 0, dtype=sums)
         self.db = self.weight.new_zeros(len(self.weight) if self.need_db else 0, dtype=dtype)
-        self.empty = True
+        self.empty, self.every_row = True, None
         if gradient_tolerance:  # columns are added where they are kept
             self.dw.zero_()
             self.empty = False
@@ -174,8 +194,9 @@ class Gradients:
         h,  # (M, H) those rows in the GEMMs' dtype
         v,  # (M,)
         e,  # (M, V)
+        even=None,  # (M,)
     ):
-        """Rows whose gradient at the raw logits is v e."""
+        """Rows whose gradient at the raw logits is v e, or v e + even with a tolerance of 0."""
         if self.tolerance and not capturing(h):
             largest = v.abs().amax()  # whose square may be no number of fp32
             columns, rows = self.kernels.energies(e, v / torch.where(largest > 0, largest, 1))
@@ -185,12 +206,14 @@ class Gradients:
             if not self.shard.any(chosen is None, v):
                 i, j = chosen
                 d = e.index_select(1, j)
-                lost = lost_mass(e, d, self.shard, self.capped)[i]
+                lost = lost_mass(e, d, self.shard, self.balanced)[i]
                 w = dropped_direction(self.weight, columns, j) if self.need_dx else None
                 return self.add_columns(_rows(index, i), h[i], v[i], d[i], j, lost, w)
         self.work += len(h)
         if self.need_dx:
             dx = gemm.dx(e, self.weight).mul_(v.unsqueeze(-1))
+            if even is not None:
+                dx.addr_(even, self.weight.sum(0, dtype=dx.dtype))
             if self.shard.sum is not None:
                 dx = self.shard.sum(dx)
             self.dx[index] = dx.to(self.dx.dtype)
@@ -206,6 +229,11 @@ class Gradients:
             sums = self.db.new_empty(len(self.db), 2)
             self.db += gemm.add_dw(sums, e, parts, first=True).sum(-1)
         self.empty = False
+        if even is not None and self.need_dw:
+            row = even @ h.to(even.dtype)
+            self.every_row = row if self.every_row is None else self.every_row + row
+        if even is not None and self.need_db:
+            self.db += even.sum()
 
     def add_columns(
         self,
@@ -242,6 +270,8 @@ class Gradients:
         dw, db = self.dw, self.db
         if self.empty:
             dw.zero_()
+        if self.every_row is not None:
+            dw += self.every_row
         if self.size is not None:
             dw, db = dw.mul_(self.size), db.mul_(self.size)
         return self.dx, dw.to(dw_dtype), db.to(db_dtype)

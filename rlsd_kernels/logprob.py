@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import extension, pipeline, ref, torch_impl
+from . import extension, gemm, pipeline, ref, torch_impl
 from .config import check_flags, check_number, compute_dtype, constant_when_compiled
 from .gradients import Kept
 from .ops import Need, custom_op, empty_gradients, flatten, unflatten
+from .rows import Head, Upstream
 from .shards import Shard, shard_of
 from .tuning import default_workspace_bytes
 
@@ -157,7 +158,7 @@ def check_tensor(name, value, *, shape=None, like=None, kind="float", why=""):
 
 def check_head(
     hidden, weight, completion_ids, bias, temperature, logit_scale, final_logit_softcapping,
-    max_workspace_bytes, tp_group,
+    max_workspace_bytes, tp_group, *, several=False,
 ):
     """Checks that linear_log_probs and fused_linear_rlsd_loss share; returns the workspace size."""
     check_tensor("hidden", hidden)
@@ -168,9 +169,14 @@ def check_head(
         )
     check_tensor("weight", weight, like=("hidden", hidden))
     check_weight("weight", weight, hidden, sharded=tp_group is not None)
+    shape, why = hidden.shape[:-1], " (hidden's without its last dimension)"
+    if several:
+        why = f"{why[:-1]}, or with a last dimension of K >= 1 ids)"
+        if isinstance(completion_ids, Tensor) and completion_ids.dim() == hidden.dim():
+            shape = (*shape, completion_ids.shape[-1]) if completion_ids.shape[-1] else shape
     check_tensor(
-        "completion_ids", completion_ids, shape=hidden.shape[:-1], like=("hidden", hidden),
-        kind="int64", why=" (hidden's without its last dimension)",
+        "completion_ids", completion_ids, shape=shape, like=("hidden", hidden), kind="int64",
+        why=why,
     )
     if bias is not None:
         check_tensor(
@@ -336,10 +342,11 @@ class LogProbsInputs(NamedTuple):
     """Of the op below."""
 
     hidden: Tensor  # (N, H)
-    head: pipeline.Head
-    completion_ids: Tensor  # (N,)
-    old_log_probs: Tensor | None  # (N,)
+    head: Head
+    completion_ids: Tensor  # (N,) or (N, K)
+    old_log_probs: Tensor | None  # the same
     want_entropy: bool
+    want_logits: bool  # the mean and the largest
     keep: str | None  # for backward: "exp" E and s, "columns" those of E that count
     shard: Shard
     impl: str
@@ -350,38 +357,43 @@ class LogProbsInputs(NamedTuple):
 def _log_probs_fake(x):
     """Sizes of "columns" are those of the data; no tracer asks for it."""
     dtype, n, weight = compute_dtype(x.hidden.dtype), x.hidden.shape[0], x.head.weight
-    left = Kept.nothing(x.hidden, pipeline.gemm.operand_dtype(weight), dtype)
+    left = Kept.nothing(x.hidden, gemm.operand_dtype(weight), dtype)
     if x.keep == "exp":
         e = left.e.new_empty(n, load_impl(x.impl).padded(weight.shape[0]))
         left = left._replace(e=e, s=left.s.new_empty(n))
+    some = n if x.want_logits else 0
     return (
-        x.hidden.new_empty(n, dtype=dtype),
+        x.hidden.new_empty(x.completion_ids.shape, dtype=dtype),
         x.hidden.new_empty(n if x.want_entropy else 0, dtype=dtype),
-        *left,
+        x.hidden.new_empty(n, dtype=dtype), x.hidden.new_empty(some, dtype=dtype),
+        x.completion_ids.new_empty(some), x.hidden.new_empty(some, dtype=dtype), *left,
     )
 
 
 @custom_op(
-    "rlsd::linear_log_probs", LogProbsInputs, outputs=2 + len(Kept._fields), fake=_log_probs_fake
+    "rlsd::linear_log_probs", LogProbsInputs, outputs=6 + len(Kept._fields), fake=_log_probs_fake
 )
 def _log_probs_op(x):
     check_ids(x.completion_ids, x.shard.vocab)
-    log_probs, entropy, left = pipeline.linear_log_probs_fwd(
+    scored, left = pipeline.linear_log_probs_fwd(
         load_impl(x.impl), x.hidden, x.head, x.completion_ids, x.old_log_probs, x.shard,
-        x.want_entropy, x.keep, x.max_workspace_bytes, x.gradient_tolerance,
+        x.want_entropy, x.want_logits, x.keep, x.max_workspace_bytes, x.gradient_tolerance,
     )
-    return log_probs, entropy, *left
+    return (
+        scored.log_probs, scored.entropy, scored.lse, scored.mean_logits, scored.greedy_ids,
+        scored.greedy_log_probs, *left,
+    )
 
 
 class LogProbsBackwardInputs(NamedTuple):
     """Of the op below."""
 
-    grad_log_probs: Tensor  # (N,)
-    grad_entropy: Tensor | None  # (N,)
+    up: Upstream
     hidden: Tensor  # (N, H)
-    head: pipeline.Head
-    completion_ids: Tensor  # (N,)
-    log_probs: Tensor  # (N,)
+    head: Head
+    completion_ids: Tensor  # (N,) or (N, K)
+    log_probs: Tensor  # the same
+    lse: Tensor  # (N,)
     left: Kept
     need: Need
     shard: Shard
@@ -396,16 +408,16 @@ class LogProbsBackwardInputs(NamedTuple):
 )
 def _log_probs_backward_op(x):
     return pipeline.linear_log_probs_bwd(
-        load_impl(x.impl), x.hidden, x.grad_log_probs, x.grad_entropy, x.head, x.completion_ids,
-        x.log_probs, x.left, x.shard, x.need, x.max_workspace_bytes, x.gradient_tolerance,
+        load_impl(x.impl), x.hidden, x.up, x.head, x.completion_ids, x.log_probs, x.lse, x.left,
+        x.shard, x.need, x.max_workspace_bytes, x.gradient_tolerance,
     )
 
 
 def _setup_context(ctx, inputs, output):
     x = unflatten(LogProbsInputs, inputs)
-    log_probs, _, *left = output
+    log_probs, _, lse, _, _, _, *left = output
     ctx.save_for_backward(
-        x.hidden, x.head.weight, x.head.bias, x.completion_ids, log_probs, *left
+        x.hidden, x.head.weight, x.head.bias, x.completion_ids, log_probs, lse, *left
     )
     ctx.inputs = x._replace(
         hidden=None, head=x.head._replace(weight=None, bias=None), completion_ids=None,
@@ -415,20 +427,21 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_log_probs, grad_entropy, *unused):
-    hidden, weight, bias, completion_ids, log_probs, *left = ctx.saved_tensors
+def _backward(ctx, grad_log_probs, grad_entropy, grad_lse, grad_mean, *unused):
+    hidden, weight, bias, completion_ids, log_probs, lse, *left = ctx.saved_tensors
     x = ctx.inputs
-    if not x.want_entropy:
-        grad_entropy = None
-    if grad_log_probs is None and grad_entropy is None:
+    up = Upstream(
+        grad_log_probs, grad_entropy if x.want_entropy else None, grad_lse,
+        grad_mean if x.want_logits else None,
+    )
+    if all(g is None for g in up):
         return (None,) * ctx.num_inputs
     if grad_log_probs is None:
-        grad_log_probs = torch.zeros_like(log_probs)
+        up = up._replace(log_probs=torch.zeros_like(log_probs))
     need = Need(*ctx.needs_input_grad[:3])
     grads = _log_probs_backward_op(*flatten(LogProbsBackwardInputs(
-        grad_log_probs, grad_entropy, hidden, x.head._replace(weight=weight, bias=bias),
-        completion_ids, log_probs, Kept(*left), need, x.shard, x.impl, x.max_workspace_bytes,
-        x.gradient_tolerance,
+        up, hidden, x.head._replace(weight=weight, bias=bias), completion_ids, log_probs, lse,
+        Kept(*left), need, x.shard, x.impl, x.max_workspace_bytes, x.gradient_tolerance,
     )))
     grads = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
     return (*grads, *[None] * (ctx.num_inputs - 3))
@@ -437,10 +450,25 @@ def _backward(ctx, grad_log_probs, grad_entropy, *unused):
 _log_probs_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+class LinearLogProbsOutput(NamedTuple):
+    """What linear_log_probs returns where more than entropies is asked for; None: not asked for.
+
+    fp32, fp64 for fp64; greedy_ids int64. Gradients flow through all but the last two.
+    """
+
+    log_probs: Tensor  # as completion_ids
+    entropy: Tensor | None  # (...), like all that follow
+    lse: Tensor | None
+    mean_logits: Tensor | None
+    greedy_ids: Tensor | None
+    greedy_log_probs: Tensor | None
+
+
 def linear_log_probs(
     hidden, weight, completion_ids, *, old_log_probs=None, bias=None, temperature=1.0,
-    logit_scale=1.0, final_logit_softcapping=None, return_entropy=False, tp_group=None,
-    impl="auto", max_workspace_bytes=None, gradient_tolerance=0.0,
+    logit_scale=1.0, final_logit_softcapping=None, return_entropy=False, return_lse=False,
+    return_mean_logits=False, return_greedy=False, tp_group=None, impl="auto",
+    max_workspace_bytes=None, gradient_tolerance=0.0,
 ):
     """Log-probabilities of given tokens under an LM head, without the N x V logits.
 
@@ -451,13 +479,20 @@ def linear_log_probs(
         hidden: (..., H) last hidden states, fp64, fp32, bf16 or fp16; gets a gradient if needed.
             State t is the one that predicts completion_ids[t], one position before that token.
         weight: (V, H) LM head of the same dtype; gets a gradient if needed.
-        completion_ids: (...) int64 in [0, V).
-        old_log_probs: (...) log-probs of the sampler: a guess of the log-sum-exp that places the
-            exponential. A wrong guess costs time on the rows concerned, never accuracy.
+        completion_ids: (...) int64 in [0, V), or (..., K) for the log-probs of K ids of each row,
+            such as a teacher's top k; ids may repeat.
+        old_log_probs: of completion_ids' shape, log-probs of the sampler: a guess (by the first of
+            K ids) of the log-sum-exp that places the exponential. A wrong guess costs time on the
+            rows concerned, never accuracy.
         bias: (V,) added to the logits before logit_scale.
         temperature, logit_scale, final_logit_softcapping: scalars of
             `softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`.
         return_entropy: also return the entropy of each row in nats, differentiable.
+        return_lse: also the log-sum-exp of each row's logits (as for a z-loss), differentiable.
+        return_mean_logits: also the mean over the vocabulary of each row's logits, differentiable;
+            label smoothing by e is `-(1 - e) * log_probs + e * (lse - mean_logits)`.
+        return_greedy: also each row's most likely id (of equals the lowest) and its log-prob, no
+            gradient.
         tp_group: process group whose ranks hold the rows of weight (and bias) in order; hidden and
             everything per token are the same on every rank, ids count over the whole vocabulary,
             and hidden's gradient comes out summed over ranks.
@@ -466,48 +501,71 @@ def linear_log_probs(
         gradient_tolerance: in [0, 1), 0 is exact; as of fused_linear_rlsd_loss, but columns are
             chosen before the upstream gradient is known, for rows that weigh the same: one that
             sits on few of them may be off by more. Backward needs no logits again, and what is
-            kept for it is a few per cent of (N, V) where the softmax is peaked.
+            kept for it is a few per cent of (N, V) where the softmax is peaked. Gradients of
+            anything but one log-prob a row need them again; columns are then chosen on the true
+            gradient.
 
+    All come from one pass over the head. Backward takes a second one for the gradient of an
+    entropy or of a softcapped mean, of fp16 on a GPU, and where E does not fit the workspace.
     Under autocast, hidden and weight of different dtypes are cast to autocast's dtype.
-    Returns: log_probs (...) in fp32 (fp64 for fp64), or (log_probs, entropy).
+    Returns: log_probs in completion_ids' shape, fp32 (fp64 for fp64); (log_probs, entropy) with
+        return_entropy; a LinearLogProbsOutput with any of the other three.
     Raises: TypeError or ValueError in one sentence on wrong types, shapes, dtypes, devices or ids.
     """
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     workspace = check_head(
         hidden, weight, completion_ids, bias, temperature, logit_scale, final_logit_softcapping,
-        max_workspace_bytes, tp_group,
+        max_workspace_bytes, tp_group, several=True,
     )
     check_tolerance(gradient_tolerance)
-    check_flags(return_entropy=return_entropy)
-    shape = completion_ids.shape
+    check_flags(
+        return_entropy=return_entropy, return_lse=return_lse,
+        return_mean_logits=return_mean_logits, return_greedy=return_greedy,
+    )
+    shape, want_logits = completion_ids.shape, return_mean_logits or return_greedy
     if old_log_probs is not None:
         check_tensor("old_log_probs", old_log_probs, shape=shape, like=("hidden", hidden))
-        old_log_probs = old_log_probs.detach().reshape(-1).to(compute_dtype(hidden.dtype))
+        old_log_probs = old_log_probs.detach().to(compute_dtype(hidden.dtype))
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), completion_ids.reshape(-1)
+    if len(shape) == hidden.dim():
+        ids = ids.view(len(rows), shape[-1])
+    if old_log_probs is not None:
+        old_log_probs = old_log_probs.reshape(ids.shape)
     impl = choose_impl(impl, hidden)
     if impl == "ref":
         weight, bias = gather_head(weight, bias, tp_group)
         ids = checked_ids(ids, weight.shape[0])
         safe = ids.clamp(0, weight.shape[0] - 1)
-        log_probs, entropy = ref.linear_log_probs(
-            rows, weight, safe, bias=bias, temperature=temperature, logit_scale=logit_scale,
+        z = ref.head_logits(
+            rows, weight, bias=bias, temperature=temperature, logit_scale=logit_scale,
             final_logit_softcapping=final_logit_softcapping,
             gradient_tolerance=float(gradient_tolerance),
         )
+        log_probs, entropy = ref.log_probs_of(z, safe)
+        more = ref.logit_statistics(z) if return_lse or want_logits else (None,) * 4
         log_probs = log_probs.masked_fill(safe != ids, math.nan)
     else:
         shard = shard_of(weight, tp_group)
         keep = None
         if needs_grad(rows, weight, bias):
             keep = pipeline.what_is_kept(
-                load_impl(impl), weight, shard.rows, rows.shape[0], workspace, gradient_tolerance
+                load_impl(impl), weight, shard, ids, workspace, gradient_tolerance
             )
-        head = pipeline.Head(
+        head = Head(
             weight, bias, float(temperature), float(logit_scale), final_logit_softcapping
         )
-        log_probs, entropy, *_ = _log_probs_op(*flatten(LogProbsInputs(
-            rows, head, ids, old_log_probs, return_entropy, keep, shard, impl, workspace,
-            float(gradient_tolerance),
+        log_probs, entropy, *more = _log_probs_op(*flatten(LogProbsInputs(
+            rows, head, ids, old_log_probs, return_entropy, want_logits, keep, shard, impl,
+            workspace, float(gradient_tolerance),
         )))
-    log_probs = log_probs.reshape(shape)
-    return (log_probs, entropy.reshape(shape)) if return_entropy else log_probs
+    log_probs, per_row = log_probs.reshape(shape), hidden.shape[:-1]
+    if not (return_lse or want_logits):
+        return (log_probs, entropy.reshape(per_row)) if return_entropy else log_probs
+    lse, mean_logits, greedy_ids, greedy_log_probs = more[:4]
+    asked = (
+        (return_entropy, entropy), (return_lse, lse), (return_mean_logits, mean_logits),
+        (return_greedy, greedy_ids), (return_greedy, greedy_log_probs.detach()),
+    )
+    return LinearLogProbsOutput(
+        log_probs, *(x.reshape(per_row) if wanted else None for wanted, x in asked)
+    )

@@ -39,6 +39,7 @@ from .logprob import (
 )
 from .metrics import token_stats
 from .ops import Need, custom_op, empty_gradients, flatten
+from .rows import Head
 from .shards import Shard, shard_of
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
@@ -69,7 +70,7 @@ class FusedInputs(NamedTuple):
     """Of the op below; hidden, weight and bias come first and get gradients."""
 
     hidden: Tensor  # (N, H)
-    head: pipeline.Head
+    head: Head
     completion_ids: Tensor  # (N,)
     tokens: pipeline.Tokens
     teacher_hidden: Tensor | None  # (N, H_t)
@@ -377,7 +378,7 @@ def fused_linear_rlsd_loss(
             **tokens._replace(teacher_log_probs=teacher)._asdict(),
         )
     else:
-        head = pipeline.Head(
+        head = Head(
             weight, bias, config.temperature, float(logit_scale), final_logit_softcapping
         )
         loss, log_probs, teacher, entropy, _, _, _, sums, work = _fused_op(*flatten(FusedInputs(

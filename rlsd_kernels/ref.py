@@ -58,11 +58,11 @@ class _ToleratedHead(torch.autograd.Function):
         return dh, kept.T @ hidden, kept.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
-def linear_log_probs(
-    hidden, weight, completion_ids, *, bias=None, temperature=1.0, logit_scale=1.0,
-    final_logit_softcapping=None, gradient_tolerance=0.0,
+def head_logits(
+    hidden, weight, *, bias=None, temperature=1.0, logit_scale=1.0, final_logit_softcapping=None,
+    gradient_tolerance=0.0,
 ):
-    """log p(y) and entropy of rows (N, H) under the head (V, H); returns two (N,) tensors."""
+    """z of rows (N, H) under the head (V, H), (N, V)."""
     dtype = compute_dtype(hidden.dtype)
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):  # it would make 16-bit logits
@@ -76,9 +76,34 @@ def linear_log_probs(
     logits = logit_scale * logits
     if final_logit_softcapping is not None:
         logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
-    log_p = torch.log_softmax(logits / temperature, dim=-1)
+    return logits / temperature
+
+
+def log_probs_of(z, completion_ids):
+    """log p at ids (N,) or (N, K), and entropies (N,), from logits (N, V)."""
+    log_p = torch.log_softmax(z, dim=-1)
     entropy = -(log_p.exp() * log_p.clamp(min=LOG_FLOOR)).sum(-1)
-    return log_p.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1), entropy
+    ids = completion_ids.view(len(z), -1) if len(z) else completion_ids.new_empty(0, 1)
+    return log_p.gather(-1, ids).view_as(completion_ids), entropy
+
+
+def logit_statistics(z):
+    """Log-sum-exp, mean, greedy token and its log-prob of logits (N, V), each (N,)."""
+    lse = z.logsumexp(-1)
+    top, greedy_ids = z.detach().max(-1)
+    return lse, z.mean(-1), greedy_ids, top - lse.detach()
+
+
+def linear_log_probs(
+    hidden, weight, completion_ids, *, bias=None, temperature=1.0, logit_scale=1.0,
+    final_logit_softcapping=None, gradient_tolerance=0.0,
+):
+    """log p(y) and entropy of rows (N, H) under the head (V, H); returns two (N,) tensors."""
+    z = head_logits(
+        hidden, weight, bias=bias, temperature=temperature, logit_scale=logit_scale,
+        final_logit_softcapping=final_logit_softcapping, gradient_tolerance=gradient_tolerance,
+    )
+    return log_probs_of(z, completion_ids)
 
 
 def reweighted_tokens(advantages, *, rlsd_negative_only=False, reweight_mask=None):

@@ -64,13 +64,16 @@ class StreamingScorer(abc.ABC):
         *,
         out=None,  # (M, V)
         keep=None, want_entropy=False,
-        ids=None,  # (M,)
-        z_y=None,  # (M,)
+        ids=None,  # (M,) or (M, K)
+        z_y=None,  # the same
+        logits=None,  # three (M,), the last int64
     ):
         """c, s, t, each (M,): three or four passes over the chunk, no host sync.
 
         t is None unless wanted; keep "exp" stores e times the softcap's slope in out, "logits"
-        stores z, in fp32. With ids, z_y becomes the logit there as this GEMM rounds it.
+        stores z, in fp32. With ids, z_y becomes the logit there as this GEMM rounds it; `logits`
+        become the sum of a row's, its largest and where it is, the first of equals, the last two on
+        this shard.
         """
         c = c.clone(memory_format=torch.contiguous_format)
         s = torch.empty_like(c)
@@ -83,6 +86,11 @@ class StreamingScorer(abc.ABC):
         if ids is not None:
             self.reduce_sum(z_y.copy_(self._at(x, ids)))
         row = (self.bias, self.pre, self.post, self.capped)
+        if logits is not None:
+            total, top, top_ids = logits
+            self._row_logits(x, row, total, top_ids)
+            self.reduce_sum(total)
+            top.copy_(self._at(x, top_ids))
         again = (None, 1.0, 1.0, False) if store == STORE_LOGITS else row  # x is z by then
         first = STORE_NONE if deferred else store
         self._exp(x, row, c, s, t, out, first)
@@ -98,9 +106,9 @@ class StreamingScorer(abc.ABC):
         return c, s, self.reduce_sum(t) if want_entropy else None
 
     def _at(self, x, ids):
-        """z at the ids, (M,), from raw logits x (M, V); 0 where this shard does not hold them."""
+        """z at the ids, of their shape, from raw logits x (M, V); 0 for those of other shards."""
         held, safe = (ids >= 0) & (ids < self.vocab), ids.clamp(0, self.vocab - 1)
-        z = x.gather(1, safe.unsqueeze(-1)).squeeze(-1)
+        z = x.gather(1, safe.view(len(x), -1)).view_as(safe)
         if self.bias is not None:
             z = z + self.bias[safe]
         z = torch.tanh(z * self.pre) * self.post if self.capped else z * self.pre
@@ -123,3 +131,7 @@ class StreamingScorer(abc.ABC):
     @abc.abstractmethod
     def _row_max(self, x, epilogue, c, total):
         """c := the row's largest z, for rows whose sum in `total` is not trusted."""
+
+    @abc.abstractmethod
+    def _row_logits(self, x, epilogue, total, top_ids):
+        """total := the sum of the row's z, top_ids := where the first of its largest is."""

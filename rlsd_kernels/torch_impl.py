@@ -81,8 +81,8 @@ class Scorer:
         torch.mul(z, self.temperature / self.softcap, out=out)
         return out.square_().neg_().add_(1)
 
-    def _pass(self, h, c, out, keep, want_entropy, ids=None, z_y=None):
-        """One pass with the levels c; s and t as `score` returns them, z_y as it writes it."""
+    def _pass(self, h, c, out, keep, want_entropy, ids=None, z_y=None, logits=None):
+        """One pass with the levels c; s and t as `score` returns them, the rest as it writes it."""
         s = c.new_zeros(len(c))
         t = torch.zeros_like(s) if want_entropy else None
         in_place = out is not None and out.dtype == self.dtype
@@ -90,8 +90,14 @@ class Scorer:
             slope = None
             if ids is not None:
                 hit, safe = _in_shard(ids - columns.start, z.shape[1])
-                here = z.gather(1, safe.unsqueeze(-1)).squeeze(-1)
+                here = z.gather(1, safe.view(len(z), -1)).view_as(z_y)
                 z_y.copy_(torch.where(hit, here, z_y))
+            if logits is not None:
+                total, top, top_ids = logits
+                total += z.sum(-1)
+                value, index = z.max(-1)
+                top_ids.copy_(torch.where(value > top, index + columns.start, top_ids))
+                torch.maximum(value, top, out=top)
             if keep == "logits":
                 if not in_place:
                     out[:, columns] = z
@@ -115,6 +121,8 @@ class Scorer:
             self.reduce_sum(s)
             if ids is not None:
                 self.reduce_sum(z_y)
+            if logits is not None:
+                self.reduce_sum(logits[0])
             if want_entropy:
                 self.reduce_sum(t)
         return s, t
@@ -134,19 +142,24 @@ class Scorer:
         *,
         out=None,  # (M, V)
         keep=None, want_entropy=False,
-        ids=None,  # (M,)
-        z_y=None,  # (M,)
+        ids=None,  # (M,) or (M, K)
+        z_y=None,  # the same
+        logits=None,  # three (M,), the last int64
     ):
         """c, s, t, each (M,): the level used, sum e and (if wanted) sum e (z - c), e = exp(z - c).
 
         keep "exp" stores e times the softcap's slope in out, "logits" stores z. With ids, z_y
-        becomes the logit there as this GEMM rounds it.
+        becomes the logit there as this GEMM rounds it; `logits` become the sum of a row's, its
+        largest and where it is, the first of equals, the last two on this shard.
         """
         if capturing(h):  # no host may look at the flags: take the true maximum of every row
             c = self._row_max(h)
         if ids is not None:
             z_y.zero_()
-        s, t = self._pass(h, c, out, keep, want_entropy, ids, z_y)
+        if logits is not None:
+            for x, start in zip(logits, (0, -math.inf, 0), strict=True):
+                x.fill_(start)
+        s, t = self._pass(h, c, out, keep, want_entropy, ids, z_y, logits)
         if capturing(h):
             return c, s, t
         rows = (~trusted_rows(s)).nonzero().squeeze(-1)
@@ -163,8 +176,9 @@ class Scorer:
                 out[i] = redone
         return c, s, t
 
-    def logit_gradient(self, z, out, ids, lse, g, g_entropy, entropy, scale):
-        """out = scale (g (p - onehot(y)) + g_entropy p (log p + H)) slope, p = exp(z - lse)."""
+    def logit_gradient(self, z, out, ids, lse, g, g_entropy, entropy, even, scale):
+        """out = scale (g (p - onehot(y)) + g_entropy p (log p + H) + even) slope, p = exp(z - lse),
+        but at y without `even`: with it, the caller has y's entry to set."""
         # In compute dtype, for p - 1 cancels where p is near 1; from z before `out` overwrites it.
         _, safe = _in_shard(ids, z.shape[1])
         z_y = z.gather(1, safe.unsqueeze(-1)).squeeze(-1)
@@ -174,12 +188,14 @@ class Scorer:
             at_target += g_entropy * log_p.exp() * (log_p + entropy)
         if self.softcap is not None:
             at_target *= self._cap_slope(z_y, torch.empty_like(z_y))
-        column = [None if x is None else x.unsqueeze(-1) for x in (lse, g, g_entropy, entropy)]
+        column = [
+            None if x is None else x.unsqueeze(-1) for x in (lse, g, g_entropy, entropy, even)
+        ]
         for i, j in itertools.product(  # a group may hold more rows than are scored at once
             range(0, len(z), self.chunk_rows), range(0, z.shape[1], SCORE_TILE)
         ):
             rows, columns = slice(i, i + self.chunk_rows), slice(j, j + SCORE_TILE)
-            here, g_here, g_h, h = (None if x is None else x[rows] for x in column)
+            here, g_here, g_h, h, m = (None if x is None else x[rows] for x in column)
             tile = z[rows, columns]
             p, log_p, _ = self._scratch(*tile.shape)
             torch.sub(tile, here, out=log_p)
@@ -189,6 +205,8 @@ class Scorer:
             else:
                 log_p.clamp_(min=LOG_FLOOR).add_(h)
                 p *= log_p.mul_(g_h).add_(g_here).mul_(scale)
+            if m is not None:
+                p += scale * m
             if self.softcap is not None:
                 p *= self._cap_slope(tile, log_p)
             out[rows, columns] = p
@@ -207,10 +225,12 @@ def energies(e, v):
 
 
 def fix_targets(e, ids, values):
-    """In place e[i, ids_i] = values_i where 0 <= ids_i < V."""
-    hit, safe = _in_shard(ids, e.shape[1])
+    """In place e[i, ids_ik] = values_ik where 0 <= ids_ik < V; ids (M,) or (M, K)."""
     row = torch.arange(len(ids), device=ids.device)
-    e[row, safe] = torch.where(hit, values.to(e.dtype), e[row, safe])
+    columns = ((ids, values),) if ids.dim() == 1 else zip(ids.T, values.T, strict=True)
+    for i, value in columns:  # ids that are not in [0, V) must not meet others where they land
+        hit, safe = _in_shard(i, e.shape[1])
+        e[row, safe] = torch.where(hit, value.to(e.dtype), e[row, safe])
 
 
 def scale(x, factor):

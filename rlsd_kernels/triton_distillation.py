@@ -15,7 +15,8 @@ import triton.language as tl
 from . import tuning
 from .config import LOG_FLOOR, MAX_LOG_RATIO
 from .streaming import padded
-from .triton_impl import _epilogue, _exp_minus_line, _ordered_sum
+from .triton_impl import _epilogue, _ordered_sum
+from .triton_tokens import _exp_minus_line
 
 FORWARD_KL, REVERSE_KL, JSD = (tl.constexpr(i) for i in range(3))
 LIMIT, FLOOR, LOWEST = (tl.constexpr(x) for x in (MAX_LOG_RATIO, LOG_FLOOR, -3e38))

@@ -1,4 +1,4 @@
-"""Triton kernels: rows of logits through exp, the strict logit gradient, and the RLSD token maths.
+"""Triton kernels: rows of logits through exp, their sum and largest, the strict logit gradient.
 
     x = h W^T,   z = softcap(logit_scale (x + bias)) / temperature,   s = sum_j exp(z_j - c)
 
@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .config import MAX_LOG_RATIO, ROW_SUM_BOUNDS, TOKEN_SUMS, capturing, trusted_rows
+from .config import ROW_SUM_BOUNDS, capturing, trusted_rows
 from .streaming import STORE_NONE, StreamingScorer, padded, scratch_bytes, unit_stride
+from .triton_tokens import token_rows
 
 __all__ = ["Scorer", "energies", "fix_targets", "padded", "scale", "scratch_bytes", "target_logits",
            "token_rows"]
-LOG_RATIO_LIMIT = tl.constexpr(MAX_LOG_RATIO)
 SUM_MIN, SUM_MAX = (tl.constexpr(x) for x in ROW_SUM_BOUNDS)
 
 
@@ -153,9 +153,34 @@ def _row_max_kernel(
 
 
 @triton.jit
+def _row_logits_kernel(
+    x, bias, total, top_ids, V, stride_x, pre, post, HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):
+    """The sum of a row's z, and where the first of its largest is."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * stride_x
+    offs = tl.arange(0, BLOCK_V)
+    sums = tl.zeros([BLOCK_V], tl.float32)
+    top = tl.full([BLOCK_V], -float("inf"), tl.float32)
+    place = tl.zeros([BLOCK_V], tl.int32)
+    for start in range(0, V, BLOCK_V):
+        z, _ = _epilogue(
+            _load_logits(x, bias, start + offs, V, HAS_BIAS, True), pre, post, HAS_CAP
+        )
+        inside = start + offs < V
+        sums += tl.where(inside, z, 0.0)
+        larger = inside & (z > top)
+        place = tl.where(larger, start + offs, place)
+        top = tl.where(larger, z, top)
+    tl.store(total + row, _ordered_sum(sums))
+    tl.store(top_ids + row, tl.min(tl.where(top == tl.max(top, 0), place, V), 0).to(tl.int64))
+
+
+@triton.jit
 def _gradient_tile(
-    z, out, offs, V, target, lse, g, g_entropy, entropy, scale, inv_post, HAS_CAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
+    z, out, offs, V, target, lse, g, g_entropy, entropy, even, scale, inv_post,
+    HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_EVEN: tl.constexpr, MASKED: tl.constexpr,
 ):
     logits = tl.load(z + offs, mask=offs < V, other=0.0) if MASKED else tl.load(z + offs)
     log_p = logits - lse
@@ -163,10 +188,12 @@ def _gradient_tile(
     dz = g * (p - tl.where(offs == target, 1.0, 0.0))
     if HAS_ENTROPY:
         dz += g_entropy * tl.where(p == 0.0, 0.0, p * (log_p + entropy))
+    if HAS_EVEN:
+        dz += even
     if HAS_CAP:
         tanh = logits * inv_post
         dz *= (1.0 - tanh) * (1.0 + tanh)
-    dz = tl.where((g == 0.0) & (g_entropy == 0.0), 0.0, dz * scale)
+    dz = tl.where((g == 0.0) & (g_entropy == 0.0) & (even == 0.0), 0.0, dz * scale)
     if MASKED:
         tl.store(out + offs, dz.to(out.dtype.element_ty), mask=offs < V)
     else:
@@ -175,26 +202,30 @@ def _gradient_tile(
 
 @triton.jit
 def _logit_gradient_kernel(
-    z, out, ids, lse, g, g_entropy, entropy, V, stride_z, stride_out, scale, inv_post,
-    HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+    z, out, ids, lse, g, g_entropy, entropy, even, V, stride_z, stride_out, scale, inv_post,
+    HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_EVEN: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    """scale (g (p - onehot) + g_entropy p (log p + H)) dcap, a row per program; out may be z."""
+    """scale (g (p - onehot) + g_entropy p (log p + H) + even) dcap, a row per program; out may be
+    z."""
     row = tl.program_id(0).to(tl.int64)
     z += row * stride_z
     out += row * stride_out
     target = tl.load(ids + row)
     lse_i, g_i = tl.load(lse + row), tl.load(g + row)
-    ge_i, h_i = 0.0, 0.0
+    ge_i, h_i, even_i = 0.0, 0.0, 0.0
+    if HAS_EVEN:
+        even_i = tl.load(even + row)
     if HAS_ENTROPY:
         ge_i, h_i = tl.load(g_entropy + row), tl.load(entropy + row)
     offs = tl.arange(0, BLOCK_V)
     full = V // BLOCK_V * BLOCK_V
     for start in range(0, full, BLOCK_V):
-        _gradient_tile(z, out, start + offs, V, target, lse_i, g_i, ge_i, h_i, scale, inv_post,
-                       HAS_CAP, HAS_ENTROPY, False)
+        _gradient_tile(z, out, start + offs, V, target, lse_i, g_i, ge_i, h_i, even_i, scale,
+                       inv_post, HAS_CAP, HAS_ENTROPY, HAS_EVEN, False)
     if full < V:
-        _gradient_tile(z, out, full + offs, V, target, lse_i, g_i, ge_i, h_i, scale, inv_post,
-                       HAS_CAP, HAS_ENTROPY, True)
+        _gradient_tile(z, out, full + offs, V, target, lse_i, g_i, ge_i, h_i, even_i, scale,
+                       inv_post, HAS_CAP, HAS_ENTROPY, HAS_EVEN, True)
 
 
 @triton.jit
@@ -216,13 +247,13 @@ def _target_logits_kernel(
     tl.store(out + row, tl.sum(acc, 0))
 
 
-@triton.jit(do_not_specialize=["M"])
-def _fix_targets_kernel(e, ids, values, M, V, stride_e, BLOCK_M: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    target = tl.load(ids + rows, mask=rows < M, other=-1).to(tl.int64)
+@triton.jit(do_not_specialize=["M", "K"])
+def _fix_targets_kernel(e, ids, values, M, K, V, stride_e, BLOCK_M: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    target = tl.load(ids + i, mask=i < M * K, other=-1).to(tl.int64)
     held = (target >= 0) & (target < V)
-    value = tl.load(values + rows, mask=rows < M, other=0.0)
-    tl.store(e + rows * stride_e + target, value.to(e.dtype.element_ty), mask=held)
+    value = tl.load(values + i, mask=i < M * K, other=0.0)
+    tl.store(e + i // K * stride_e + target, value.to(e.dtype.element_ty), mask=held)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -233,129 +264,6 @@ def _scale_kernel(x, factor, M, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scaled = tl.load(x + offs, mask=offs < M, other=0.0).to(tl.float32) * value
     tl.store(x + offs, scaled.to(x.dtype.element_ty), mask=offs < M)
-
-
-@triton.jit
-def _clamp(x, low, high):
-    """NaN stays NaN, unlike with tl.minimum."""
-    x = tl.where(x < low, low, x)
-    return tl.where(x > high, high, x)
-
-
-@triton.jit
-def _exp_minus_line(d):
-    """exp(d) - 1 - d without cancellation near 0."""
-    s = 1 + d / 8
-    s = 1 + d / 7 * s
-    s = 1 + d / 6 * s
-    s = 1 + d / 5 * s
-    s = 1 + d / 4 * s
-    s = 1 + d / 3 * s
-    return tl.where(tl.abs(d) < 0.5, 0.5 * d * d * s, tl.exp(d) - 1 - d)
-
-
-@triton.jit
-def _add(total, chosen, value):
-    """Selects before it adds, so that a NaN outside the set cannot enter."""
-    return total + tl.where(chosen, value, 0.0).to(tl.float64)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _token_kernel(
-    log_probs, advantages, loss_weights, teacher, old, ref, mask, entropy, rlsd_lambda, loss, g,
-    sums, M, weight_low, weight_high, blame_low, blame_high, praise_high, ratio_low, ratio_high,
-    ratio_dual, beta, HAS_TEACHER: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_KL_LOSS: tl.constexpr,
-    DELTA_FROM_OLD: tl.constexpr, NEGATIVE_ONLY: tl.constexpr, BLOCK_M: tl.constexpr,
-):
-    """All tokens in one program: loss, g = dloss/dlog p(y), and config.TOKEN_SUMS in fp64."""
-    zero = tl.zeros([BLOCK_M], tl.float64)
-    reweighted_pos, reweighted_neg, active_pos, active_neg = zero, zero, zero, zero
-    delta_pos, delta_neg, delta_squared, weight_pos, weight_neg = zero, zero, zero, zero, zero
-    clip_low, clip_high, below, above, dual = zero, zero, zero, zero, zero
-    sum_kl, sum_entropy, sum_policy_kl, sum_loss = zero, zero, zero, zero
-    for start in range(0, M, BLOCK_M):
-        # M < 2^31 tokens, one fp32 each: the offsets fit 32 bits
-        offs = start + tl.arange(0, BLOCK_M)
-        inside = offs < M
-        lp = tl.load(log_probs + offs, mask=inside, other=0.0)
-        a = tl.load(advantages + offs, mask=inside, other=0.0)
-        w = tl.load(loss_weights + offs, mask=inside, other=0.0)
-        active, pos, neg = (w != 0.0) & (a != 0.0), a > 0.0, a < 0.0
-        active_pos = _add(active_pos, active & pos, 1.0)
-        active_neg = _add(active_neg, active & neg, 1.0)
-        before = lp
-        if HAS_OLD:
-            before = tl.load(old + offs, mask=inside, other=0.0)
-            sum_policy_kl = _add(sum_policy_kl, active, before - lp)
-        a_hat = a
-        if HAS_TEACHER:
-            lam = tl.load(rlsd_lambda).to(tl.float32)
-            chosen = neg if NEGATIVE_ONLY else a != 0.0
-            if HAS_MASK:
-                chosen = chosen & (tl.load(mask + offs, mask=inside, other=0) != 0)
-            scored = tl.load(teacher + offs, mask=inside, other=0.0)
-            student = before if DELTA_FROM_OLD else lp
-            delta = tl.where(scored == student, 0.0, scored - student)  # both may be -inf
-            signed = tl.where(neg, -delta, delta)
-            factor = (1.0 - lam) + lam * tl.exp(_clamp(signed, weight_low, weight_high))
-            a_hat = tl.where(chosen, a * factor, a)
-            chosen = chosen & active
-            reweighted_pos = _add(reweighted_pos, chosen & pos, 1.0)
-            reweighted_neg = _add(reweighted_neg, chosen & neg, 1.0)
-            delta_pos = _add(delta_pos, chosen & pos, delta)
-            delta_neg = _add(delta_neg, chosen & neg, delta)
-            delta_squared = _add(delta_squared, chosen, delta * delta)
-            clip_low = _add(clip_low, chosen & (signed < weight_low), 1.0)
-            clip_high = _add(clip_high, chosen & (signed > weight_high), 1.0)
-        weight = a_hat / tl.where(a == 0.0, 1.0, a)
-        weight_pos = _add(weight_pos, active & pos, weight)
-        weight_neg = _add(weight_neg, active & neg, weight)
-
-        # A_hat keeps A's sign, so PPO's min and the dual clip are one clamp of the log-ratio.
-        log_ratio = lp - before
-        praised = a_hat > 0.0
-        low = tl.where(praised, -LOG_RATIO_LIMIT, blame_low)
-        high = tl.where(praised, praise_high, blame_high)
-        token = -a_hat * tl.exp(_clamp(log_ratio, low, high))
-        slope = tl.where((log_ratio < low) | (log_ratio > high), 0.0 * a_hat, token)
-        ratio = tl.exp(_clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-        below = _add(below, active & neg & (ratio < ratio_low), 1.0)
-        above = _add(above, active & pos & (ratio > ratio_high), 1.0)
-        dual = _add(dual, active & neg & (ratio > ratio_dual), 1.0)
-        live = active
-        if HAS_REF:
-            d = tl.load(ref + offs, mask=inside, other=0.0) - lp
-            bounded = tl.where(d > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, d)
-            kl = _exp_minus_line(bounded)
-            sum_kl = _add(sum_kl, active, kl)
-            if HAS_KL_LOSS:
-                live = w != 0.0
-                token += beta * kl
-                slope -= beta * tl.where(d > LOG_RATIO_LIMIT, 0.0, kl + bounded)
-        if HAS_ENTROPY:
-            h = tl.load(entropy + offs, mask=inside, other=0.0)
-            sum_entropy = _add(sum_entropy, active, h)
-        sum_loss = _add(sum_loss, live, w * token)
-        tl.store(g + offs, tl.where(live, w * slope, 0.0), mask=inside)
-    tl.store(loss, tl.sum(sum_loss, 0).to(tl.float32))
-    tl.store(sums, tl.sum(reweighted_pos, 0))
-    tl.store(sums + 1, tl.sum(reweighted_neg, 0))
-    tl.store(sums + 2, tl.sum(active_pos, 0))
-    tl.store(sums + 3, tl.sum(active_neg, 0))
-    tl.store(sums + 4, tl.sum(delta_pos, 0))
-    tl.store(sums + 5, tl.sum(delta_neg, 0))
-    tl.store(sums + 6, tl.sum(delta_squared, 0))
-    tl.store(sums + 7, tl.sum(weight_pos, 0))
-    tl.store(sums + 8, tl.sum(weight_neg, 0))
-    tl.store(sums + 9, tl.sum(clip_low, 0))
-    tl.store(sums + 10, tl.sum(clip_high, 0))
-    tl.store(sums + 11, tl.sum(below, 0))
-    tl.store(sums + 12, tl.sum(above, 0))
-    tl.store(sums + 13, tl.sum(dual, 0))
-    tl.store(sums + 14, tl.sum(sum_kl, 0))
-    tl.store(sums + 15, tl.sum(sum_entropy, 0))
-    tl.store(sums + 16, tl.sum(sum_policy_kl, 0))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -450,13 +358,13 @@ def energies(e, v):
 
 
 def fix_targets(e, ids, values):
-    """In place e[i, ids[i]] = values[i] where 0 <= ids[i] < V."""
+    """In place e[i, ids_ik] = values_ik where 0 <= ids_ik < V; ids (M,) or (M, K)."""
     m, vocab = e.shape
     if m:
         with torch.cuda.device_of(e):
-            _fix_targets_kernel[(triton.cdiv(m, 128),)](
-                e, ids.contiguous(), values.contiguous(), m, vocab, e.stride(0), BLOCK_M=128,
-                num_warps=4,
+            _fix_targets_kernel[(triton.cdiv(ids.numel(), 128),)](
+                e, ids.contiguous(), values.contiguous(), m, ids.numel() // m, vocab, e.stride(0),
+                BLOCK_M=128, num_warps=4,
             )
 
 
@@ -469,29 +377,6 @@ def scale(x, factor):
             )
 
 
-def token_rows(
-    log_probs, advantages, loss_weights, rlsd_lambda, config, *, teacher_log_probs=None,
-    old_log_probs=None, ref_log_probs=None, reweight_mask=None, entropy=None,
-):
-    """loss (), g (M,) and the TOKEN_SUMS in fp64; entropy only feeds its sum."""
-    given = [log_probs, advantages, loss_weights, teacher_log_probs, old_log_probs, ref_log_probs,
-             reweight_mask, entropy]
-    given = [log_probs if x is None else x.contiguous() for x in given]
-    g = torch.empty_like(given[0])
-    loss = g.new_empty(())
-    sums = g.new_empty(len(TOKEN_SUMS), dtype=torch.float64)
-    with torch.cuda.device_of(g):
-        _token_kernel[(1,)](
-            *given, rlsd_lambda, loss, g, sums, len(g), *config.token_bounds,
-            HAS_TEACHER=teacher_log_probs is not None, HAS_OLD=old_log_probs is not None,
-            HAS_REF=ref_log_probs is not None, HAS_MASK=reweight_mask is not None,
-            HAS_ENTROPY=entropy is not None, HAS_KL_LOSS=config.beta > 0,
-            DELTA_FROM_OLD=config.rlsd_delta_source == "old_log_probs",
-            NEGATIVE_ONLY=config.rlsd_negative_only, **tuning.TOKEN_TILES,
-        )
-    return loss, g, sums
-
-
 class Scorer(StreamingScorer):
     """Tier A by streaming kernels, tier B by the GEMM with the exp inside.
 
@@ -502,16 +387,19 @@ class Scorer(StreamingScorer):
         super().__init__(*head)
         self.tier, self.tiles = tier or tuning.SCORE_TIER, tiles
 
-    def score(self, h, c, *, out=None, keep=None, want_entropy=False, ids=None, z_y=None):
+    def score(
+        self, h, c, *, out=None, keep=None, want_entropy=False, ids=None, z_y=None, logits=None
+    ):
         # Tier B reads its flags back, and other shards of the head may have to take tier A; it
         # leaves z_y as it came, for its logits never leave the registers.
-        alone = not self.sharded and not capturing(h)
+        alone = not self.sharded and not capturing(h) and logits is None
+        alone = alone and (ids is None or ids.dim() == 1)
         if self.tier == "B" and alone and keep != "logits" and not want_entropy and len(h):
             tiles = self._gemm_tiles(h, out)
             if tiles is not None:
                 return self._score_in_gemm(h, c, out, tiles)
         return super().score(
-            h, c, out=out, keep=keep, want_entropy=want_entropy, ids=ids, z_y=z_y
+            h, c, out=out, keep=keep, want_entropy=want_entropy, ids=ids, z_y=z_y, logits=logits
         )
 
     def _gemm_tiles(self, h, out):
@@ -529,6 +417,16 @@ class Scorer(StreamingScorer):
         with torch.cuda.device_of(x):
             _row_max_kernel[(len(c),)](
                 x, x if bias is None else bias, c, total, self.vocab, x.stride(0), pre, post,
+                HAS_BIAS=bias is not None, HAS_CAP=capped, **tuning.exp_tiles(self.vocab),
+            )
+
+    def _row_logits(self, x, epilogue, total, top_ids):
+        bias, pre, post, capped = epilogue
+        if not len(total):
+            return
+        with torch.cuda.device_of(x):
+            _row_logits_kernel[(len(total),)](
+                x, x if bias is None else bias, total, top_ids, self.vocab, x.stride(0), pre, post,
                 HAS_BIAS=bias is not None, HAS_CAP=capped, **tuning.exp_tiles(self.vocab),
             )
 
@@ -574,18 +472,19 @@ class Scorer(StreamingScorer):
                 out[flagged] = redone
         return c, s, None
 
-    def logit_gradient(self, z, out, ids, lse, g, g_entropy, entropy, scale):
-        """out = scale (g (p - onehot) + g_entropy p (log p + H)) dcap with p = exp(z - lse)."""
+    def logit_gradient(self, z, out, ids, lse, g, g_entropy, entropy, even, scale):
+        """out = scale (g (p - onehot) + g_entropy p (log p + H) + even) dcap, p = exp(z - lse)."""
         m, vocab = z.shape
         if not m:
             return
         has_entropy = g_entropy is not None and entropy is not None
-        rows = (ids, lse, g, g_entropy if has_entropy else g, entropy if has_entropy else g)
+        rows = (ids, lse, g, g_entropy if has_entropy else g, entropy if has_entropy else g,
+                g if even is None else even)
         rows = [x.contiguous() for x in rows]
         with torch.cuda.device_of(z):
             _logit_gradient_kernel[(m,)](
                 z, out, *rows, vocab, z.stride(0), out.stride(0), scale, 1 / self.post,
-                HAS_CAP=self.capped, HAS_ENTROPY=has_entropy,
+                HAS_CAP=self.capped, HAS_ENTROPY=has_entropy, HAS_EVEN=even is not None,
                 **tuning.exp_tiles(vocab),
             )
 

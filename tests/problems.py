@@ -2,6 +2,7 @@
 
 import torch
 
+import rlsd_kernels
 from rlsd_kernels import RLSDLossConfig, fused_linear_rlsd_loss, ref
 from rlsd_kernels.ref import linear_log_probs
 
@@ -67,6 +68,22 @@ def run_fused(problem, impl, *, upstream=1.0, grads=("hidden", "weight", "bias")
         (out.loss * upstream).backward()
         result |= {f"d_{k}": x.grad for k, x in leaves.items()}
     return {k: v.detach() for k, v in result.items()}
+
+
+def run_log_probs(inputs, impl, upstream, **options):
+    """All that linear_log_probs returns, and the gradients of hidden, weight and bias by the
+    outputs that upstream names, {name: gradient}."""
+    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items() if v.is_floating_point()}
+    out = rlsd_kernels.linear_log_probs(
+        leaves["hidden"], leaves["weight"], inputs["completion_ids"], bias=leaves.get("bias"),
+        impl=impl, return_entropy=True, return_lse=True, return_mean_logits=True,
+        return_greedy=True, **options,
+    )
+    values = out._asdict()
+    total = sum((values[k] * u.to(values[k].dtype)).sum() for k, u in upstream.items())
+    grads = torch.autograd.grad(total, list(leaves.values()))
+    result = {k: v.detach() for k, v in values.items()}
+    return result | {f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}
 
 
 def chunked_reference(

@@ -18,8 +18,6 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from rlsd_kernels import linear_log_probs
 
-LOGITS_AT_ONCE = 2**22
-
 
 class Scores(NamedTuple):
     """What TRL's trainers read of a pass with a fused head; 0 where not labelled."""
@@ -92,11 +90,15 @@ def answer_trl(model, scale, *, temperature, impl, gradient_tolerance, metrics, 
             hidden = nn.functional.pad(hidden, (0, 0, labels.shape[1] - hidden.shape[1], 1))
         rows, ids = hidden[:, :-1][live], labels[live]
         found = linear_log_probs(
-            rows, weight, ids, bias=bias, return_entropy=True, temperature=temperature, impl=impl,
+            rows, weight, ids, bias=bias, return_entropy=True, return_mean_logits=metrics,
+            return_greedy=metrics, temperature=temperature, impl=impl,
             gradient_tolerance=gradient_tolerance, **scale._asdict(),
         )
-        found = [*found, live]
-        found += _metrics(rows, weight, bias, scale, ids) if metrics else [None, None]
+        is_top1 = mean_logits = None
+        if metrics:
+            is_top1 = found.greedy_ids == ids
+            mean_logits = found.mean_logits.detach() * temperature
+        found = [*found[:2], live, is_top1, mean_logits]
         return [x if x is None or x is live else x.new_zeros(live.shape).masked_scatter(live, x)
                 for x in found]
 
@@ -117,16 +119,3 @@ def answer_trl(model, scale, *, temperature, impl, gradient_tolerance, metrics, 
         return Scores(*scored, aux_loss)
 
     model.forward = types.MethodType(answering, model)
-
-
-@torch.no_grad()
-def _metrics(rows, weight, bias, scale, ids):
-    """Whether the ids are the most likely tokens, and mean logits, both (N,): one GEMM more."""
-    count, found = max(1, LOGITS_AT_ONCE // len(weight)), ([], [])
-    for x, y in zip(rows.split(count), ids.split(count), strict=True):
-        z = nn.functional.linear(x, weight, bias).float() * scale.logit_scale
-        if (cap := scale.final_logit_softcapping) is not None:
-            z = cap * torch.tanh(z / cap)
-        found[0].append(z.argmax(-1) == y)
-        found[1].append(z.mean(-1))
-    return [torch.cat(part) for part in found]

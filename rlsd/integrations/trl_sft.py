@@ -25,7 +25,7 @@ def use_fused_head(trainer, *, impl="auto", gradient_tolerance=0.0):
     """Let a trainer's passes score tokens by linear_log_probs instead of TRL's own fused head.
 
     The loss stays TRL's, on log-probs and entropies from fp32 logits; token accuracy and mean
-    logits, its metrics, cost one GEMM over the head more. Call it before train().
+    logits, its metrics, come from the same pass. Call it before train().
 
     Args:
         trainer: SFTTrainer, or DPOTrainer without use_weighting; PEFT models and any loss_type.

@@ -1,11 +1,11 @@
 """RLSD in verl 0.9: a fused LM head, and the advantage estimator `rlsd`, installed by import.
 
     VERL_USE_EXTERNAL_MODULES=rlsd.integrations.verl python -m verl.trainer.main_ppo \
-        algorithm.adv_estimator=rlsd trainer.use_v1=False ...
+        algorithm.adv_estimator=rlsd ...
 
 With use_fused_kernels, actors get log-probs and entropies without (N, V) logits. verl's GRPO
-advantages are re-weighted by log-probs of today's policy shown extra_info["teacher_prompt"], from
-the call that makes old_log_probs. OPTIONS are algorithm's, named as in ms-swift.
+advantages are re-weighted by log-probs of today's policy shown extra_info["teacher_prompt"], in
+either of verl's trainers (verl_teacher.py). OPTIONS are algorithm's, named as in ms-swift.
 """
 
 import logging
@@ -19,12 +19,10 @@ from verl.utils import config as verl_config
 
 import rlsd_kernels
 from rlsd.config import UserError
-from rlsd.policy.advantages import rlsd_lambda_at
 from rlsd.policy.models import head_terms
-from rlsd.policy.packing import left_pad
 
-OPTIONS = {"rlsd_lambda": 0.5, "rlsd_lambda_warmup_steps": 0, "rlsd_lambda_decay_steps": 0,
-           "rlsd_reweight_clip_range": 0.2, "rlsd_negative_only": False}
+from . import verl_teacher
+from .verl_teacher import OPTIONS, options_of, wrap
 
 
 def fused_forward(self, input_ids=None, labels=None, shift_labels=None, temperature=1.0, **inputs):
@@ -40,10 +38,6 @@ def fused_forward(self, input_ids=None, labels=None, shift_labels=None, temperat
         gradient_tolerance=getattr(self.config, "rlsd_gradient_tolerance", 0.0),  # override_config
     )
     return dense_common.CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy)
-
-
-def options_of(algorithm):
-    return {name: (algorithm or {}).get(name, default) for name, default in OPTIONS.items()}
 
 
 @core_algos.register_adv_est("rlsd")
@@ -66,46 +60,12 @@ def rlsd_estimator(
     if lam > 0:
         if teacher_log_probs is None or old_log_probs is None:
             raise UserError("adv_estimator=rlsd needs teacher_log_probs and old_log_probs, which "
-                            "RayPPOTrainer (trainer.use_v1=False) puts into the batch.")
+                            "verl's own trainers put into the batch once this hook is loaded.")
         a = rlsd_kernels.rlsd_advantages(
             a, old_log_probs, teacher_log_probs, rlsd_lambda=lam, reweight_mask=response_mask != 0,
             rlsd_reweight_clip_range=clip_range, rlsd_negative_only=negative_only,
         )
     return a, a
-
-
-def teacher_batch(batch, tokenizer, template_options):
-    """The batch with the teacher's prompts before the very same response tokens."""
-    prompts, old, responses = [], batch.batch, batch.batch["responses"]
-    if any(map(len, batch.non_tensor_batch.get("multi_modal_inputs", ()))):
-        raise UserError("The RLSD teacher takes no images, but the batch has some.")
-    for i, extra in enumerate(batch.non_tensor_batch.get("extra_info", [{}])):
-        chat = extra.get("teacher_prompt")
-        if chat is None or isinstance(chat, str) or len(chat) == 0:
-            raise UserError(f"extra_info['teacher_prompt'] of row {i} must be a chat, but is "
-                            f"{chat!r:.80}, so the row would silently train as plain GRPO.")
-        prompts.append(tokenizer.apply_chat_template(
-            list(chat), add_generation_prompt=True, return_dict=False, **template_options
-        ))
-    ids, mask = left_pad(prompts, tokenizer.pad_token_id, responses.device)
-    mask = torch.cat([mask, old["attention_mask"][:, -responses.shape[1] :]], 1)
-    return verl.DataProto.from_dict({
-        "prompts": ids, "responses": responses, "response_mask": old["response_mask"],
-        "input_ids": torch.cat([ids, responses], 1), "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-    }, meta_info=batch.meta_info)
-
-
-def _score(original, trainer, batch):
-    scored, config = original(trainer, batch), trainer.config
-    if config.algorithm.adv_estimator == "rlsd":
-        lam = rlsd_lambda_at(trainer.global_steps, *list(options_of(config.algorithm).values())[:3])
-        scored[0].meta_info["rlsd_lambda"] = lam
-        if lam > 0:
-            options = config.data.get("apply_chat_template_kwargs") or {}
-            teacher = original(trainer, teacher_batch(batch, trainer.tokenizer, options))[0].batch
-            scored[0].batch["teacher_log_probs"] = teacher["old_log_probs"]
-    return scored
 
 
 def _advantage(original, data, adv_estimator, **named):
@@ -120,31 +80,27 @@ def _advantage(original, data, adv_estimator, **named):
 
 
 def _validate(original, config, *args, **named):
-    algorithm, trainer = config.algorithm, config.trainer
+    algorithm = config.algorithm
     if algorithm.adv_estimator == "rlsd":
         lam, _, _, clip_range, _ = options_of(algorithm).values()
         rlsd_kernels.RLSDLossConfig(lam, clip_range)
         unknown = {n for n in algorithm if n.startswith("rlsd_")} - {*OPTIONS}
         bypass = (algorithm.get("rollout_correction") or {}).get("bypass_mode")
-        if unknown or trainer.get("use_v1") or bypass:
-            why = ("bypass_mode" if bypass else "trainer.use_v1") + " leaves out the teacher's pass"
+        if unknown or bypass:
+            why = "bypass_mode leaves out the pass of old_log_probs"
             why = f"algorithm has none of {sorted(unknown)}" if unknown else why
             raise UserError(f"adv_estimator=rlsd cannot run because {why}.")
     return original(config, *args, **named)
 
 
-def _install(place, name, wrapper):
-    original = getattr(place, name)
-    setattr(place, name, lambda *args, **named: wrapper(original, *args, **named))
-
-
 if not verl.__version__.startswith("0.9."):
     raise UserError(f"The RLSD hook needs verl 0.9.x, but {verl.__version__} is installed.")
 dense_common.forward_with_torch_backend = dense_common.forward_with_triton_backend = fused_forward
-_install(ray_trainer.RayPPOTrainer, "_compute_old_log_prob", _score)
-_install(ray_trainer, "compute_advantage", _advantage)
-_install(verl_config, "validate_config", _validate)
+wrap(ray_trainer, "compute_advantage", _advantage)
+wrap(verl_config, "validate_config", _validate)
+verl_teacher.install()  # it takes compute_advantage as it is by now
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)
 logger.info("RLSD: replaced verl's fused heads of text models (they run with use_fused_kernels), "
-            "compute_advantage, validate_config and RayPPOTrainer._compute_old_log_prob.")
+            "compute_advantage, validate_config, RayPPOTrainer._compute_old_log_prob and "
+            "PPOTrainer._compute_advantage.")

@@ -281,18 +281,22 @@ def run_ops(impl):
             check_step(out, grads, hidden, weight, label)
             calls += 1
     shapes = SMALL[1:] if impl == "torch" else SMALL
-    for dtype, shape, entropy, keep in itertools.product(DTYPES, shapes, (0, 1), (0, 1)):
+    asked = ((), ("entropy",), ("lse", "mean_logits"), ("entropy", "lse", "mean_logits", "ids"))
+    for dtype, shape, names, keep in itertools.product(DTYPES, shapes, asked, (0, 1)):
         with FakeTensorMode(), Ledger(0.7):
             n, v, h = SHAPES[shape]
             hidden, weight, bias = (gpu(*s, dtype=DTYPES[dtype]).requires_grad_()
                                     for s in ((n, h), (v, h), (v,)))
+            ids = (n, 3) if "ids" in names else (n,)
             out = linear_log_probs(
-                hidden, weight, gpu(n, dtype=torch.int64), bias=bias, old_log_probs=gpu(n),
-                return_entropy=bool(entropy), impl=impl,
-                max_workspace_bytes=None if keep else 20 * v,
+                hidden, weight, gpu(*ids, dtype=torch.int64), bias=bias, old_log_probs=gpu(*ids),
+                return_entropy="entropy" in names, return_lse="lse" in names,
+                return_mean_logits="mean_logits" in names, return_greedy="lse" in names,
+                impl=impl, max_workspace_bytes=None if keep else 20 * v,
             )
-            lp, h_out = out if entropy else (out, None)
-            dx, dw, db, *_ = backward(lp, gpu(n), gpu(n) if entropy else None, *[None] * 7)
+            lp = out[0] if names else out
+            upstream = [gpu(n) if x in names else None for x in ("entropy", "lse", "mean_logits")]
+            dx, dw, db, *_ = backward(lp, gpu(*ids), *upstream, *[None] * 10)
             assert dx.shape == hidden.shape and dw.dtype == weight.dtype and db.shape == (v,)
             calls += 1
     for terms in ({}, {"entropy": 1, "config": RLSDLossConfig(entropy_coef=0.1)},
@@ -353,8 +357,8 @@ def build():
     torch.ops.load_library(path)
     needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True).stdout
     assert "[libtorch.so]" in needed, needed
-    names = ("exp_rows", "row_max", "logit_gradient", "target_logits", "fix_targets", "energies",
-             "token_rows")
+    names = ("exp_rows", "row_max", "row_logits", "logit_gradient", "target_logits", "fix_targets",
+             "energies", "token_rows")
     schemas = [getattr(torch.ops.rlsd_cuda, name).default._schema for name in names]
     try:
         torch.ops.rlsd_cuda.fix_targets(torch.zeros(1, 1), torch.zeros(1).long(), torch.zeros(1))

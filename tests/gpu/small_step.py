@@ -35,6 +35,12 @@ def main():
                 return_entropy=True, impl=impl,
             )
             (lp.sum() + entropy.sum()).backward()
+            ids = torch.stack([p["completion_ids"], p["completion_ids"].flip(0)], 1)
+            out = linear_log_probs(
+                *leaves, ids, return_entropy=True, return_lse=True, return_mean_logits=True,
+                return_greedy=True, final_logit_softcapping=3.0, impl=impl,
+            )
+            sum(x.sum() for x in out[:4]).backward()
             if impl == "triton" and dtype != torch.float32:  # the GEMM with the exp inside
                 p = make_problem(150, 4112, 128, dtype, device=DEVICE)
                 scorer = load_impl(impl).Scorer(p["weight"], None, 1.0, 1.0, None, 150, tier="B")

@@ -19,7 +19,7 @@ from on_gpu import (
     size,
     truth_of,
 )
-from problems import NAMES, make_problem, run_fused, worst
+from problems import NAMES, cast, make_problem, run_fused, run_log_probs, worst
 
 from rlsd_kernels import gemm, linear_distillation_loss, linear_log_probs
 from rlsd_kernels.ref import linear_distillation_loss as specified_distillation
@@ -129,6 +129,33 @@ def test_log_probs(dtype, keep, impl):
     assert error <= 4 * absolute, sentence
     for got, truth, terms in zip(grads, exact, (v, 1), strict=True):
         assert relative(got, truth) <= share_of(dtype, int((upstream != 0).sum()), terms)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("asked", ["smoothed", "top-k", "softcap"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_what_else_a_row_gives(dtype, asked, impl):
+    require(impl, dtype)
+    n, v = size(257, 21), size(151936, 303)
+    p = make_problem(n, v, 64, dtype, device=DEVICE)
+    inputs = {k: p[k] for k in ("hidden", "weight", "completion_ids")}
+    names = ("log_probs",) if asked == "top-k" else ("log_probs", "lse", "mean_logits")
+    if asked == "top-k":
+        inputs["completion_ids"] = torch.randint(0, v, (n, 20), device=DEVICE)
+    upstream = {k: torch.randn(inputs["completion_ids"].shape if k == "log_probs" else (n,),
+                               device=DEVICE) for k in names}
+    options = {"final_logit_softcapping": 3.0 if asked == "softcap" else None}
+    got = run_log_probs(inputs, impl, upstream, **options)
+    truth = run_log_probs(cast(inputs, torch.float64), "ref", upstream, **options)
+    absolute, _ = CONTRACT[dtype]
+    for name, want in truth.items():
+        if name.startswith("d_"):
+            share = share_of(dtype, n, v if name == "d_hidden" else 1)
+            assert relative(got[name], want) <= share, name
+        elif name != "greedy_ids":  # of nearly equal logits either may win
+            error, sentence = worst(got[name], want)
+            assert error <= 4 * absolute, f"{name}: {sentence}"
+    assert (got["greedy_ids"] == truth["greedy_ids"]).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("impl", KERNELS)

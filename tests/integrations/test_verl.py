@@ -14,10 +14,12 @@ import torch
 
 pytest.importorskip("verl", reason="needs verl 0.9: tests/integrations/run_verl.sh")
 
+import transfer_queue  # noqa: E402
 import verl  # noqa: E402
 from cpu_platform import PlatformCPU  # noqa: E402
 from hydra import compose, initialize_config_module  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
+from omegaconf import OmegaConf, open_dict  # noqa: E402
+from transfer_queue import KVBatchMeta  # noqa: E402
 from verl.plugin.platform.platform_manager import set_platform  # noqa: E402
 
 set_platform(PlatformCPU())  # before the modules that read the device's name
@@ -29,8 +31,11 @@ THEIRS = {"torch": dense_common.forward_with_torch_backend,
 from transformers import Qwen3ForCausalLM  # noqa: E402
 from verl.trainer.config import CheckpointConfig  # noqa: E402
 from verl.trainer.ppo import core_algos, ray_trainer  # noqa: E402
+from verl.trainer.ppo.v1 import trainer_base, utils  # noqa: E402
 from verl.utils import config as verl_config  # noqa: E402
+from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.utils.model import update_model_config  # noqa: E402
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict  # noqa: E402
 from verl.workers.config import (  # noqa: E402
     FSDPActorConfig,
     FSDPEngineConfig,
@@ -46,6 +51,7 @@ from verl.workers.utils.losses import ppo_loss  # noqa: E402
 from rlsd.config import UserError  # noqa: E402
 from rlsd.demo import save_model, tiny_model, word_tokenizer  # noqa: E402
 from rlsd.integrations import verl as hook  # noqa: E402
+from rlsd.integrations import verl_teacher  # noqa: E402
 from rlsd_kernels import rlsd_advantages  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -365,6 +371,89 @@ def test_no_teacher_pass_at_lambda_zero(cluster, monkeypatch):
     assert lams == [0.25, 0.0, 0.0] and len(calls) == 4
 
 
+class Queue:
+    """The calls of transfer_queue that v1 makes, on rows in this process."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def kv_batch_put(self, keys, partition_id, fields=None, tags=None):
+        for i, key in enumerate(keys):
+            row = self.rows.setdefault(key, {})
+            row.update({name: fields[name][i] for name in fields.keys()})
+        return KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=partition_id)
+
+    def kv_batch_get(self, keys, partition_id, select_fields=None):
+        names = select_fields or self.rows[keys[0]].keys()
+        return list_of_dict_to_tensordict([
+            {n: self.rows[key][n] for n in names if n in self.rows[key]} for key in keys
+        ])
+
+
+def queued(trainer, monkeypatch, batch):
+    """The rollout as v1's agent loops leave it in the queue, whose worker reads and writes it."""
+    queue, rows, keys = Queue(), [], []
+    for module in (transfer_queue, trainer_base.tq):
+        monkeypatch.setattr(module, "kv_batch_get", queue.kv_batch_get)
+        monkeypatch.setattr(module, "kv_batch_put", queue.kv_batch_put)
+    data, other = batch.batch, batch.non_tensor_batch
+    for i in range(B):
+        live = data["attention_mask"][i].bool()
+        response = live[P:]
+        rows.append({
+            "prompts": data["prompts"][i][live[:P]], "responses": data["responses"][i][response],
+            "input_ids": data["input_ids"][i][live], "position_ids": torch.arange(int(live.sum())),
+            "response_mask": torch.ones(int(response.sum()), dtype=torch.int64),
+            "rm_scores": data["token_level_rewards"][i][response],
+            "uid": other["uid"][i], "extra_info": other["extra_info"][i],
+            "multi_modal_inputs": {},
+        })
+        rows[-1]["loss_mask"] = rows[-1]["response_mask"]
+        keys.append(f"{other['uid'][i]}_{i}_0")
+    meta = queue.kv_batch_put(keys, "train", list_of_dict_to_tensordict(rows))
+    worker = trainer.worker
+
+    def compute_log_prob(given):
+        if not isinstance(given, KVBatchMeta):
+            return worker.infer_batch(given)
+        td = queue.kv_batch_get(given.keys, "train").exclude("uid", "extra_info")
+        tu.assign_non_tensor(td, **given.extra_info)
+        out = worker.infer_batch(td)
+        return queue.kv_batch_put(given.keys, "train", out.select("log_probs", "entropy"))
+
+    trainer.actor_rollout_wg.compute_log_prob = compute_log_prob
+    with open_dict(trainer.config):
+        trainer.config.algorithm.use_kl_in_reward = False
+        trainer.config.actor_rollout_ref.rollout.calculate_log_probs = False
+        actor = trainer.config.actor_rollout_ref.actor
+        actor.loss_agg_mode, actor.loss_scale_factor = "token-mean", None
+    return queue, meta
+
+
+def test_the_v1_trainer_comes_to_the_same_advantages(cluster, monkeypatch):
+    trainer = make_trainer(cluster, monkeypatch, fused=True)
+    want, _ = step(make_trainer(cluster, monkeypatch, fused=True), rollout())
+    queue, meta = queued(trainer, monkeypatch, rollout())
+    v1 = trainer_base.PPOTrainer
+    meta = v1._compute_old_log_prob(trainer, meta, {})
+    meta = v1._compute_advantage(trainer, meta, {})
+    assert utils.compute_advantage is not ray_trainer.compute_advantage
+    for i, key in enumerate(meta.keys):
+        live = want.batch["response_mask"][i].bool()
+        torch.testing.assert_close(
+            queue.rows[key]["advantages"], want.batch["advantages"][i][live], rtol=1e-5, atol=1e-6
+        )
+    assert verl_teacher._given.get() is None  # of this step alone
+    changed = copy.deepcopy(queue.rows)
+    trainer.config.algorithm.rlsd_lambda = 0.0
+    v1._compute_advantage(trainer, meta, {})
+    assert any((queue.rows[k]["advantages"] != changed[k]["advantages"]).any() for k in meta.keys)
+    with pytest.raises(UserError, match="takes one output of a session") as error:
+        v1._compute_advantage(trainer, KVBatchMeta(
+            keys=["a_0_0", "a_0_1"], tags=[{}, {}], partition_id="train"), {})
+    one_sentence(error)
+
+
 @pytest.mark.parametrize("extra, complaint", [
     ({}, "row 2 must be a chat, but is None"), ({"teacher_prompt": "x"}, "row 2 .* but is 'x'"),
 ], ids=["missing", "text"])
@@ -391,12 +480,9 @@ def test_a_row_without_a_teacher_prompt_is_refused(extra, complaint):
     ({"rlsd_reweight_clip_range": 2.0}, "rlsd_reweight_clip_range must be"),
     ({"rlsd_lamda": 0.5}, r"algorithm has none of \['rlsd_lamda'\]"),
     ({"rollout_correction": {"bypass_mode": True}}, "because bypass_mode leaves out"),
-    ({"use_v1": True}, "because trainer.use_v1 leaves out"),
-], ids=["lambda", "clip", "typo", "bypass", "v1"])
+], ids=["lambda", "clip", "typo", "bypass"])
 def test_bad_options_are_refused_before_anything_runs(changed, complaint):
-    config = OmegaConf.create({
-        "trainer": {"use_v1": changed.pop("use_v1", False)}, "algorithm": algorithm(**changed),
-    })
+    config = OmegaConf.create({"trainer": {}, "algorithm": algorithm(**changed)})
     with pytest.raises(ValueError, match=complaint) as error:
         verl_config.validate_config(config, use_reference_policy=False, use_critic=False)
     one_sentence(error)
@@ -409,12 +495,11 @@ def test_the_documented_command_line_composes_and_validates():
                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
                "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1"]
     with initialize_config_module("verl.trainer.config", version_base=None):
-        v1 = compose("ppo_trainer", overrides=command)
-        config = compose("ppo_trainer", overrides=[*command, "trainer.use_v1=False"])
-    verl_config.validate_config(config, use_reference_policy=False, use_critic=False)
-    assert hook.options_of(config.algorithm) == hook.OPTIONS
-    with pytest.raises(UserError, match="because trainer.use_v1 leaves out"):
-        verl_config.validate_config(v1, use_reference_policy=False, use_critic=False)
+        for more, v1 in (((), True), (("trainer.use_v1=False",), False)):
+            config = compose("ppo_trainer", overrides=[*command, *more])
+            verl_config.validate_config(config, use_reference_policy=False, use_critic=False)
+            assert hook.options_of(config.algorithm) == hook.OPTIONS
+            assert config.trainer.use_v1 == v1
 
 
 def test_loaded_by_verl_it_says_what_it_replaced_and_refuses_other_versions():
@@ -426,6 +511,9 @@ def test_loaded_by_verl_it_says_what_it_replaced_and_refuses_other_versions():
 
     done = python("from verl.trainer.main_ppo import validate_config\n"
                   "import rlsd.integrations.verl as hook\n"
+                  "from verl.trainer.ppo.v1 import trainer_base, utils\n"
+                  "assert utils.compute_advantage.func is hook.verl_teacher._advantage\n"
+                  "assert trainer_base.PPOTrainer._compute_advantage.__wrapped__\n"
                   "assert validate_config is hook.verl_config.validate_config",
                   VERL_USE_EXTERNAL_MODULES="rlsd.integrations.verl")
     assert done.returncode == 0, done.stderr

@@ -447,12 +447,17 @@ for v, rows, at_end in itertools.product((1, 2, 3, 5, 8, 31, 4099, 8200), (1, 3)
     ops.row_max(guarded(x, at_end), guarded(bias, at_end), top, guarded(zero, at_end), 1.0, 1.0,
                 False)
     assert torch.equal(top, (x + bias).amax(-1))
+    place = guarded(torch.zeros(rows).long(), at_end)
+    ops.row_logits(guarded(x, at_end), guarded(bias, at_end), top, place, 1.0, 1.0, False)
+    assert torch.equal(place, (x + bias).argmax(-1))
     for dtype in (torch.bfloat16, torch.float32):
         out = guarded(torch.zeros(rows, v).to(dtype), at_end)
         ops.logit_gradient(guarded(x, at_end), out, ids, c, guarded(zero + 1, at_end), None, None,
-                           1.0, 1.0, False)
+                           guarded(zero, at_end), 1.0, 1.0, False)
         ops.fix_targets(out, ids, guarded(zero + 2, at_end))
-        assert (out[:, -1] == 2).all()
+        pairs = guarded(torch.stack([zero, zero], 1).long(), at_end)
+        ops.fix_targets(out, pairs, guarded(pairs + 3.0, at_end))
+        assert (out[:, -1] == (2 if v > 1 else 3)).all() and (out[:, 0] == 3).all()
         strips = -(-v // 256)
         columns, parts = (guarded(torch.zeros(n), at_end) for n in (v, strips * rows))
         ops.energies(out, guarded(zero + 3, at_end), columns, parts)
@@ -564,8 +569,8 @@ import torch
 from rlsd_kernels import extension
 extension.build({str(tmp_path / "_cuda.so")!r}, extension.install_archs())
 torch.ops.load_library({str(tmp_path / "_cuda.so")!r})
-names = ("exp_rows", "row_max", "logit_gradient", "target_logits", "fix_targets", "energies",
-         "token_rows")
+names = ("exp_rows", "row_max", "row_logits", "logit_gradient", "target_logits", "fix_targets",
+         "energies", "token_rows")
 print([len(getattr(torch.ops.rlsd_cuda, n).default._schema.arguments) for n in names])
 try:
     torch.ops.rlsd_cuda.fix_targets(torch.zeros(1, 1), torch.zeros(1).long(), torch.zeros(1))
@@ -579,7 +584,7 @@ except NotImplementedError as error:
     if torch.version.cuda is None and "undefined symbol" in done.stderr:
         pytest.skip("this torch has no CUDA to load it into")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["[11, 7, 10, 4, 3, 4, 23]", "True"]
+    assert done.stdout.splitlines() == ["[11, 7, 7, 11, 4, 3, 4, 23]", "True"]
 
 
 def test_the_committed_report_is_of_these_sources():

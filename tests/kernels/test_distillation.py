@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsd_kernels import distillation, gemm, linear_distillation_loss
 from rlsd_kernels.ops import Need
-from rlsd_kernels.pipeline import Head
+from rlsd_kernels.rows import Head
 from rlsd_kernels.shards import Shard
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")

@@ -7,7 +7,7 @@ from test_distillation import DIVERGENCES, make
 
 from rlsd_kernels import distillation, linear_distillation_loss
 from rlsd_kernels.ops import Need, flatten
-from rlsd_kernels.pipeline import Head
+from rlsd_kernels.rows import Head
 from rlsd_kernels.shards import Shard
 
 OPCHECKS = {

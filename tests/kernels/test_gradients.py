@@ -16,7 +16,9 @@ from rlsd_kernels import (
     gradients,
     linear_log_probs,
     ref,
+    rows,
     torch_impl,
+    tuning,
 )
 from rlsd_kernels.logprob import load_impl
 
@@ -374,3 +376,74 @@ def test_left_out_of_the_reference_is_the_smallest():
     d = torch.tensor([[3.0, 1e-3, 0.0], [1e-4, 0.0, 0.0]], dtype=torch.float64)
     rows, columns = ref.left_out(d, 1e-2)
     assert rows.tolist() == [False, True] and columns.tolist() == [False, True, True]
+
+
+# From the rows by what columns for equal ones leave out of them, the most first.
+LOUD = {
+    "equal": lambda order: torch.ones(256),
+    "one-row": lambda order: torch.ones(256).index_fill(0, order[:1], 1000.0),
+    "some-rows": lambda order: torch.ones(256).index_fill(0, order[:60], 30.0),
+    "both-signs": lambda order: torch.linspace(-1, 1, 256) ** 5,
+}
+
+
+@pytest.mark.parametrize("room", ["kept", "some"])
+@pytest.mark.parametrize("upstream", LOUD)
+def test_the_bound_of_log_probs_holds_for_any_upstream_gradient(upstream, room, monkeypatch):
+    """Columns are chosen for rows of one energy; D as the GEMMs take it is told by its entries."""
+    monkeypatch.setitem(tuning.MAX_CHUNK, "cpu", 96)
+    problem, _ = problem_of("plain", n=256)
+    kept, anew, add, add_columns, score = (
+        torch.zeros(256, 512, dtype=torch.bool), [], gradients.Gradients.add,
+        gradients.Gradients.add_columns, rows.Rows.score,
+    )
+
+    def dense(grads, index, h, *args):
+        work = grads.work
+        add(grads, index, h, *args)
+        if grads.work - work == len(h):
+            kept[index] = True
+
+    def some(grads, index, h, v, d, j, *args):
+        kept[index[:, None], j] = True
+        add_columns(grads, index, h, v, d, j, *args)
+
+    def scored(found, h, *args, **named):
+        anew.append(len(h))
+        return score(found, h, *args, **named)
+
+    z = problem["hidden"].double() @ problem["weight"].double().T
+    d = torch.nn.functional.one_hot(problem["completion_ids"], 512) - z.softmax(-1)
+    leaves = [problem[k].clone().requires_grad_() for k in ("hidden", "weight")]
+    lp = linear_log_probs(
+        *leaves, problem["completion_ids"], impl="torch", gradient_tolerance=0.05,
+        max_workspace_bytes={"kept": None, "some": 200_000}[room],
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(gradients.Gradients, "add", dense)
+        patch.setattr(gradients.Gradients, "add_columns", some)
+        patch.setattr(rows.Rows, "score", scored)
+        lp.sum().backward(retain_graph=True)
+        share = d.masked_fill(kept, 0).norm(dim=1) / d.norm(dim=1)
+        assert share.max() > 0.05 and sum(anew) <= (0 if room == "kept" else 200)
+        g = LOUD[upstream](share.argsort(descending=True))
+        d = d * g.double()[:, None]
+        kept.zero_()
+        anew.clear()
+        (lp * g).sum().backward()
+    assert 0.5 * kept.numel() > kept.sum() > 0
+    assert d[~kept].norm() <= 0.05 * d.norm() * (1 + 1e-3)
+    if room == "kept":  # a few rows where they count, none for energies alike
+        assert sum(anew) <= 100 and (sum(anew) > 0) == (upstream in ("one-row", "some-rows"))
+
+
+def test_rows_that_go_are_the_fewest():
+    share = torch.tensor([0.0, 1e-2, 4e-3, 0.0])
+    for energy, want in (
+        ([1.0, 1.0, 1.0, 1.0], [False] * 4), ([1.0, 9.0, 1.0, 1.0], [False, True, False, False]),
+        ([1e-3, 9.0, 9.0, 1e-3], [False, True, False, False]),
+        ([0.0, 1e-9, 9.0, 0.0], [False] * 4), ([0.0] * 4, [False] * 4),
+        ([math.nan, 9.0, 1.0, 1.0], [False] * 4),
+    ):
+        got = gradients.exceeding(torch.tensor(energy), share, 0.1)
+        assert got.tolist() == want, energy

@@ -19,7 +19,8 @@ from rlsd_kernels import (
 )
 from rlsd_kernels.gradients import Kept
 from rlsd_kernels.ops import Need, flatten, unflatten
-from rlsd_kernels.pipeline import Head, Tokens
+from rlsd_kernels.pipeline import Tokens
+from rlsd_kernels.rows import Head, Upstream
 from rlsd_kernels.shards import Shard
 
 RUNNING = [x for x, status in logprob.available_impls(torch.empty(0)).items() if status == "ok"]
@@ -284,7 +285,7 @@ def test_opcheck_log_probs(case, keep):
     torch.library.opcheck(
         torch.ops.rlsd.linear_log_probs.default,
         flatten(logprob.LogProbsInputs(
-            hidden, Head(weight, b, 1.3, 0.7, softcap), ids, None, entropy, keep,
+            hidden, Head(weight, b, 1.3, 0.7, softcap), ids, None, entropy, entropy, keep,
             Shard([0, 7, 7], None), "torch", 2**20, 0.0,
         )),
     )
@@ -301,9 +302,10 @@ def test_opcheck_log_probs_backward(case, need):
     torch.library.opcheck(
         torch.ops.rlsd.linear_log_probs_backward.default,
         flatten(logprob.LogProbsBackwardInputs(
-            torch.randn(n, dtype=out), torch.randn(n, dtype=out) if entropy else None, hidden,
+            Upstream(torch.randn(n, dtype=out), torch.randn(n, dtype=out) if entropy else None),
+            hidden,
             Head(weight, torch.randn(7).to(dtype) if bias else None, 1.3, 0.7, softcap), ids,
-            -torch.ones(n, dtype=out),
+            -torch.ones(n, dtype=out), torch.ones(n, dtype=out),
             left._replace(e=torch.rand(n, 7, dtype=out), s=torch.ones(n, dtype=out))
             if need[0] else left,
             Need(need[0], need[1], bias and need[2]), Shard([0, 7, 7], None), "torch", 2**20,

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from problems import NAMES, assert_as_accurate, cast, make_problem, run_fused
+from problems import NAMES, assert_as_accurate, cast, make_problem, run_fused, run_log_probs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsd_kernels import (
@@ -23,6 +23,7 @@ from rlsd_kernels import (
     logprob,
     pipeline,
     rlsd_loss,
+    rows,
     tuning,
 )
 from rlsd_kernels.ops import Need
@@ -99,27 +100,6 @@ def test_kernels_log_probs(impl, dtype, rows):
         results.append(dict(zip(("lp", "entropy", "d_h", "d_w", "d_b"),
                                 (lp.detach(), entropy.detach(), *grads), strict=True)))
     assert_as_accurate(*results)
-
-
-@pytest.fixture
-def gpu_operands(monkeypatch):
-    """GEMMs as cuBLAS does them: 16-bit operands, fp32 accumulators and result."""
-
-    def logits(h, weight, out):
-        assert h.dtype == weight.dtype
-        return out.copy_(h.float() @ weight.float().T)
-
-    def dx(e, weight):
-        assert e.dtype == weight.dtype
-        return e.float() @ weight.float()
-
-    def add_dw(dw, e, x, *, first=False):
-        assert e.dtype == x.dtype
-        return dw.copy_((0 if first else dw.float()) + e.float().T @ x.float())
-
-    monkeypatch.setattr(gemm, "operand_dtype", lambda weight: weight.dtype)
-    for function in (logits, dx, add_dw):
-        monkeypatch.setattr(gemm, function.__name__, function)
 
 
 def torch_at_16_bits(p, options):
@@ -344,7 +324,7 @@ def test_logits_held_at_once_fit_the_workspace(impl, case, guess):
     with held:
         pipeline.linear_rlsd_loss(
             logprob.load_impl(impl), p["hidden"],
-            pipeline.Head(p["weight"], None, 1.0, 1.0, 5.0 if case == "softcap" else None),
+            rows.Head(p["weight"], None, 1.0, 1.0, 5.0 if case == "softcap" else None),
             p["completion_ids"],
             pipeline.Tokens(
                 p["advantages"], p["loss_weights"], None, p["old_log_probs"], None, None
@@ -415,7 +395,7 @@ def test_the_chunk_of_a_gpu_holds_e_of_all_rows(monkeypatch):
     triton_impl = pytest.importorskip("rlsd_kernels.triton_impl")
     weight = torch.empty(151936, 4096, dtype=torch.bfloat16, device="meta")
     monkeypatch.setattr(gemm, "operand_dtype", lambda weight: weight.dtype)
-    stored, scratch = pipeline._row_bytes(triton_impl, weight, 151936, "exp", with_teacher=True)
+    stored, scratch = rows.row_bytes(triton_impl, weight, 151936, "exp", with_teacher=True)
     plan = tuning.plan_rows(8192, stored, scratch, tuning.WORKSPACE_BYTES["cuda"], 8192)
     assert (stored, scratch) == (2 * 151936, 4 * 151936) and plan == (8192, 2048)
 
@@ -466,6 +446,7 @@ def _sharded_results(rank, world):
         names = ("log_probs", "entropy", "d_hidden", "d_weight")
         values = (lp.detach(), entropy.detach(), *torch.autograd.grad(loss, leaves))
         results["log_probs", room, impl] = dict(zip(names, values, strict=True))
+    results["outputs"] = {impl: _outputs(p, impl, mine, group) for impl in (*KERNELS, "ref")}
     results["tolerance"] = {impl: _within_a_tolerance(p, impl, mine, group) for impl in KERNELS}
     # another vocabulary, whose shard differs on the last rank alone
     longer = torch.cat([p["weight"], p["weight"][:1]])[mine.start : mine.stop + (rank == world - 1)]
@@ -487,6 +468,15 @@ def _sharded_results(rank, world):
     except ValueError as error:
         results["error"] = str(error)
     return results
+
+
+def _outputs(p, impl, mine, group=None):
+    """All that linear_log_probs returns, and gradients of what is differentiable."""
+    ids = torch.stack([p["completion_ids"], p["completion_ids"].flip(0)], 1)
+    inputs = {"hidden": p["hidden"], "weight": p["weight"][mine], "completion_ids": ids}
+    upstream = {"log_probs": torch.stack([p["advantages"], p["loss_weights"]], 1),
+                "lse": p["advantages"], "mean_logits": p["advantages"].flip(0)}
+    return run_log_probs(inputs, impl, upstream, tp_group=group)
 
 
 def _within_a_tolerance(p, impl, mine, group):
@@ -525,6 +515,13 @@ def test_vocabulary_shards_equal_the_whole_head(world, tmp_path):
     for r in ranks.values():
         torch.testing.assert_close(r["longer"], want)
 
+    whole = _outputs(p, "ref", slice(None))
+    for r, impl in itertools.product(ranks.values(), (*KERNELS, "ref")):
+        got = r["outputs"][impl]
+        want = whole | {"d_weight": whole["d_weight"][slice(*r["rows"])]}
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=2e-5, atol=2e-6, msg=name)
+
     leaves = [p["hidden"].clone().requires_grad_(), (6 * p["weight"]).requires_grad_()]
     lp = linear_log_probs(*leaves, p["completion_ids"], impl="ref")
     d_hidden, d_weight = torch.autograd.grad((lp * p["advantages"]).sum(), leaves)
@@ -535,7 +532,8 @@ def test_vocabulary_shards_equal_the_whole_head(world, tmp_path):
             assert (sign * dh - d_hidden).norm() <= 0.2 * d_hidden.norm(), (impl, k)
             assert (sign * dw - want).norm() <= 0.1 * d_weight.norm(), (impl, k)
     firsts = [r["tolerance"]["torch"][0] for r in ranks.values()]
-    assert any((dw == 0).all(1).any() for _, dw in firsts)  # columns were left out
+    found = itertools.chain(*(r["tolerance"]["torch"] for r in ranks.values()))
+    assert any((dw == 0).all(1).any() for _, dw in found)  # columns were left out
     assert all(torch.equal(dh, firsts[0][0]) for dh, _ in firsts)
 
     for case, room in itertools.product((*SHARDED, "log_probs"), ROOM):

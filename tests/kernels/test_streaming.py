@@ -1,11 +1,13 @@
 """What the two GPU implementations share: aligned rows, one order of sums, one GEMM per row."""
 
+import math
+
 import emulation
 import pytest
 import torch
 from problems import NAMES
 
-from rlsd_kernels import available_impls, cuda_impl, gemm, linear_log_probs, pipeline, torch_impl
+from rlsd_kernels import available_impls, cuda_impl, gemm, linear_log_probs, rows, torch_impl
 from rlsd_kernels.logprob import load_impl
 from rlsd_kernels.shards import Shard
 
@@ -65,11 +67,11 @@ def test_the_target_logit_comes_from_the_gemm_of_the_sum(kernels, impl, softcap,
 @pytest.mark.parametrize("impl", KERNELS)
 def test_rows_of_e_and_z_are_aligned_at_any_vocabulary(kernels, impl, keep):
     weight = torch.randn(1003, 4, device=DEVICE)
-    rows = pipeline.Rows(
-        kernels, pipeline.Head(weight, None, 1.0, 1.0, None), Shard([0, 1003, 1003], None), 7,
+    found = rows.Rows(
+        kernels, rows.Head(weight, None, 1.0, 1.0, None), Shard([0, 1003, 1003], None), 7,
         keep=keep, max_workspace_bytes=2**20,
     )
-    for x in (rows.e, rows.z) if keep == "logits" else (rows.e,):
+    for x in (found.e, found.z) if keep == "logits" else (found.e,):
         assert x.shape == (7, 1003) and x.stride() == (1003 if impl == "torch" else 1008, 1)
 
 
@@ -86,3 +88,47 @@ def test_gradients_are_scaled_in_place(kernels, dtype):
 def test_every_implementation_has_the_same_stages():
     names = {n for n in cuda_impl.__all__ if n != "Scorer"}
     assert all(callable(getattr(torch_impl, n)) for n in names)
+
+
+@pytest.mark.parametrize("m", [1, 43])  # 43 x 3: a second, partly masked block
+@pytest.mark.parametrize("impl", KERNELS)
+def test_several_targets_of_a_row_are_fixed(kernels, m):
+    e = torch.randn(m, 77, device=DEVICE)[:, :50]
+    ids = torch.randint(-3, 53, (m, 3), device=DEVICE)
+    ids[:, 1] = 0  # beside ids that are nowhere
+    values = ids.float() * 2 + torch.arange(m, device=DEVICE)[:, None]
+    expected = e.clone()
+    for i, row in enumerate(ids.tolist()):
+        for target in row:
+            if 0 <= target < 50:
+                expected[i, target] = 2 * target + i
+    kernels.fix_targets(e, ids, values)
+    assert torch.equal(e, expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["", "softcap"])
+@pytest.mark.parametrize("bias", [0.0, 1.0, -math.inf], ids=["", "bias", "forbidden"])
+@pytest.mark.parametrize("v", [1, 129, 9001])  # a tile of mask, one past a tile, tiles and a tail
+@pytest.mark.parametrize("impl", KERNELS)
+def test_the_sum_of_a_rows_logits_and_the_first_of_its_largest(kernels, v, bias, softcap):
+    h, weight = torch.randn(3, 8, device=DEVICE), torch.randn(v, 8, device=DEVICE)
+    b = None
+    if bias:
+        b = torch.randn(v, device=DEVICE)
+        b[1::3] = b[1::3] if bias == 1 else bias
+    if v > 1000:  # equals, in one tile and in several
+        best = int((h[0] @ weight.T + (0 if b is None else b)).argmax())
+        for j in (v - 1, 70, 3):
+            weight[j] = weight[best]
+            if b is not None:
+                b[j] = b[best]
+    scorer = kernels.Scorer(weight, b, 0.7, 1.3, softcap, 3)
+    total, top, z_y = (torch.full((3,), math.nan, device=DEVICE) for _ in range(3))
+    place, c, z = total.long(), torch.zeros(3, device=DEVICE), torch.empty(3, v, device=DEVICE)
+    scorer.score(h, c, logits=(total, top, place))
+    scorer.score(h, c, out=z, keep="logits", ids=place, z_y=z_y)
+    assert torch.equal(place, z.max(-1).indices) and torch.equal(top, z_y)
+    want = z.double().sum(-1)
+    assert torch.equal(total.isinf(), want.isinf())
+    if want.isfinite().all():
+        assert ((total - want).abs() <= 3e-7 * z.abs().double().sum(-1) + 1e-6).all()

@@ -75,9 +75,10 @@ def test_the_report_covers_every_kernel(tmp_path):
     code = """
 import json
 from triton.runtime import JITFunction
-from rlsd_kernels import triton_distillation, triton_impl
+from rlsd_kernels import triton_distillation, triton_impl, triton_tokens
 from bench import aot_report
-kernels = {n: f for m in (triton_impl, triton_distillation) for n, f in vars(m).items()
+kernels = {n: f for m in (triton_impl, triton_tokens, triton_distillation)
+           for n, f in vars(m).items()
            if isinstance(f, JITFunction) and n.endswith("_kernel")}
 built = {parts[0].__name__ for parts in aot_report.builds(90).values()}
 sizes = {p.name: p.do_not_specialize for f in kernels.values() for p in f.params
@@ -85,5 +86,5 @@ sizes = {p.name: p.do_not_specialize for f in kernels.values() for p in f.params
 print(json.dumps([sorted(kernels), sorted(built), sizes]))
 """
     kernels, built, sizes = json.loads(run(tmp_path, "-c", code))
-    assert kernels == built and len(kernels) == 12
+    assert kernels == built and len(kernels) == 13
     assert sizes == {"M": True}  # else a batch of one token, or of 16, would compile anew

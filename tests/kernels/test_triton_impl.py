@@ -355,11 +355,12 @@ GRADIENT_OUT = {"in-place": None, "fp32": torch.float32, "bf16": torch.bfloat16,
 
 
 @pytest.mark.parametrize("out", GRADIENT_OUT)
-@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("entropy, even", [(False, False), (True, False), (True, True)],
+                         ids=["", "entropy", "entropy-even"])
 @pytest.mark.parametrize("head", ["plain", "forbidden", "softcap-all"])
 # 5000: two whole tiles and a tail; 1: only a tail
 @pytest.mark.parametrize("v", [1, 5000])
-def test_logit_gradient(kernels, v, head, entropy, out):
+def test_logit_gradient(kernels, v, head, entropy, even, out):
     m, scale = 4, -0.6
     case = Case(kernels, (m, v, 16), head=head)
     ids = torch.tensor([v - 1, 0, -1, v], device=DEVICE)  # the last two live in other shards
@@ -382,7 +383,12 @@ def test_logit_gradient(kernels, v, head, entropy, out):
     z = case.z.float()
     buffer = z if out == "in-place" else torch.empty(m, v, dtype=GRADIENT_OUT[out], device=DEVICE)
     pair = (g_entropy.float(), h_rows.detach().float()) if entropy else (None, None)
-    case.scorer.logit_gradient(z, buffer, ids, case.lse.float(), g.float(), *pair, scale)
+    m_rows = None
+    if even:
+        m_rows = torch.randn(m, dtype=torch.float64, device=DEVICE)
+        expected = expected + scale * m_rows[:, None] * case.dcap
+        m_rows = m_rows.float()
+    case.scorer.logit_gradient(z, buffer, ids, case.lse.float(), g.float(), *pair, m_rows, scale)
     eps = torch.finfo(buffer.dtype).eps
     allowed = (eps / 2 + 2e-5) * expected.abs() + 2e-6
     excess = (buffer.double() - expected).abs() - allowed
@@ -395,7 +401,7 @@ def test_logit_gradient_of_a_row_without_coefficient_is_zero(kernels):
     z[1] = math.nan
     g, ids = torch.tensor([1, 0, 1.0], device=DEVICE), torch.zeros(3, dtype=torch.int64).to(DEVICE)
     z[2] = math.nan
-    case.scorer.logit_gradient(z, z, ids, case.lse.float(), g, None, None, 1.0)
+    case.scorer.logit_gradient(z, z, ids, case.lse.float(), g, None, None, None, 1.0)
     assert (z[1] == 0).all() and z[2].isnan().all() and z[0].isfinite().all() and (z[0] != 0).any()
 
 
