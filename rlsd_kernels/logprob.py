@@ -499,11 +499,11 @@ def linear_log_probs(
         max_workspace_bytes: bound on logits held at once, and on what is kept for backward;
             default: tuning.WORKSPACE_BYTES of the device.
         gradient_tolerance: in [0, 1), 0 is exact; as of fused_linear_rlsd_loss, but columns are
-            chosen before the upstream gradient is known, for rows that weigh the same: one that
-            sits on few of them may be off by more. Backward needs no logits again, and what is
-            kept for it is a few per cent of (N, V) where the softmax is peaked. Gradients of
-            anything but one log-prob a row need them again; columns are then chosen on the true
-            gradient.
+            chosen before the upstream gradient is known, for rows that weigh the same; rows that
+            turn out to weigh more than their columns allow are formed anew: the bound holds.
+            Backward needs no other logits again, and what is kept for it is a few per cent of
+            (N, V) where the softmax is peaked. Gradients of anything but one log-prob a row need
+            them again; columns are then chosen on the true gradient.
 
     All come from one pass over the head. Backward takes a second one for the gradient of an
     entropy or of a softcapped mean, of fp16 on a GPU, and where E does not fit the workspace.
