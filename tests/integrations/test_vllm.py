@@ -25,6 +25,7 @@ from trl.generation.vllm_client import VLLMClient  # noqa: E402
 from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
 
 from rlsd import UserError  # noqa: E402
+from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE
 from rlsd.demo import save_model, tiny_model, word_tokenizer  # noqa: E402
 from rlsd.sampling import vllm_sampler  # noqa: E402
 
@@ -191,5 +192,6 @@ def test_smollm2(in_fp32, tmp_path, changed):
         tmp_path, "run", model_name_or_path=str(file), train_dataset="worked:add3", eval_size=0,
         dataset_size=20, hint_placement="turn", reward_funcs=["exact_match"], max_steps=2,
         max_completion_length=24, generation_batch_size=16, num_generations=8,
-        per_device_train_batch_size=4, vllm_max_model_length=512, **changed,
+        per_device_train_batch_size=4, vllm_max_model_length=512,
+        privileged_template=DEFAULT_PRIVILEGED_TEMPLATE, **changed,
     ), 1e-5)
