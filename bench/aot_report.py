@@ -40,7 +40,7 @@ POINTERS = {
         "partial", "factor", "v", "columns", "rows",
         "student", "teacher", "s_bias", "t_bias", "lse_s", "lse_t", "value", "mean", "share", "top",
     )
-} | {"ids": "*i64", "mask": "*i1", "sums": "*fp64"}
+} | {"ids": "*i64", "top_ids": "*i64", "mask": "*i1", "sums": "*fp64"}
 INTEGERS = {"V", "P", "H", "M"} | {f"stride_{x}" for x in ("x", "out", *"zhwest")}
 ODD = {"V"}  # no multiple of 16 at an odd vocabulary; rows are padded
 

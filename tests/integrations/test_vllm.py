@@ -25,7 +25,7 @@ from trl.generation.vllm_client import VLLMClient  # noqa: E402
 from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
 
 from rlsd import UserError  # noqa: E402
-from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE
+from rlsd.config import DEFAULT_PRIVILEGED_TEMPLATE  # noqa: E402
 from rlsd.demo import save_model, tiny_model, word_tokenizer  # noqa: E402
 from rlsd.sampling import vllm_sampler  # noqa: E402
 
