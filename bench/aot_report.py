@@ -39,9 +39,10 @@ POINTERS = {
         "advantages", "loss_weights", "teacher", "old", "ref", "rlsd_lambda", "loss", "values",
         "partial", "factor", "v", "columns", "rows",
         "student", "teacher", "s_bias", "t_bias", "lse_s", "lse_t", "value", "mean", "share", "top",
+        "even",
     )
 } | {"ids": "*i64", "top_ids": "*i64", "mask": "*i1", "sums": "*fp64"}
-INTEGERS = {"V", "P", "H", "M"} | {f"stride_{x}" for x in ("x", "out", *"zhwest")}
+INTEGERS = {"V", "P", "H", "M", "K"} | {f"stride_{x}" for x in ("x", "out", *"zhwest")}
 ODD = {"V"}  # no multiple of 16 at an odd vocabulary; rows are padded
 
 
