@@ -176,7 +176,7 @@ def build(name, arch, kernel, pointers, flags, odd):
     types |= dict.fromkeys(flags, "constexpr")
     # What the launcher finds out by itself: aligned pointers, sizes that are multiples of 16.
     even = [i for i, n in enumerate(kernel.arg_names)
-            if types[n][0] == "*" or (n in INTEGERS - ({"M"} | (ODD if odd else set())))]
+            if types[n][0] == "*" or (n in INTEGERS - ({"M", "K"} | (ODD if odd else set())))]
     source = ASTSource(kernel, types, flags, {(i,): [["tt.divisibility", 16]] for i in even})
     compiled = triton.compile(
         source, target=GPUTarget("cuda", arch, 32), options=options | {"enable_fp_fusion": True}
