@@ -4,8 +4,11 @@ import copy
 import warnings
 
 import torch
+import transformers
+import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from packaging.version import Version
 from runs import TEMPLATE, naive_log_probs, problems, save_tiny, sum_reward
 from transformers import TrainerCallback
 from trl import GRPOTrainer
@@ -15,6 +18,37 @@ from rlsd.policy.checkpoint import load_tokenizer
 
 DATA = problems(12)
 OFF = {"rlsd_lambda": 0.0}
+HEAD_OF_TRL = Version(trl.__version__) >= Version("1.15")  # before, its passes make the logits
+ACCUMULATION = {
+    "whole": {},
+    "accumulated": {"gradient_accumulation_steps": 3},
+    # Rollouts of 4 micro-batches for 2 optimizer steps, read twice: old log-probs, ratios off 1.
+    # The third step is the first of the second reading.
+    "reused": {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2,
+               "max_steps": 3},
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 4,
+       "router_aux_loss_coef": 0.5, "decoder_sparse_step": 1}
+
+
+def tiny(name, **config):
+    """A tiny model of another architecture over the same vocabulary, sharpened."""
+    torch.manual_seed(5)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "intermediate_size": 32, "max_position_embeddings": 128,
+        "pad_token_id": 0, "eos_token_id": [1, *range(8, 20)], "bos_token_id": None,
+    }
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**{**sizes, **config})
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p *= 5
+            elif "lm_head" in str(p.shape):
+                p.normal_()
+    return model
 
 
 class Recorder(TrainerCallback):

@@ -9,8 +9,17 @@ pytest.importorskip("trl", reason="the TRL integration needs trl: pip install '.
 from families import architecture  # noqa: E402
 from peft import LoraConfig, PromptTuningConfig  # noqa: E402
 from test_integrations_trl import one_sentence  # noqa: E402
-from test_parity_trl import ACCUMULATION, HEAD_OF_TRL, MOE, tiny  # noqa: E402
-from trl_runs import DATA, OFF, differences, make, run  # noqa: E402
+from trl_runs import (  # noqa: E402
+    ACCUMULATION,
+    DATA,
+    HEAD_OF_TRL,
+    MOE,
+    OFF,
+    differences,
+    make,
+    run,
+    tiny,
+)
 
 from rlsd.config import UserError  # noqa: E402
 from rlsd.integrations.trl import RLSDTrainer  # noqa: E402

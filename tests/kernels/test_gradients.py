@@ -307,7 +307,8 @@ def test_backward_of_log_probs_holds_and_forms_little():
 
     out = forward(1e-3)
     assert saved(out) < 0.4 * case.rows * case.vocab * 4
-    assert measure.measured_nhv(case, lambda: (out * upstream).sum().backward()) < 1.6
+    # The loudest rows are formed anew, so that the bound holds: 2 NHV of theirs for logits.
+    assert measure.measured_nhv(case, lambda: (out * upstream).sum().backward()) < 1.9
     out = forward(0.0)
     assert measure.measured_nhv(case, lambda: (out * upstream).sum().backward()) > 5.9
 

@@ -3,26 +3,27 @@
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from peft import PrefixTuningConfig, PromptTuningConfig
 from vision import load_processor, picture, save_qwen3_vl
 
 trl = pytest.importorskip("trl", reason="the TRL integration needs trl: pip install '.[trl]'")
 
 from trl import GRPOTrainer  # noqa: E402
-from trl_runs import OFF, PlainHookA, differences, make, run  # noqa: E402
+from trl_runs import (  # noqa: E402
+    ACCUMULATION,
+    HEAD_OF_TRL,
+    MOE,
+    OFF,
+    PlainHookA,
+    differences,
+    make,
+    run,
+    tiny,
+)
 
 from rlsd.integrations.trl import RLSDTrainer  # noqa: E402
 
 LOSS_TYPES = ["grpo", "bnpo", "dapo", "dr_grpo"]
-ACCUMULATION = {
-    "whole": {},
-    "accumulated": {"gradient_accumulation_steps": 3},
-    # Rollouts of 4 micro-batches for 2 optimizer steps, read twice: old log-probs, ratios off 1.
-    # The third step is the first of the second reading.
-    "reused": {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2,
-               "max_steps": 3},
-}
 MASKS = {"unmasked": {}, "truncated-masked": {"mask_truncated_completions": True}}
 
 
@@ -105,7 +106,6 @@ FORMULAS = {
     "entropy-quantile": ({"entropy_coef": 0.1, "top_entropy_quantile": 0.4}, "entropy"),
     "off-policy": ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold"),
 }
-HEAD_OF_TRL = Version(trl.__version__) >= Version("1.15")  # before, its passes make the logits
 
 
 def forbid(*args):
@@ -142,28 +142,6 @@ def test_trls_formula_over_the_fused_head(folder, case, reference, caplog, fused
         assert history(trainer, "rlsd/delta_mean") and history(trainer, "rlsd/weight_mean_pos")
 
 
-def tiny(name, **config):
-    """A tiny model of another architecture over the same vocabulary, sharpened."""
-    torch.manual_seed(5)
-    sizes = {
-        "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "intermediate_size": 32, "max_position_embeddings": 128,
-        "pad_token_id": 0, "eos_token_id": [1, *range(8, 20)], "bos_token_id": None,
-    }
-    model = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**{**sizes, **config})
-    )
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p *= 5
-            elif "lm_head" in str(p.shape):
-                p.normal_()
-    return model
-
-
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 4,
-       "router_aux_loss_coef": 0.5, "decoder_sparse_step": 1}
 MODELS = {
     "softcap": lambda: tiny("Gemma2", head_dim=4, final_logit_softcapping=2.0),
     "scale": lambda: tiny("Cohere", logit_scale=0.3),
