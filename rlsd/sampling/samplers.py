@@ -368,7 +368,7 @@ def sampler_refusal(sample, model, tokenizer, config, *, limit=None):
     device, rows = model.device, len(model.get_output_embeddings().weight)
     # What the filters keep hangs on rounding where probabilities are close; the passes must agree.
     trial = dataclasses.replace(
-        config.unfiltered(), max_completion_length=4, rollout_batch_size=6
+        config.unfiltered(), max_completion_length=4, soft_punish_cache=None, rollout_batch_size=6
     )
     prompts = [[3, 4, 5], [6], [7, 6, 5, 4, 3, 7], [4, 3], [3, 4, 5], [4, 3]]
     prompts = [[token % rows for token in prompt] for prompt in prompts]
