@@ -290,7 +290,7 @@ def test_a_cache_that_cannot_be_shared_is_said_and_not_used(qwen, monkeypatch):
     (line,) = lines
     assert line.startswith("Sampling computes a group's prompt for every completion: its log-probs")
     assert choose_sampler(qwen, TOKENIZER, config(share_prompts="false"), ONE) is generate
-    punished = config(share_prompts="false", soft_punish_cache=5)  # more than the tokens of the trial
+    punished = config(share_prompts="false", soft_punish_cache=5)  # above the trial's 4
     assert choose_sampler(qwen, TOKENIZER, punished, ONE) is generate
 
 
