@@ -291,6 +291,10 @@ def evaluate(arguments):
     if not arguments or arguments[0].startswith("-"):
         raise UserError("rlsd eval needs a run folder, a checkpoint or a model: rlsd eval RUN.")
     path, config = to_evaluate(arguments[0].rstrip("/"), parse_options(arguments[1:]))
+    if config.rollout_func:
+        raise UserError(
+            "rlsd eval has no trainer to give rollout_func; set it to none to sample as usual."
+        )
     _quiet()
     from .policy.checkpoint import load_model, load_processor, load_tokenizer, verify
     from .policy.distributed import Processes

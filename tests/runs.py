@@ -102,6 +102,16 @@ def make_trainer(folder, *, reward=None, resume_from=None, **changed):
     )
 
 
+def recorded(monkeypatch):
+    """A list that gets every rollout of trainers from now on."""
+    rollouts, real = [], rlsd.trainer.roll_out
+    monkeypatch.setattr(
+        rlsd.trainer, "roll_out",
+        lambda *args, **kwargs: rollouts.append(real(*args, **kwargs)) or rollouts[-1],
+    )
+    return rollouts
+
+
 def parameters(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 

@@ -12,6 +12,7 @@ from runs import (
     naive_log_probs,
     parameters,
     quick,  # noqa: F401
+    recorded,
     relative_distance,
     without_times,
 )
@@ -90,15 +91,6 @@ def trainer_of(folder, *, resume_from=None, **changed):
     )
 
 
-def recorded(monkeypatch):
-    rollouts, real = [], rlsd.trainer.roll_out
-    monkeypatch.setattr(
-        rlsd.trainer, "roll_out",
-        lambda *args, **kwargs: rollouts.append(real(*args, **kwargs)) or rollouts[-1],
-    )
-    return rollouts
-
-
 def naive_train(trainer, model, rollouts):
     """A loop of sequences, every token but the tools' in the loss; the teacher stays as it was."""
     config, teacher = trainer.config, copy.deepcopy(model)
@@ -151,7 +143,7 @@ def test_two_steps_of_the_trainer_equal_a_naive_loop(changed, tmp_path, monkeypa
 
 
 def test_what_a_tool_says_is_context_alone(tmp_path, monkeypatch):
-    """Another token of a tool changes what the model thinks, but is itself in no loss."""
+    """A pass reads a tool's token, but no loss has it."""
     rollouts = recorded(monkeypatch)
     trainer = trainer_of(tmp_path)
     trainer.train_step(1)
@@ -219,3 +211,18 @@ def test_the_command_line_says_what_cannot_be_used(tmp_path, capsys):
     assert main(["train", "--config", str(config)]) == 2
     said = capsys.readouterr().err
     assert "Cannot import the tool 'nowhere.tool'" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("command, sentence", [
+    (["hints", "--config"], "leave out rollout_func and environment_factory"),
+    (["eval", "START", "--config"], "rlsd eval has no trainer to give rollout_func"),
+])
+def test_what_a_command_cannot_do_with_an_agent(command, sentence, tmp_path, capsys):
+    given = options(tmp_path)
+    if command[0] == "eval":
+        given |= {"environment_factory": None, "rollout_func": "a.b"}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(given), encoding="utf-8")
+    start = given["model_name_or_path"]
+    assert main([start if x == "START" else x for x in command] + [str(config)]) == 2
+    assert sentence in capsys.readouterr().err

@@ -12,6 +12,7 @@ from runs import (
     parameters,
     problems,
     quick,  # noqa: F401
+    recorded,
     relative_distance,
     without_times,
     write_rows,
@@ -33,15 +34,6 @@ ARMS = {
 
 def run_of(folder, arm, **changed):
     return make_trainer(folder, **{**RUN, **ARMS[arm], **changed})
-
-
-def recorded(monkeypatch):
-    rollouts, real = [], rlsd.trainer.roll_out
-    monkeypatch.setattr(
-        rlsd.trainer, "roll_out",
-        lambda *args, **kwargs: rollouts.append(real(*args, **kwargs)) or rollouts[-1],
-    )
-    return rollouts
 
 
 def naive_train(trainer, start, rollouts):

@@ -249,12 +249,13 @@ def samples_of(tokenizer, rollout, advantages, weights):
             "token_weights": weights[i][keep].tolist(),
         })
         if rollout.messages is not None:
-            calls, failures = rollout.calls[i].tolist()
             samples[-1] |= {
                 "messages": json.dumps(rollout.messages[i], ensure_ascii=False, default=str),
                 "tool_mask": rollout.tool_mask[i][keep].tolist(),
-                "tool_calls": calls, "tool_failures": failures,
             }
+        if rollout.calls is not None:
+            calls, failures = rollout.calls[i].tolist()
+            samples[-1] |= {"tool_calls": calls, "tool_failures": failures}
     return samples
 
 

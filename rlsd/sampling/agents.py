@@ -9,7 +9,7 @@ tokenizer's response_template finds calls in it; a turn without one is the last.
 import contextlib
 import copy
 import itertools
-import json
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,15 @@ from ..packages import package
 from ..tasks.data import tokenize_rows
 from ..tasks.images import apply_template
 from ..tasks.prompts import end_of_turn
-from ..tasks.rewards import imported
+from ..tasks.rewards import imported, told
 from ..tasks.tools import UNKNOWN, Episode
-from .samplers import Samples, eos_ids
+from .samplers import Samples, eos_ids, require_room
 
 PROBE = {"name": "probe_tool", "arguments": {"probe_key": "probe_value"}}
 ASKED = {"role": "user", "content": "Asked"}
+# What rollout_func returns for the trainer; the rest is for the reward functions.
+OF_ROLLOUT = ("prompt_ids", "completion_ids", "logprobs", "env_mask", "teacher_prompt_ids",
+              "feedback")
 
 
 class Played(NamedTuple):
@@ -35,7 +38,7 @@ class Played(NamedTuple):
     tool_mask: torch.Tensor  # (B, T) bool: what the model wrote
     texts: list  # that alone, as text
     messages: list  # of assistant and tools, as reward functions get them
-    calls: torch.Tensor  # (B, 2) calls of tools, and how many of them failed
+    calls: torch.Tensor | None  # (B, 2) calls of tools, and how many failed; rollout_func's: None
     feedback: list | None  # from rollout_func; that of an environment stands in its Episode
     extra: list  # columns that rollout_func adds to each
 
@@ -136,6 +139,7 @@ def play(toolbox, episodes, sample, model, tokenizer, rows, config, *, greedy, n
         _observed(row, episode.observation, tokenizer, config, toolbox, need_hint)
         for row, episode in zip(rows, episodes, strict=True)
     ]
+    require_room(model, rows, config)
     lines, open_ = [_Line() for _ in rows], list(range(len(rows)))
     most = config.max_tool_calling_iterations
     for turn in itertools.count():
@@ -210,7 +214,10 @@ def _read(line, row, tokenizer):
     ids, text = line.ids[start:], line.texts[-1]
     plain = {"role": "assistant", "content": text}
     try:
-        found = tokenizer.parse_response(ids, prefix=row["prompt_ids"] + line.ids[:start])
+        found = tokenizer.parse_response(  # by their schemas "7" is a number, where one is wanted
+            ids, prefix=row["prompt_ids"] + line.ids[:start],
+            tools=(row.get("_template_options") or {}).get("tools"),
+        )
     except Exception:  # the parsers of json and of each template raise what they like
         broken = {"type": "function", "function": {"name": UNKNOWN, "arguments": None}}
         return {**plain, "tool_calls": [broken]}
@@ -272,13 +279,15 @@ def played_by_function(function, trainer, model, tokenizer, rows):
     prompt_ids, completion_ids; logprobs, env_mask (1 where the model wrote) and further columns for
     the reward functions are optional. Its prompts must be the rows', or teacher_prompt_ids given.
     """
-    found = function([copy.deepcopy(row["prompt"]) for row in rows], trainer)
-    lists = {name: found.get(name) for name in ("prompt_ids", "completion_ids")} if isinstance(
-        found, dict) else {}
-    if not lists or any(value is None for value in lists.values()):
+    try:
+        found = function([copy.deepcopy(row["prompt"]) for row in rows], trainer)
+    except (Exception, SystemExit) as error:
+        raise told("rollout_func", error) from error
+    if not isinstance(found, dict) or not {"prompt_ids", "completion_ids"} <= found.keys():
+        got = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
         raise UserError(
             "rollout_func must return a mapping with prompt_ids and completion_ids, but returned "
-            f"{json.dumps(sorted(map(str, found))) if isinstance(found, dict) else type(found)}."
+            f"{got}."
         )
     for name, values in found.items():
         if not isinstance(values, list) or len(values) != len(rows):
@@ -286,53 +295,61 @@ def played_by_function(function, trainer, model, tokenizer, rows):
                 f"rollout_func must return lists of {len(rows)} values, one per prompt, but "
                 f"{name} is not."
             )
-    lines, new, size = [], [], len(model.get_output_embeddings().weight)
-    ends = eos_ids(model, tokenizer)
-    for i, row in enumerate(rows):
-        prompt, ids = ([int(t) for t in values[i]] for values in lists.values())
-        if any(not 0 <= t < size for t in prompt + ids) or not prompt or not ids:
+    size, ends = len(model.get_output_embeddings().weight), eos_ids(model, tokenizer)
+    returned = [{name: values[i] for name, values in found.items()} for i in range(len(rows))]
+    lines, new = [], []
+    for row, own in zip(rows, returned, strict=True):
+        try:
+            prompt, teacher, line = _line_of(own)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"rollout_func returned for row {row['_source']} what are no lists of numbers "
+                f"({error})."
+            ) from None
+        if any(not 0 <= t < size for t in prompt + line.ids) or not prompt or not line.ids:
             raise UserError(
                 f"rollout_func returned an empty list or an id outside of the model's {size} for "
                 f"row {row['_source']}."
             )
-        mask = [bool(m) for m in (found.get("env_mask") or [[1] * len(ids)] * (i + 1))[i]]
-        given = found.get("logprobs")
-        log_probs = [float("nan")] * len(ids) if given is None else [
-            float(p[0] if isinstance(p, list | tuple) else p) for p in given[i]
-        ]
-        if len(mask) != len(ids) or len(log_probs) != len(ids):
+        if len({*map(len, (line.ids, line.tool_mask, line.log_probs))}) > 1:
             raise UserError(
-                f"rollout_func returned {len(ids)} completion_ids for row {row['_source']}, but "
-                f"{len(mask)} values of env_mask and {len(log_probs)} logprobs."
+                f"rollout_func returned {len(line.ids)} completion_ids for row {row['_source']}, "
+                f"but {len(line.tool_mask)} values of env_mask and {len(line.log_probs)} logprobs."
             )
-        line = _Line()
-        line.ids, line.tool_mask, line.log_probs = ids, mask, log_probs
         line.texts.append(tokenizer.decode(
-            [t for t, mine in zip(ids, mask, strict=True) if mine], skip_special_tokens=True
+            [t for t, mine in zip(line.ids, line.tool_mask, strict=True) if mine],
+            skip_special_tokens=True,
         ))
-        line.truncated = ids[-1] not in ends
+        line.truncated = line.ids[-1] not in ends
         lines.append(line)
-        new.append(_prompted(row, prompt, found, i))
+        if "teacher_prompt_ids" in own:
+            row = {**row, "teacher_prompt_ids": teacher}
+        elif row["teacher_prompt_ids"] and prompt != row["prompt_ids"]:
+            raise UserError(
+                f"rollout_func used another prompt for row {row['_source']} than the row's, so "
+                "that the teacher's would not follow it; return teacher_prompt_ids too."
+            )
+        new.append({**row, "prompt_ids": prompt})
     device = model.get_input_embeddings().weight.device
-    taken = ("prompt_ids", "completion_ids", "logprobs", "env_mask", "teacher_prompt_ids",
-             "feedback")
+    texts = [line.texts[0] for line in lines]
     return Played(
-        new, *_tensors(lines, tokenizer.pad_token_id, device, greedy=False),
-        [line.texts[0] for line in lines], [line.texts[0] for line in lines],
-        torch.zeros(len(lines), 2, dtype=torch.int64), found.get("feedback") or [None] * len(rows),
-        [{k: v[i] for k, v in found.items() if k not in taken} for i in range(len(rows))],
+        new, *_tensors(lines, tokenizer.pad_token_id, device, greedy=False), texts, texts, None,
+        found.get("feedback"),
+        [{k: v for k, v in x.items() if k not in OF_ROLLOUT} for x in returned],
     )
 
 
-def _prompted(row, prompt_ids, found, i):
-    """The row with the prompt that rollout_func used, and the teacher's."""
-    teacher = found.get("teacher_prompt_ids")
-    if teacher is not None:
-        teacher = teacher[i] and [int(t) for t in teacher[i]]
-        return {**row, "prompt_ids": prompt_ids, "teacher_prompt_ids": teacher}
-    if prompt_ids != row["prompt_ids"] and row["teacher_prompt_ids"]:
-        raise UserError(
-            f"rollout_func used another prompt for row {row['_source']} than the row's, so that "
-            "the teacher's would not follow it; return teacher_prompt_ids too."
-        )
-    return {**row, "prompt_ids": prompt_ids}
+def _line_of(own):
+    """(prompt ids, the teacher's or None, _Line) of what rollout_func returned for one row."""
+    prompt, ids, teacher = (
+        [int(t) for t in own.get(name) or ()]
+        for name in ("prompt_ids", "completion_ids", "teacher_prompt_ids")
+    )
+    line = _Line()
+    line.ids = ids
+    line.tool_mask = [bool(m) for m in own.get("env_mask", [1] * len(ids))]
+    line.log_probs = [  # TRL's may be lists, the drawn token's first
+        float(p[0] if isinstance(p, list | tuple) else p)
+        for p in own.get("logprobs", [math.nan] * len(ids))
+    ]
+    return prompt, teacher or None, line

@@ -188,6 +188,11 @@ def measure_hints(config):
     """check_hints of what a config names, on its training rows, whatever its objective reads."""
     if not config.eval_size:
         raise UserError("eval_size is 0, but says how many questions to measure; set it.")
+    if config.rollout_func or config.environment_factory:
+        raise UserError(
+            "rlsd hints asks the data's questions as they stand, with the data's hints; leave out "
+            "rollout_func and environment_factory."
+        )
     functions, tools = load_reward_funcs(config.reward_funcs, config), load_tools(config)
     path = config.model_name_or_path
     tokenizer, processor = load_tokenizer(path), load_processor(path)

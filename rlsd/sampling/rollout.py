@@ -22,7 +22,7 @@ class Rollout(NamedTuple):
     sampling_log_probs: torch.Tensor | None = None  # of Samples
     tool_mask: torch.Tensor | None = None  # (B, T) bool: what the model wrote; None: all
     messages: list | None = None  # of an agent's completions
-    calls: torch.Tensor | None = None  # (B, 2) calls of tools, those that failed
+    calls: torch.Tensor | None = None  # (B, 2) calls of tools, those that failed; None: not known
 
 
 def roll_out(
@@ -63,11 +63,13 @@ def roll_out(
 
     def judged(mine, drawn, texts, completions, played=None, episodes=()):
         asked, environments = mine, [e.environment for e in episodes]
+        if not any(e is not None for e in environments):
+            environments = None
         if played:
             asked = [row | more for row, more in zip(mine, played.extra, strict=True)]
         per_func, rewards = judging.score(
             reward_funcs, config.reward_weights, asked, completions, _lists(drawn),
-            config.reward_timeout, environments if any(environments) else None,
+            config.reward_timeout, environments,
         )
         if hindsight and config.hint_func:
             feedback = [e.feedback for e in episodes] or [None] * len(mine)
@@ -98,7 +100,8 @@ def roll_out(
         of_agent = {
             "tool_mask": joined([part.tool_mask for part in played], False),
             "messages": sum((part.messages for part in played), [])[:count],
-            "calls": torch.cat([part.calls for part in played])[:count],
+            "calls": None if agent.rollout_func else
+            torch.cat([part.calls for part in played])[:count],
         }
     return Rollout(
         sum(lists, [])[:count] if changed else rows,

@@ -176,8 +176,11 @@ def _why_not(function, config):
     return None
 
 
-def imported(path, what, built_in=()):
-    """What a dotted path names; what: how sentences call it, built_in: names that need no path."""
+def imported(path, what, built_in=(), *, mapping=False):
+    """What a dotted path names, a function or, if it may be, a mapping of them.
+
+    what: how sentences call it; built_in: names that need no path.
+    """
     module, _, name = path.rpartition(".")
     if not module:
         known = f"built in are {', '.join(built_in)}, others need" if built_in else "it needs"
@@ -188,7 +191,7 @@ def imported(path, what, built_in=()):
         found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # importing runs the user's module
         raise UserError(f"Cannot import the {what} {path!r}: {reason(error)}.") from error
-    if not callable(found) and not isinstance(found, dict):
+    if not callable(found) and not (mapping and isinstance(found, dict)):
         raise UserError(f"The {what} {path!r} is not callable.")
     return found
 
@@ -201,6 +204,13 @@ def name_of(function):
 def reason(error):
     """The type and first line of an exception, without a full stop."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": .")
+
+
+def told(call, error):
+    """RewardError of what `call`, a name, raised; those of ours as they are."""
+    if isinstance(error, UserError):
+        return error
+    return RewardError(f"{call} raised {reason(error)}.")
 
 
 def _shown(value):
@@ -427,7 +437,7 @@ def hindsight(path, rows, completions, feedback, seconds=300.0):
     except (Late, TimeoutError):
         raise late from None
     except (Exception, SystemExit) as error:
-        raise RewardError(f"hint_func raised {reason(error)}.") from error
+        raise told("hint_func", error) from error
     for row, hint in zip(rows, hints, strict=True):
         if hint is not None and not isinstance(hint, str):
             raise RewardError(

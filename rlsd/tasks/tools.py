@@ -27,6 +27,7 @@ from .rewards import (
     imported,
     name_of,
     reason,
+    told,
     visible,
 )
 from .sandbox import Limits, Sandbox, SandboxError, isolation
@@ -64,7 +65,7 @@ class Toolbox:
         self.config = config
         self.tools = [self._tool(path) for path in config.tools]
         factory = config.environment_factory and imported(
-            config.environment_factory, "environment_factory"
+            config.environment_factory, "environment_factory", mapping=True
         )
         self.by_column = isinstance(factory, dict)  # which one, a row's column environment says
         self.factories = factory if self.by_column else {None: factory} if factory else {}
@@ -107,7 +108,7 @@ class Toolbox:
     def kind(self, row):
         """Which environment a row is of; UserError, a clause, for one that is not known."""
         name = row.get("environment") if self.by_column else None
-        if self.by_column and name not in self.factories:
+        if self.by_column and not (isinstance(name, str) and name in self.factories):
             raise UserError(
                 f"its column environment is {name!r:.80}, but must be one of "
                 f"{', '.join(map(str, self.factories))}"
@@ -154,7 +155,7 @@ class Toolbox:
         except Late:
             raise late from None
         except (Exception, SystemExit) as error:
-            raise RewardError(f"{name} raised {reason(error)}.") from error
+            raise told(name, error) from error
         if said is not None and not isinstance(said, str):
             raise RewardError(
                 f"{name} must return a text or None, but returned a {type(said).__name__}."
@@ -170,7 +171,7 @@ class Toolbox:
         except Late:
             result = f"{name} did not return within {self.config.tool_timeout:g} seconds"
         except (Exception, SystemExit) as error:
-            result = str(error) or type(error).__name__
+            result = _message(error)
         if failed:
             result = str({"error": result})
         text = self._cut(result.encode(errors="replace").decode(), tokenizer)
@@ -207,7 +208,12 @@ class Toolbox:
 
 
 def load_tools(config):
-    """The Toolbox of a config, None where it names neither tools nor an environment."""
+    """The Toolbox of a config, None where it names neither tools nor an environment.
+
+    UserError, before any step, for a function that cannot be imported, hint_func's too.
+    """
+    if config.hint_func:
+        imported(config.hint_func, "hint_func")
     return Toolbox(config) if config.tools or config.environment_factory else None
 
 
@@ -224,6 +230,14 @@ def _run_python(code, limits, isolate):
     if run.outcome != "ok":
         raise RuntimeError(run.error.strip()[-500:] or f"the program ended: {run.outcome}")
     return run.output
+
+
+def _message(error):
+    """What an exception says, or its type where it says nothing or cannot."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:
+        return type(error).__name__
 
 
 def _resolved(episode, call):

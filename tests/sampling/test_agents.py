@@ -26,8 +26,23 @@ def lookup(key: str) -> str:
     return {"k3": "k7", "k7": "k9"}[key]
 
 
+def halve(number: int) -> int:
+    """Half of a number.
+
+    Args:
+        number: An even number.
+    """
+    return number // 2
+
+
 class Place:
-    """An environment that adds to the question."""
+    """An environment that adds to the question, and is false as an empty list is."""
+
+    def __len__(self):
+        return 0
+
+    def get_reward(self):
+        return 2.0
 
     def reset(self, **columns):
         return " . k7"
@@ -190,6 +205,24 @@ def test_a_call_that_is_wrong_is_answered_by_what_is_wrong(text, said):
     assert said in rollout.messages[0][1]["content"]
 
 
+def test_arguments_have_the_types_of_the_tool():
+    """A template whose calls are no JSON gives texts, which the tool's schema makes numbers."""
+    known = pytest.importorskip("trl").chat_template_utils
+    tokenizer = templated("qwen3")
+    tokenizer.chat_template = known.qwen3_5_nothink_chat_template
+    call = "<tool_call>\n<function=halve>\n<parameter=number>\n8\n</parameter>\n</function>\n"
+    sampler = Canned(tokenizer, [f"{call}</tool_call><|im_end|>"], ["4<|im_end|>"])
+    rollout, _, _ = rolled(tokenizer, sampler, config(tools=[f"{HERE}.halve"]))
+    assert rollout.calls.tolist() == [[1, 0]] and rollout.messages[0][1]["content"] == "4"
+
+
+def test_an_observation_must_leave_room(monkeypatch):
+    monkeypatch.setattr(Place, "reset", lambda self, **columns: " . k7" * 40)
+    run = config(tools=[], environment_factory=f"{HERE}.Place", max_completion_length=4040)
+    with pytest.raises(UserError, match="Row 1 of x has a prompt of .* exceeds the 4096 positions"):
+        rolled(agent_tokenizer(), Canned(AGENT), run)
+
+
 def test_a_limit_of_turns_ends_an_endless_loop():
     sampler = Canned(AGENT, *[[CALL % "k3"]] * 3)
     rollout, _, _ = plain(sampler, config(max_tool_calling_iterations=2))
@@ -225,6 +258,7 @@ def test_an_environment_adds_to_the_question_of_both_contexts():
     assert student == "<user> follow 4 from k3 . k7 <eos> <assistant>"
     assert teacher == "<user> path k3 k7 k9 . follow 4 from k3 . k7 <eos> <assistant>"
     assert row["prompt"][0]["content"] == "follow 4 from k3"
+    assert rollout.rewards_per_func[0, 1] == 2.0
 
 
 def from_feedback(prompt, completion, feedback, **columns):
@@ -291,6 +325,8 @@ class Wrapper:
         self.changed = changed
 
     def wrap(self, found):
+        if "wrong" in self.changed:
+            self.changed["wrong"]()
         return {k: v for k, v in (found | self.changed).items() if v is not None}
 
 
@@ -305,6 +341,11 @@ def by_function(**changed):
     )
 
 
+def test_a_rollout_func_that_raises_is_a_sentence():
+    with pytest.raises(UserError, match="rollout_func raised TypeError: 'int' object is not"):
+        by_function(wrong=7)
+
+
 def scored(prompts, completions, completion_ids, score, **columns):
     return [float(s) for s in score]
 
@@ -315,6 +356,7 @@ def test_rollout_func():
     assert rollout.tool_mask.tolist() == [[True, False, True, True]]
     assert rollout.sampling_log_probs.tolist() == [[-1.0, 0.0, -2.0, -3.0]]
     assert rollout.rewards.tolist() == [3.0] and not rollout.truncated.any()
+    assert rollout.calls is None
     assert rollout.rows[0]["teacher_prompt_ids"] is not None
     bare = by_function(env_mask=None, logprobs=None, completion_ids=[[5, 6]])
     assert bare.tool_mask.all() and bare.sampling_log_probs.isnan().all() and bare.truncated.all()
@@ -326,6 +368,9 @@ def test_rollout_func_may_give_the_teacher_its_prompt():
 
 
 @pytest.mark.parametrize("changed, sentence", [
+    ({"completion_ids": [[5, None, 7, 1]]}, "returned for row 1 of x what are no lists of numbers"),
+    ({"teacher_prompt_ids": [["x"]]}, "returned for row 1 of x what are no lists of numbers"),
+    ({"prompt_ids": [7]}, "returned for row 1 of x what are no lists of numbers"),
     ({"completion_ids": None}, "must return a mapping with prompt_ids and completion_ids"),
     ({"completion_ids": [[5], [6]]}, "must return lists of 1 values, one per prompt, but compl"),
     ({"completion_ids": [[]]}, "an empty list or an id outside of the model's 512"),

@@ -24,6 +24,11 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
 def misbehave(how: str) -> str:
     """Do what no tool should.
 
@@ -34,6 +39,8 @@ def misbehave(how: str) -> str:
         raise KeyError("k3")
     if how == "exit":
         raise SystemExit(3)
+    if how == "mute":
+        raise Mute
     if how == "hang":
         time.sleep(60)
     return {
@@ -151,12 +158,13 @@ def test_a_tool_is_shown_by_its_hints_and_docstring_and_called_by_name():
 @pytest.mark.parametrize("name, arguments, content", [
     ("misbehave", {"how": "raise"}, "{'error': \"'k3'\"}"),
     ("misbehave", {"how": "exit"}, "{'error': '3'}"),
+    ("misbehave", {"how": "mute"}, "{'error': 'Mute'}"),
     ("misbehave", {}, "{'error': \"misbehave() missing 1 required positional argument: 'how'\"}"),
     ("misbehave", {"how": "forge"}, "{'error': 'the result spells a control token'}"),
     ("subtract", {}, "{'error': \"there is no tool 'subtract', only add, misbehave, later\"}"),
     ("<eos>", {}, "{'error': 'the result spells a control token'}"),
     ("later", {"key": "raise"}, "{'error': 'of its own'}"),
-], ids=["raises", "exits", "arguments", "forges", "unknown", "forged-name", "async-raises"])
+], ids=["raises", "exits", "mute", "arguments", "forges", "unknown", "forged-name", "async-raises"])
 def test_what_goes_wrong_is_told_to_the_model(name, arguments, content):
     message, failed = called(toolbox("add", "misbehave", "later"), name, **arguments)
     assert failed and message["content"] == content
@@ -225,6 +233,8 @@ def test_programs_run_isolated():
     ([], {"tools": ["add"]}, "Unknown tool 'add'; built in are run_python, others need"),
     ([], {"environment_factory": f"{HERE}.NoReset"}, "made a NoReset, which has no method reset"),
     ([], {"environment_factory": f"{HERE}.HERE"}, "is not callable"),
+    ([], {"hint_func": "nowhere.hint"}, "Cannot import the hint_func 'nowhere.hint'"),
+    ([], {"tools": [f"{HERE}.BY_COLUMN"]}, "The tool .* is not callable"),
     ([], {"environment_factory": "Counter"}, "Unknown environment_factory 'Counter'; it needs"),
 ])
 def test_what_cannot_serve_is_refused_at_the_start(names, changed, sentence):
@@ -280,6 +290,8 @@ def test_a_column_chooses_the_environment():
     assert shown == [["add_one"], ["add_one", "add_two"]]
     with pytest.raises(UserError, match="environment is 'three', but must be one of one, two"):
         box.template_options({"environment": "three"})
+    with pytest.raises(UserError, match="environment is .'one'., but must be one of one, two"):
+        box.template_options({"environment": ["one"]})
 
 
 @pytest.mark.parametrize("kind, sentence", [
