@@ -61,6 +61,10 @@ if [ -n "${WHEELS:-}" ]; then
     export PYTHONPATH="$site/lib:$site/lib/nvidia_cutlass_dsl/dsl_packages:$PYTHONPATH"
 fi
 
+workers=()  # of pytest-xdist
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    workers=(-n "$(($(nproc) < 10 ? $(nproc) : 10))" --dist loadgroup)
+fi
 failed=0
 # part NAME SECONDS COMMAND...: run under a limit of its own, output to $OUT/log.txt.
 part() {
@@ -102,8 +106,9 @@ for name in "${parts[@]}"; do
         environment) part environment 40 bash -c about ;;
         build) part build 150 "$PYTHON" -m bench.bench_loss --device cuda \
             --probe "RLSD fused, cuda" ;;
+        # Most of their time is compilation, which takes a core each.
         tests) part tests 200 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider --durations=10 \
-            -o faulthandler_timeout=60 ;;  # where a test hangs
+            -o faulthandler_timeout=60 "${workers[@]}" ;;  # where a test hangs
         kernels) part kernels 200 "$PYTHON" -m pytest tests/kernels/test_triton_impl.py \
             tests/kernels/test_pipeline.py -q -p no:cacheprovider ;;
         sanitize) SANITIZE_SECONDS=$((left / 2)) part sanitize "$left" tests/gpu/sanitize.sh ;;

@@ -16,6 +16,8 @@ KERNELS = ("triton", "cuda", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Largest error against fp64: log-probs in nats, gradients relative in the Frobenius norm.
 CONTRACT = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-4, 4e-3), torch.float16: (1e-4, 4e-3)}
+# One after another, where the others run side by side: ten of these would fill any card.
+big = pytest.mark.xdist_group("big")
 ALWAYS = ("hidden", "weight", "completion_ids", "advantages", "loss_weights", "teacher_hidden")
 # name -> optional inputs, loss options, call options
 OPTIONS = {

@@ -11,6 +11,7 @@ from on_gpu import (
     KERNELS,
     OPTIONS,
     assert_contract,
+    big,
     check_accuracy,
     problem,
     relative,
@@ -92,6 +93,7 @@ def test_gemms_of_both_widths(dtype, impl):
         assert relative(gemm.add_dw(zeros, e, x), e.double().T @ x.double()) < 2.5e-3
 
 
+@big
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("gib", [3.5, 16], ids=["in-groups", "E-of-all-rows"])
 @pytest.mark.parametrize("impl", KERNELS)
@@ -176,6 +178,7 @@ def test_a_wrong_guess_is_redone(offset, dtype, impl):
     assert error <= CONTRACT[dtype][0], sentence
 
 
+@big
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 def test_the_head_of_an_8b_model(dtype, impl):

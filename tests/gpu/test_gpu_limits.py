@@ -9,6 +9,7 @@ from on_gpu import (
     DTYPES,
     KERNELS,
     assert_contract,
+    big,
     check_accuracy,
     problem,
     relative,
@@ -62,6 +63,7 @@ def peak_of(step):
     return peak_extra_bytes(step, DEVICE)
 
 
+@big
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("impl", KERNELS)
 def test_peak_memory_of_an_8b_model(impl, production):
@@ -71,6 +73,7 @@ def test_peak_memory_of_an_8b_model(impl, production):
     assert peak_of(step) <= 5 * GIB
 
 
+@big
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("frozen_head", [False, True], ids=["full", "frozen"])
 @pytest.mark.parametrize("mib", [256, 1024, None], ids="{}MiB".format)
@@ -87,6 +90,7 @@ def test_peak_memory_keeps_to_the_workspace(impl, mib, frozen_head, production):
     assert peak_of(step) <= workspace + dw + 16 * n * h + 64 * 2**20
 
 
+@big
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("impl", KERNELS)
 def test_a_frozen_head_allocates_no_dw(impl, production):
