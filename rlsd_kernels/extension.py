@@ -8,6 +8,7 @@ it is used.
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -218,6 +219,13 @@ def _cache_folder():
     return Path(base) / "rlsd"
 
 
+def driver_version():
+    """Newest CUDA that the driver runs, 1000 * major + 10 * minor. PyTorch gives none."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def _check_device():
     import torch
 
@@ -238,7 +246,7 @@ def _check_device():
         raise Unavailable(
             f"the CUDA implementation needs an NVIDIA GPU of sm_80 or later; {advice}"
         )
-    return capabilities, torch._C._cuda_getDriverVersion() // 1000
+    return capabilities, driver_version() // 1000
 
 
 def _find():

@@ -197,11 +197,11 @@ def install():
         "memory_allocated": 0, "current_stream": None,
     } | dict.fromkeys(nothing)
     for name, answer in answers.items():
+        assert hasattr(torch.cuda, name), f"PyTorch has no torch.cuda.{name}"
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.device = torch.cuda.device_of = lambda *_: contextlib.nullcontext()
     torch.cuda.Event = Event
     torch.version.cuda = torch.version.cuda or "13.0"
-    torch._C._cuda_getDriverVersion = lambda: 13000
 
     from rlsd_kernels import triton_impl  # noqa: F401  its kernels, for the interpreter
 
