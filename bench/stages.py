@@ -278,17 +278,17 @@ PARTS = {
 }
 
 
-def run(sizes, device, path, seconds=float("inf"), log=print):
-    """All parts into path; one that fails leaves its reason and the others go on."""
+def run(sizes, device, path, seconds=float("inf"), log=print, parts=tuple(PARTS)):
+    """These parts into path; one that fails leaves its reason and the others go on."""
     start, bench = time.monotonic(), Bench(sizes, device)
     results = {"environment": common.environment(GPU_PACKAGES, device), "parts": {}}
-    for name, part in PARTS.items():
+    for name in parts:
         if time.monotonic() - start > seconds:
             results["parts"][name] = {"not_run": f"the {seconds:g} s were over"}
             continue
         began = time.monotonic()
         try:
-            rows = part(bench)
+            rows = PARTS[name](bench)
         except Exception as error:
             rows = {"not_run": f"{type(error).__name__}: {first_line(error)}"}
         if torch.device(device).type == "cuda":
@@ -308,9 +308,13 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes of a test")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no part later")
+    parser.add_argument("--parts", nargs="+", default=tuple(PARTS), choices=PARTS)
     parser.add_argument("--out", type=Path, required=True, help="folder for stages.json")
     args = parser.parse_args(argv)
-    run(TINY if args.tiny else Sizes(), args.device, args.out / "stages.json", args.seconds)
+    run(
+        TINY if args.tiny else Sizes(), args.device, args.out / "stages.json", args.seconds,
+        parts=args.parts,
+    )
 
 
 if __name__ == "__main__":
