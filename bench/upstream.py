@@ -54,9 +54,9 @@ class Seen:
             if grads.work - work == len(h):
                 self.kept[index] = True
 
-        def some(grads, index, h, v, d, j, lost, w):
+        def some(grads, index, h, v, d, j, *args, **named):
             self.kept[index[:, None], j] = True
-            add_columns(grads, index, h, v, d, j, lost, w)
+            add_columns(grads, index, h, v, d, j, *args, **named)
 
         def score(rows, h, *args, **named):
             self.anew += len(h)

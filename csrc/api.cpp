@@ -200,7 +200,8 @@ void fix_targets(const Tensor& e, const Tensor& ids, const Tensor& values) {
   launch(rlsd::fix_targets(p, launch.stream()));
 }
 
-void energies(const Tensor& e, const Tensor& v, const Tensor& columns, const Tensor& parts) {
+void energies(const Tensor& e, const Tensor& v, const Tensor& columns, const Tensor& parts,
+              int64_t strip) {
   STD_TORCH_CHECK(e.dim() == 2, "e must be a matrix.");
   rlsd::EnergyParams p = {};
   p.rows = e.size(0), p.vocab = e.size(1);
@@ -208,11 +209,22 @@ void energies(const Tensor& e, const Tensor& v, const Tensor& columns, const Ten
   check_sizes(p.rows, p.vocab);
   p.e = e.data_ptr(), p.stride_e = e.stride(0), p.e_dtype = dtype_of(e, "e");
   p.v = floats(v, e, p.rows, "v");
-  p.columns = floats(columns, e, p.vocab, "columns");
+  STD_TORCH_CHECK(strip > 0, "A strip must have a row.");
+  p.strip = strip;
+  p.columns = floats(columns, e, (p.rows + strip - 1) / strip * p.vocab, "columns");
   const int64_t strips = (p.vocab + rlsd::kEnergyColumns - 1) / rlsd::kEnergyColumns;
   p.parts = floats(parts, e, strips * p.rows, "parts");
   const Launch launch(e);
   launch(rlsd::energies(p, launch.stream()));
+}
+
+void scale(const Tensor& x, const Tensor& factor) {
+  rlsd::ScaleParams p = {};
+  p.n = x.numel(), p.x_dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous.");
+  p.x = x.data_ptr(), p.factor = floats(factor, x, 1, "factor");
+  const Launch launch(x);
+  launch(rlsd::scale(p, launch.stream()));
 }
 
 void token_rows(const Tensor& log_probs, const Tensor& advantages, const Tensor& loss_weights,
@@ -266,7 +278,8 @@ STABLE_TORCH_LIBRARY(rlsd_cuda, m) {
       "bool capped) -> ()");
   m.def("target_logits(Tensor h, Tensor weight, Tensor ids, Tensor(a!) out) -> ()");
   m.def("fix_targets(Tensor(a!) e, Tensor ids, Tensor values) -> ()");
-  m.def("energies(Tensor e, Tensor v, Tensor(a!) columns, Tensor(b!) parts) -> ()");
+  m.def("energies(Tensor e, Tensor v, Tensor(a!) columns, Tensor(b!) parts, int strip) -> ()");
+  m.def("scale(Tensor(a!) x, Tensor factor) -> ()");
   m.def(
       "token_rows(Tensor log_probs, Tensor advantages, Tensor loss_weights, Tensor? teacher, "
       "Tensor? old, Tensor? ref, Tensor? mask, Tensor? entropy, Tensor rlsd_lambda, "
@@ -287,5 +300,6 @@ STABLE_TORCH_LIBRARY_IMPL(rlsd_cuda, CPU, m) {
   m.impl("target_logits", TORCH_BOX(&target_logits));
   m.impl("fix_targets", TORCH_BOX(&fix_targets));
   m.impl("energies", TORCH_BOX(&energies));
+  m.impl("scale", TORCH_BOX(&scale));
   m.impl("token_rows", TORCH_BOX(&token_rows));
 }

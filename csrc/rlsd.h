@@ -91,10 +91,17 @@ constexpr int kEnergyColumns = 256;  // cuda_impl.ENERGY_COLUMNS
 struct EnergyParams {
   const void* e;   // (M, V)
   const float* v;  // (M,)
-  float* columns;  // (V,) sum_i (v_i e_ij)^2
+  float* columns;  // (ceil(M / strip), V) sum_i (v_i e_ij)^2, by strips of rows
   float* parts;    // (ceil(V / kEnergyColumns), M) the same along rows, by strips of columns
-  int64_t rows, vocab, stride_e;
+  int64_t rows, vocab, stride_e, strip;
   DType e_dtype;
+};
+
+struct ScaleParams {
+  void* x;              // (n,)
+  const float* factor;  // (1,)
+  int64_t n;
+  DType x_dtype;
 };
 
 // config.TOKEN_SUMS, in its order.
@@ -135,6 +142,7 @@ const char* logit_gradient(const LogitGradientParams& params, void* stream);
 const char* target_logits(const TargetLogitsParams& params, void* stream);
 const char* fix_targets(const FixTargetsParams& params, void* stream);
 const char* energies(const EnergyParams& params, void* stream);
+const char* scale(const ScaleParams& params, void* stream);
 const char* token_rows(const RlsdParams& params, void* stream);
 
 }  // namespace rlsd

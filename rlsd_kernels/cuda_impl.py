@@ -9,7 +9,7 @@ written, or none. Sums are in a fixed order: results repeat bitwise on a device.
 
 import torch
 
-from . import extension
+from . import extension, tuning
 from .config import TOKEN_SUMS
 from .streaming import (
     STORE_NONE,
@@ -38,15 +38,16 @@ def fix_targets(e, ids, values):
 
 def energies(e, v):
     """Sums of (v_i e_ij)^2 down the columns (V,) and along the rows (M,): one read of e."""
-    (m, vocab), strips = e.shape, -(-e.shape[1] // ENERGY_COLUMNS)
-    columns, parts = v.new_empty(vocab), v.new_empty(strips, m)
-    extension.load().energies(e, v.contiguous(), columns, parts)
-    return columns, parts.sum(0)
+    (m, vocab), strip = e.shape, tuning.ENERGY_ROWS
+    columns = v.new_empty(-(-m // strip), vocab)
+    parts = v.new_empty(-(-vocab // ENERGY_COLUMNS), m)
+    extension.load().energies(e, v.contiguous(), columns, parts, strip)
+    return columns.sum(0), parts.sum(0)
 
 
 def scale(x, factor):
-    """In place x *= factor, (1,)."""
-    x.mul_(factor)
+    """In place x *= factor, (1,); nothing is read or written where it is 1."""
+    extension.load().scale(x, factor.float())
 
 
 def token_rows(

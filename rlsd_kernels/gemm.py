@@ -48,6 +48,12 @@ def operand_dtype(weight):
     return weight.dtype if weight.is_cuda else compute_dtype(weight.dtype)
 
 
+def multiple(weight):
+    """What the inner size of a GEMM that this weight is gathered for should be a multiple of: on
+    CUDA rows of 16 bits on 16-byte boundaries, without which cuBLAS takes kernels of old cards."""
+    return 64 if weight.is_cuda and weight.itemsize == 2 else 1
+
+
 def _blocks(weight):
     dtype = operand_dtype(weight)
     step = len(weight) if weight.dtype == dtype else CAST_BLOCK

@@ -26,6 +26,8 @@ from . import gemm
 from .config import capturing, compute_dtype
 
 FP16_SCALE = 2048.0  # times p (1 + |log p + H|) <= 14 stays below fp16's 65504
+WAITING = 8  # chunks whose dx is held in fp32 for one reading of the head
+GATHERED_SHARE = 0.25  # of dW's rows: more are summed in a matrix of all
 DENSE_SHARE = 0.5  # a chunk that keeps more of its entries is not worth gathering them
 ROUNDING = 1e-3  # of an allowed energy: what sums in fp32 may differ by
 UNIT = 2**52  # energies are summed as integers of this fraction: exact, in whatever order
@@ -62,26 +64,33 @@ def exceeding(energy, share, tolerance):
     return torch.zeros_like(energy, dtype=torch.bool).index_copy(0, order, parts.sum() > before)
 
 
-def selection(columns, rows, tolerance):
+def selection(columns, rows, tolerance, multiple=1):
     """(kept rows, kept columns), ascending, by their energies (M,) and (V,).
 
-    None where the whole matrix is taken: nearly all of it is kept, or a NaN must stay in it.
+    multiple: some more columns are kept, so that their number is one of it where V is. None where
+    the whole matrix is taken: nearly all of it is kept, or a NaN must stay in it.
     """
     i, rows_out = _order(rows, tolerance)
     j, columns_out = _order(columns, tolerance)
     rows_out, columns_out = torch.stack([rows_out, columns_out]).tolist()
-    i, j = i[rows_out:], j[columns_out:]
+    columns_out -= (columns_out - len(j)) % multiple
+    i, j = i[rows_out:], j[max(0, columns_out):]
     if len(i) * len(j) > DENSE_SHARE * len(rows) * len(columns):
         return None
     return i.sort().values, j.sort().values
 
 
-def dropped_direction(weight, energy, j):
-    """w (H,): the mean of all rows of weight (V, H) but j, weighed by their sqrt(energy) (V,)."""
+def dropped_share(energy, j):
+    """(V,) summing to 1: sqrt(energy) (V,) of all columns but j."""
     share = energy.sqrt().index_fill(0, j, 0)
     total = share.sum()
-    share = share / torch.where(total > 0, total, 1)
-    return gemm.dx(share[None].to(gemm.operand_dtype(weight)), weight)[0]
+    return share / torch.where(total > 0, total, 1)
+
+
+def dropped_directions(weight, shares):
+    """w (K, H): means of the rows of weight (V, H), weighed by each of `shares`, K of (V,); the
+    head is read once for all of them."""
+    return gemm.dx(torch.stack(shares).to(gemm.operand_dtype(weight)), weight)
 
 
 def lost_mass(e, d, shard, balanced):
@@ -147,15 +156,17 @@ class Columns:
         if not fits:
             j = j[:0]
         self.left -= len(j) * size
-        d, w = e.index_select(1, j), weight.new_zeros(weight.shape[1], dtype=s.dtype)
+        d = e.index_select(1, j)
         if fits:
-            w = dropped_direction(weight, columns, j)
+            w = dropped_directions(weight, [dropped_share(columns, j)])
+        else:
+            w = weight.new_zeros(1, weight.shape[1], dtype=s.dtype)
         lost = lost_mass(e, d, self.shard, self.head.softcap is None)
         _, share = self.kernels.energies(e.index_fill_(1, j, 0), scale)
         if self.shard.sum is not None:
             share = self.shard.sum(share)
         sizes = torch.tensor([[len(e), width]])
-        self.parts.append((d.view(-1), s, j, sizes, energy, lost, share, w[None]))
+        self.parts.append((d.view(-1), s, j, sizes, energy, lost, share, w))
 
     def kept(self):
         return Kept(*map(torch.cat, zip(*self.parts, strict=True)))
@@ -179,14 +190,12 @@ class Gradients:
         dtype, operand = compute_dtype(self.weight.dtype), gemm.operand_dtype(self.weight)
         # One GEMM over all rows accumulates in fp32 by itself: no fp32 copy of dW.
         one_group = one_group and not gradient_tolerance
-        sums = operand if one_group and operand == torch.bfloat16 else dtype
+        self.sums = operand if one_group and operand == torch.bfloat16 else dtype
         self.dx = hidden.new_zeros(hidden.shape if self.need_dx else 0, dtype=dx_dtype)
-        self.dw = self.weight.new_empty(self.weight.shape if self.need_dw else 0, dtype=sums)
         self.db = self.weight.new_zeros(len(self.weight) if self.need_db else 0, dtype=dtype)
-        self.empty, self.every_row = True, None
-        if gradient_tolerance:  # columns are added where they are kept
-            self.dw.zero_()
-            self.empty = False
+        self.dw, self.parts = None, []  # (V, H) in `sums`, or (J,) and those rows of it
+        self.waiting = []  # rows whose dx lacks the rank-one term
+        self.every_row = None
 
     def add(
         self,
@@ -202,13 +211,15 @@ class Gradients:
             columns, rows = self.kernels.energies(e, v / torch.where(largest > 0, largest, 1))
             if self.shard.sum is not None:
                 rows = self.shard.sum(rows)
-            chosen = selection(columns, rows, self.tolerance)
+            chosen = selection(columns, rows, self.tolerance, gemm.multiple(self.weight))
             if not self.shard.any(chosen is None, v):
                 i, j = chosen
                 d = e.index_select(1, j)
                 lost = lost_mass(e, d, self.shard, self.balanced)[i]
-                w = dropped_direction(self.weight, columns, j) if self.need_dx else None
-                return self.add_columns(_rows(index, i), h[i], v[i], d[i], j, lost, w)
+                share = dropped_share(columns, j) if self.need_dx else None
+                return self.add_columns(
+                    _rows(index, i), h[i], v[i], d[i], j, lost, share=share
+                )
         self.work += len(h)
         if self.need_dx:
             dx = gemm.dx(e, self.weight).mul_(v.unsqueeze(-1))
@@ -221,14 +232,14 @@ class Gradients:
         if self.size is not None:
             v = v / self.size
         if self.need_dw:
-            gemm.add_dw(self.dw, e, (v.unsqueeze(-1) * h).to(e.dtype), first=self.empty)
+            first = self.dw is None and not self.parts
+            gemm.add_dw(self._whole_dw(), e, (v.unsqueeze(-1) * h).to(e.dtype), first=first)
         if self.need_db:
             # In two parts: v rounded to 16 bits alone would add 2^-9 to the error of E.
             high = v.to(e.dtype)
             parts = torch.stack([high, (v - high).to(e.dtype)], -1)
             sums = self.db.new_empty(len(self.db), 2)
             self.db += gemm.add_dw(sums, e, parts, first=True).sum(-1)
-        self.empty = False
         if even is not None and self.need_dw:
             row = even @ h.to(even.dtype)
             self.every_row = row if self.every_row is None else self.every_row + row
@@ -243,35 +254,89 @@ class Gradients:
         d,  # (K, J) of e
         j,  # (J,) its columns
         lost,  # (K,) sums of what is left out of e
-        w,  # (H,) or None where dx is not needed
+        w=None,  # (H,) dropped_directions of the rows, or
+        share=None,  # (V,) the dropped_share that gives it
     ):
         """`add` of some columns alone, with the rank-one term for the others."""
         self.work += len(h) * len(j) / len(self.weight)
         if len(h) == 0:
             return
         if self.need_dx:
-            dx = torch.outer(lost, w)
-            if len(j):
-                dx += gemm.dx(d, self.weight[j])
-            dx.mul_(v.unsqueeze(-1))
-            if self.shard.sum is not None:
-                dx = self.shard.sum(dx)
-            self.dx[index] = dx.to(self.dx.dtype)
+            dx = gemm.dx(d, self.weight[j]) if len(j) else lost.new_zeros(h.shape)
+            if share is None:
+                self._put_dx(index, dx, v, lost, w)
+            else:
+                self.waiting.append((index, dx, v, lost, share))
+                if len(self.waiting) == WAITING:
+                    self._put_waiting()
         if self.size is not None:
             v = v / self.size
         if self.need_dw and len(j):
             x = (v.unsqueeze(-1) * h).to(d.dtype)
-            part = self.dw.new_empty(len(j), self.dw.shape[1])
-            self.dw[j] += gemm.add_dw(part, d, x, first=True)
+            part = x.new_empty(len(j), h.shape[1], dtype=self.sums)
+            gemm.add_dw(part, d, x, first=True)
+            if self.dw is None:
+                self.parts.append((j, part))
+                if sum(len(j) for j, _ in self.parts) > GATHERED_SHARE * len(self.weight):
+                    self._whole_dw()
+            else:
+                self.dw.index_add_(0, j, part)
         if self.need_db:
             self.db[j] += (d.to(v.dtype) * v.unsqueeze(-1)).sum(0)
 
-    def cast(self, dw_dtype, db_dtype):
-        dw, db = self.dw, self.db
-        if self.empty:
-            dw.zero_()
-        if self.every_row is not None:
-            dw += self.every_row
+    def _put_dx(self, index, dx, v, lost, w):
+        dx = dx.addr_(lost, w).mul_(v.unsqueeze(-1))
+        if self.shard.sum is not None:
+            dx = self.shard.sum(dx)
+        self.dx[index] = dx.to(self.dx.dtype)
+
+    def _put_waiting(self):
+        """Several at a time: each reading of the head for a direction costs as much as them all."""
+        if self.waiting:
+            ws = dropped_directions(self.weight, [share for *_, share in self.waiting])
+            for (*rows, _), w in zip(self.waiting, ws, strict=True):
+                self._put_dx(*rows, w)
+        self.waiting = []
+
+    def _whole_dw(self):
+        """dW as one matrix: the rows gathered so far, or not yet written where there are none."""
+        if self.dw is None:
+            new = self.weight.new_zeros if self.parts else self.weight.new_empty
+            self.dw = new(self.weight.shape, dtype=self.sums)
+            for j, part in self.parts:
+                self.dw.index_add_(0, j, part)
+            self.parts = []
+        return self.dw
+
+    def _gathered_dw(self, dtype):
+        """dW of which only some rows were written, summed in a matrix of their number."""
+        dw = self.weight.new_zeros(self.weight.shape if self.need_dw else 0, dtype=dtype)
+        if not self.parts:
+            return dw
+        touched = dw.new_zeros(len(dw), dtype=torch.int64)
+        for j, _ in self.parts:
+            touched[j] = 1
+        place = touched.cumsum(0) - 1
+        rows = sum(len(j) for j, _ in self.parts)
+        total = dw.new_zeros(rows, dw.shape[1], dtype=self.sums)
+        for j, part in self.parts:
+            total.index_add_(0, place[j], part)
         if self.size is not None:
-            dw, db = dw.mul_(self.size), db.mul_(self.size)
-        return self.dx, dw.to(dw_dtype), db.to(db_dtype)
+            total *= self.size
+        for j, _ in self.parts:
+            dw[j] = total[place[j]].to(dtype)
+        return dw
+
+    def cast(self, dw_dtype, db_dtype):
+        self._put_waiting()
+        if self.dw is None:
+            dw = self._gathered_dw(dw_dtype)
+        else:
+            dw = self.dw
+            if self.every_row is not None:
+                dw += self.every_row
+            if self.size is not None:
+                dw *= self.size
+            dw = dw.to(dw_dtype)
+        db = self.db if self.size is None else self.db.mul_(self.size)
+        return self.dx, dw, db.to(db_dtype)

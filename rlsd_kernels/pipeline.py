@@ -73,13 +73,16 @@ def _lambda_here(rlsd_lambda, device):
     return torch.full_like(rlsd_lambda, value, device=device), value > 0
 
 
-def _indices(rows):
-    """Indices of the True rows, or None for all: if all are, or while a CUDA graph is captured,
-    when no count may come back to the host."""
-    if capturing(rows):
-        return None
-    index = rows.nonzero().squeeze(-1)
-    return None if len(index) == len(rows) else index
+def _indices(*masks):
+    """Indices of the True rows of each mask, or None for all: if all are, or while a CUDA graph is
+    captured, when no count may come back to the host. It waits once for all of them."""
+    if capturing(masks[0]):
+        return [None] * len(masks)
+    counts = torch.stack([x.sum() for x in masks]).tolist()
+    return [
+        None if size == len(x) else x.nonzero_static(size=size).squeeze(-1)
+        for x, size in zip(masks, counts, strict=True)
+    ]
 
 
 def what_is_kept(kernels, weight, shard, ids, max_workspace_bytes, gradient_tolerance):
@@ -159,7 +162,7 @@ def linear_log_probs_bwd(
     up = Upstream(*(None if x is None else x.to(dtype) for x in up))
     g = up.log_probs
     up = up._replace(log_probs=g.masked_fill(log_probs.isnan() & (g != 0), math.nan))
-    index = _indices(up.live)
+    (index,) = _indices(up.live)
     n = len(hidden) if index is None else len(index)
     db_dtype = dtype if head.bias is None else head.bias.dtype
     size = _largest(up.size) if gemm.operand_dtype(weight) == torch.float16 else None
@@ -204,7 +207,9 @@ def linear_log_probs_bwd(
     grads = None
     if len(left.sizes) and not strict and up.alone:
         grads = gradients(False)
-        index = _indices(up.live & _add_columns(grads, hidden, up.log_probs, head.slope, left))
+        (index,) = _indices(
+            up.live & _add_columns(grads, hidden, up.log_probs, head.slope, left)
+        )
         # Beside them each has to do with half of the energy that may be left out.
         grads.tolerance *= math.sqrt(0.5)
         n = len(hidden) if index is None else len(index)
@@ -277,22 +282,23 @@ def linear_rlsd_loss(
     live = tokens.loss_weights != 0
     if config.beta == 0 and not bonus:
         live = live & (tokens.advantages != 0)
-    index = _indices(live)
-    n = len(hidden) if index is None else len(index)
-    rows = Rows(
-        kernels, head, shard, n, keep=gradient_source(weight, bonus) if any(need) else None,
-        max_workspace_bytes=max_workspace_bytes,
-        with_teacher=use_teacher and teacher_hidden is not None, by_chunk=gradient_tolerance > 0,
-    )
-    teacher = torch.zeros_like(tokens.loss_weights)
-    if use_teacher and teacher_hidden is None:
-        teacher = tokens.teacher_log_probs.clone()  # an op may not return its input
-    elif use_teacher:
+    scores_teacher, chosen = use_teacher and teacher_hidden is not None, live
+    if scores_teacher:
         a = tokens.advantages
         chosen = live & (a < 0 if config.rlsd_negative_only else a != 0)
         if tokens.reweight_mask is not None:
             chosen = chosen & tokens.reweight_mask
-        i = _indices(chosen)
+    index, i = _indices(live, chosen)
+    n = len(hidden) if index is None else len(index)
+    rows = Rows(
+        kernels, head, shard, n, keep=gradient_source(weight, bonus) if any(need) else None,
+        max_workspace_bytes=max_workspace_bytes,
+        with_teacher=scores_teacher, by_chunk=gradient_tolerance > 0,
+    )
+    teacher = torch.zeros_like(tokens.loss_weights)
+    if use_teacher and not scores_teacher:
+        teacher = tokens.teacher_log_probs.clone()  # an op may not return its input
+    elif scores_teacher:
         # Chunks as tall as the student's and the same guesses: equal hidden states then give
         # equal bits.
         t_head = head if teacher_weight is None else head._replace(weight=teacher_weight)
@@ -362,7 +368,9 @@ def linear_rlsd_loss(
         loss, spread(log_probs), teacher, spread(entropy) if want_entropy else entropy[0],
         *grads.cast(stored_dtype(weight.dtype), dtype if head.bias is None else
                     stored_dtype(head.bias.dtype)), sums,
-        sums.new_tensor([grads.work, n if any(need) else 0]),
+        torch.stack([
+            sums.new_full((), x) for x in (grads.work, n if any(need) else 0)
+        ]),  # filled by kernels: a copy from the host would wait for all of the above
     )
 
 

@@ -321,40 +321,41 @@ def target_logits(h, weight, ids):
     return out
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "S"])
 def _energies_kernel(
-    e, v, columns, rows, M, V, stride_e, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    e, v, columns, rows, M, S, V, stride_e, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
-    """Squares of v e summed over all rows of BLOCK_V columns, and over them for each row."""
+    """Squares of v e: over S rows for each of BLOCK_V columns, and over them for each row."""
     j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = j < V
     total = tl.zeros((BLOCK_V,), tl.float32)
     rows += tl.program_id(0).to(tl.int64) * M
-    for first in range(0, M, BLOCK_M):
+    begin = tl.program_id(1) * S
+    end = tl.minimum(begin + S, M)
+    for first in range(begin, end, BLOCK_M):
         i = first + tl.arange(0, BLOCK_M)
-        here = (i < M)[:, None] & inside[None, :]
+        here = (i < end)[:, None] & inside[None, :]
         x = tl.load(e + i.to(tl.int64)[:, None] * stride_e + j[None, :], mask=here, other=0.0)
-        x = x.to(tl.float32) * tl.load(v + i, mask=i < M, other=0.0)[:, None]
+        x = x.to(tl.float32) * tl.load(v + i, mask=i < end, other=0.0)[:, None]
         x = x * x
         total += tl.sum(x, 0)
-        tl.store(rows + i, tl.sum(x, 1), mask=i < M)
-    tl.store(columns + j, total, mask=inside)
+        tl.store(rows + i, tl.sum(x, 1), mask=i < end)
+    tl.store(columns + tl.program_id(1).to(tl.int64) * V + j, total, mask=inside)
 
 
 def energies(e, v):
     """Sums of (v_i e_ij)^2 down the columns (V,) and along the rows (M,): one read of e."""
     m, vocab = e.shape
-    tiles = tuning.ENERGY_TILES
-    columns = torch.zeros(vocab, dtype=torch.float32, device=e.device)
-    parts = torch.zeros(
-        triton.cdiv(vocab, tiles["BLOCK_V"]), m, dtype=torch.float32, device=e.device
-    )
+    tiles, strip = tuning.ENERGY_TILES, tuning.ENERGY_ROWS
+    strips = triton.cdiv(vocab, tiles["BLOCK_V"]), triton.cdiv(m, strip)
+    columns = torch.empty(strips[1], vocab, dtype=torch.float32, device=e.device)
+    parts = torch.empty(strips[0], m, dtype=torch.float32, device=e.device)
     if m:
         with torch.cuda.device_of(e):
-            _energies_kernel[(len(parts),)](
-                e, v.contiguous(), columns, parts, m, vocab, e.stride(0), **tiles
+            _energies_kernel[strips](
+                e, v.contiguous(), columns, parts, m, strip, vocab, e.stride(0), **tiles
             )
-    return columns, parts.sum(0)
+    return columns.sum(0), parts.sum(0)
 
 
 def fix_targets(e, ids, values):

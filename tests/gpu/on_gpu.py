@@ -76,9 +76,21 @@ def share_of(dtype, rows, terms=1):
     return share * (1 + max(rows, 1) ** -0.5)
 
 
+def run_scaled(p, impl, dtype, **call):
+    """run_fused under the loss scale that fp16 needs, taken out of its gradients again: unscaled,
+    those of many tokens lie among fp16's subnormals, whatever computes them."""
+    if dtype != torch.float16:
+        return run_fused(p, impl, **call)
+    scale = 2.0**14
+    got = run_fused(p, impl, upstream=scale, **call)
+    return {k: x.double() / scale if k.startswith("d_") else x for k, x in got.items()}
+
+
 def assert_contract(got, truth, dtype):
     """Every output of run_fused within the precision contract of its input dtype."""
     absolute, _ = CONTRACT[dtype]
+    if dtype == torch.float32:  # cuBLAS sums H products one after another: 1.34e-5 at H = 4096
+        absolute *= max(1.0, (truth["d_hidden"].shape[1] / 1024) ** 0.5)
     live = truth["log_probs"] != 0
     assert got.keys() == truth.keys()
     for name, value in got.items():
@@ -100,7 +112,7 @@ def assert_contract(got, truth, dtype):
 def check_accuracy(p, options, impl, dtype, truth=None, **call):
     """One fused step against fp64: the error rule in fp32, the contract below."""
     truth = truth_of(p, options) if truth is None else truth
-    got = run_fused(p, impl, **options, **call)
+    got = run_scaled(p, impl, dtype, **options, **call)
     assert_contract(got, truth, dtype)
     if dtype == torch.float32:
         assert_as_accurate(got, run_fused(p, "ref", **options), truth, terms=len(p["weight"]))

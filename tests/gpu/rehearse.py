@@ -358,7 +358,7 @@ def build():
     needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True).stdout
     assert "[libtorch.so]" in needed, needed
     names = ("exp_rows", "row_max", "row_logits", "logit_gradient", "target_logits", "fix_targets",
-             "energies", "token_rows")
+             "energies", "scale", "token_rows")
     schemas = [getattr(torch.ops.rlsd_cuda, name).default._schema for name in names]
     try:
         torch.ops.rlsd_cuda.fix_targets(torch.zeros(1, 1), torch.zeros(1).long(), torch.zeros(1))

@@ -458,12 +458,16 @@ for v, rows, at_end in itertools.product((1, 2, 3, 5, 8, 31, 4099, 8200), (1, 3)
         pairs = guarded(torch.stack([zero, zero], 1).long(), at_end)
         ops.fix_targets(out, pairs, guarded(pairs + 3.0, at_end))
         assert (out[:, -1] == (2 if v > 1 else 3)).all() and (out[:, 0] == 3).all()
-        strips = -(-v // 256)
-        columns, parts = (guarded(torch.zeros(n), at_end) for n in (v, strips * rows))
-        ops.energies(out, guarded(zero + 3, at_end), columns, parts)
-        assert torch.allclose(columns.double(), 9 * out.double().square().sum(0), rtol=1e-5)
-        assert torch.allclose(parts.double().view(strips, rows).sum(0),
-                              9 * out.double().square().sum(1), rtol=1e-5)
+        strips, tall = -(-v // 256), -(-rows // 2)
+        columns, parts = (guarded(torch.zeros(n), at_end) for n in (tall * v, strips * rows))
+        ops.energies(out, guarded(zero + 3, at_end), columns, parts, 2)
+        squares = 9 * out.double().square()
+        for sums, dim in ((columns.view(tall, v), 0), (parts.view(strips, rows), 1)):
+            assert torch.allclose(sums.double().sum(0), squares.sum(dim), rtol=1e-5)
+        for factor in (1.0, 0.5):
+            flat = guarded(out.contiguous().view(-1).clone(), at_end)
+            ops.scale(flat, torch.tensor([factor]))
+            assert torch.equal(flat, out.reshape(-1) * factor)
         h, weight = torch.randn(rows, v).to(dtype), torch.randn(2, v).to(dtype)
         for kind in (dtype, torch.float32):
             z = guarded(zero, at_end)
@@ -569,8 +573,9 @@ import torch
 from rlsd_kernels import extension
 extension.build({str(tmp_path / "_cuda.so")!r}, extension.install_archs())
 torch.ops.load_library({str(tmp_path / "_cuda.so")!r})
-names = "exp_rows row_max row_logits logit_gradient target_logits fix_targets energies token_rows"
-print([len(getattr(torch.ops.rlsd_cuda, n).default._schema.arguments) for n in names.split()])
+names = ["exp_rows", "row_max", "row_logits", "logit_gradient", "target_logits", "fix_targets",
+         "energies", "scale", "token_rows"]
+print([len(getattr(torch.ops.rlsd_cuda, n).default._schema.arguments) for n in names])
 try:
     torch.ops.rlsd_cuda.fix_targets(torch.zeros(1, 1), torch.zeros(1).long(), torch.zeros(1))
 except NotImplementedError as error:
@@ -583,7 +588,7 @@ except NotImplementedError as error:
     if torch.version.cuda is None and "undefined symbol" in done.stderr:
         pytest.skip("this torch has no CUDA to load it into")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["[11, 7, 7, 11, 4, 3, 4, 23]", "True"]
+    assert done.stdout.splitlines() == ["[11, 7, 7, 11, 4, 3, 5, 2, 23]", "True"]
 
 
 def test_the_committed_report_is_of_these_sources():

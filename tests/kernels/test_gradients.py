@@ -122,7 +122,8 @@ def test_the_rank_one_term_takes_up_what_dropped_rows_of_the_head_share():
     got = run_fused(problem, "torch", gradient_tolerance=2e-2)["d_hidden"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            gradients, "dropped_direction", lambda weight, *_: weight.new_zeros(weight.shape[1])
+            gradients, "dropped_directions",
+            lambda weight, shares: weight.new_zeros(len(shares), weight.shape[1]),
         )
         without = run_fused(problem, "torch", gradient_tolerance=2e-2)["d_hidden"]
     assert relative(got, truth) < 0.25 * relative(without, truth)
@@ -405,9 +406,9 @@ def test_the_bound_of_log_probs_holds_for_any_upstream_gradient(upstream, room, 
         if grads.work - work == len(h):
             kept[index] = True
 
-    def some(grads, index, h, v, d, j, *args):
+    def some(grads, index, h, v, d, j, *args, **named):
         kept[index[:, None], j] = True
-        add_columns(grads, index, h, v, d, j, *args)
+        add_columns(grads, index, h, v, d, j, *args, **named)
 
     def scored(found, h, *args, **named):
         anew.append(len(h))
