@@ -63,7 +63,7 @@ fi
 
 workers=()  # of pytest-xdist
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then
-    workers=(-n "$(($(nproc) < 10 ? $(nproc) : 10))" --dist loadgroup)
+    workers=(-n "$(($(nproc) < 6 ? $(nproc) : 6))" --dist loadgroup)
 fi
 failed=0
 # part NAME SECONDS COMMAND...: run under a limit of its own, output to $OUT/log.txt.

@@ -48,9 +48,9 @@ class Seen:
     def patches(self):
         add, add_columns, bwd = Gradients.add, Gradients.add_columns, pipeline.Rows.score
 
-        def dense(grads, index, h, v, e, even=None):
+        def dense(grads, index, h, *args, **named):
             work = grads.work
-            add(grads, index, h, v, e, even)
+            add(grads, index, h, *args, **named)
             if grads.work - work == len(h):
                 self.kept[index] = True
 

@@ -19,7 +19,7 @@ __host__ __device__ __forceinline__ int64_t strips_of(const EnergyParams& p) {
 }
 
 template <typename E>
-__global__ void __launch_bounds__(kThreads) rlsd_energies_kernel(const EnergyParams p) {
+__global__ void __launch_bounds__(kThreads, 4) rlsd_energies_kernel(const EnergyParams p) {
   constexpr int kWarps = kThreads / kWarp;
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int64_t block = blockIdx.x / strips_of(p), strip = blockIdx.x % strips_of(p);

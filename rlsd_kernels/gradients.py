@@ -45,11 +45,31 @@ def _order(energy, tolerance):
     return order, torch.where(total.isfinite(), out, 0)
 
 
-def carrying(energy, tolerance):
+def nothing():
+    """To do while the host waits."""
+
+
+def on_host(counts, meanwhile=nothing):
+    """The list of an integer tensor. The host waits for it; what meanwhile() queues keeps a GPU
+    busy until the host has gone on and queued more."""
+    if not counts.is_cuda:
+        meanwhile()
+        return counts.tolist()
+    host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+    with torch.cuda.device_of(counts):
+        host.copy_(counts, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        meanwhile()
+        copied.synchronize()
+    return host.tolist()
+
+
+def carrying(energy, tolerance, meanwhile=nothing):
     """Indices (K,), ascending, that carry all but tolerance^2 / 2 of the energy (n,); all where it
     has a NaN, which must stay in the gradient. The host waits for their number."""
     order, out = _order(energy, tolerance)
-    return order[int(out) :].sort().values
+    return order[on_host(out, meanwhile) :].sort().values
 
 
 def exceeding(energy, share, tolerance):
@@ -64,7 +84,7 @@ def exceeding(energy, share, tolerance):
     return torch.zeros_like(energy, dtype=torch.bool).index_copy(0, order, parts.sum() > before)
 
 
-def selection(columns, rows, tolerance, multiple=1):
+def selection(columns, rows, tolerance, multiple=1, meanwhile=nothing):
     """(kept rows, kept columns), ascending, by their energies (M,) and (V,).
 
     multiple: some more columns are kept, so that their number is one of it where V is. None where
@@ -72,7 +92,7 @@ def selection(columns, rows, tolerance, multiple=1):
     """
     i, rows_out = _order(rows, tolerance)
     j, columns_out = _order(columns, tolerance)
-    rows_out, columns_out = torch.stack([rows_out, columns_out]).tolist()
+    rows_out, columns_out = on_host(torch.stack([rows_out, columns_out]), meanwhile)
     columns_out -= (columns_out - len(j)) % multiple
     i, j = i[rows_out:], j[max(0, columns_out):]
     if len(i) * len(j) > DENSE_SHARE * len(rows) * len(columns):
@@ -140,6 +160,7 @@ class Columns:
         self,
         e,  # (M, V) with fixed targets, in a buffer that will be overwritten
         s,  # (M,)
+        meanwhile=nothing,
     ):
         weight, size = self.head.weight, len(e) * e.itemsize
         energy = (torch.linalg.vector_norm(e, dim=1, dtype=s.dtype) / s).square()
@@ -148,7 +169,7 @@ class Columns:
         norm = s * energy.sqrt()
         scale = torch.where(norm > 0, 1 / norm, 0)
         columns, _ = self.kernels.energies(e, scale)
-        j = carrying(columns, self.tolerance)
+        j = carrying(columns, self.tolerance, meanwhile)
         if len(j) > DENSE_SHARE * len(columns):
             j = carrying(columns, 0.0)
         fits = not self.shard.any(len(j) * size > self.left, s)
@@ -204,6 +225,7 @@ class Gradients:
         v,  # (M,)
         e,  # (M, V)
         even=None,  # (M,)
+        *, meanwhile=nothing,
     ):
         """Rows whose gradient at the raw logits is v e, or v e + even with a tolerance of 0."""
         if self.tolerance and not capturing(h):
@@ -211,7 +233,9 @@ class Gradients:
             columns, rows = self.kernels.energies(e, v / torch.where(largest > 0, largest, 1))
             if self.shard.sum is not None:
                 rows = self.shard.sum(rows)
-            chosen = selection(columns, rows, self.tolerance, gemm.multiple(self.weight))
+            chosen = selection(
+                columns, rows, self.tolerance, gemm.multiple(self.weight), meanwhile
+            )
             if not self.shard.any(chosen is None, v):
                 i, j = chosen
                 d = e.index_select(1, j)

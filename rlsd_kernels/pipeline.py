@@ -127,17 +127,19 @@ def linear_log_probs_fwd(
     # Chunks are there twice while they are put together.
     columns = Columns(kernels, head, shard, gradient_tolerance, max_workspace_bytes // 2)
     parts = []
-    for r in rows.slices(n):
+    for r, after in rows.pairs(n):
         ids = completion_ids[r]
         scored = rows.score(
-            hidden[r], ids, take(old_log_probs, r), want_entropy=want_entropy,
+            rows.states(hidden, None, r), ids, take(old_log_probs, r), want_entropy=want_entropy,
             want_logits=want_logits,
         )
         parts.append(scored)
         if keep and ids.dim() == 1:
             rows.fix_targets(rows.e[: len(ids)], ids, scored)
         if keep == "columns":
-            columns.add(rows.e[: len(ids)], scored.s)
+            columns.add(
+                rows.e[: len(ids)], scored.s, functools.partial(rows.begin, hidden, None, after)
+            )
     scored = concatenate(parts, completion_ids, rows.dtype)
     if keep == "exp":
         left = left._replace(e=rows.padded_e[:n], s=scored.s)
@@ -218,11 +220,14 @@ def linear_log_probs_bwd(
         max_workspace_bytes=max_workspace_bytes, by_chunk=gradient_tolerance > 0,
     )
     grads = grads or gradients(rows.held >= n)
-    for r in rows.slices(n):
+    for r, after in rows.pairs(n):
         i = r if index is None else index[r]
-        h, ids = hidden[i].to(rows.operand), completion_ids[i]
+        h, ids = rows.states(hidden, index, r), completion_ids[i]
         scored = rows.score(h, ids, log_probs[i], want_entropy=up.entropy is not None)
-        grads.add(i, h, *rows.logit_gradient(ids, scored, up.take(i)))
+        grads.add(
+            i, h, *rows.logit_gradient(ids, scored, up.take(i)),
+            meanwhile=functools.partial(rows.begin, hidden, index, after),
+        )
     return grads.cast(weight.dtype, db_dtype)
 
 
@@ -334,11 +339,12 @@ def linear_rlsd_loss(
     loss = hidden.new_zeros((), dtype=dtype)
     sums = hidden.new_zeros(len(TOKEN_SUMS), dtype=torch.float64)
     log_probs, entropy = [hidden.new_empty(0, dtype=dtype)], [hidden.new_empty(0, dtype=dtype)]
+    pairs = rows.pairs(n)
     for r in slices(0, n, rows.group):
         group = []
-        for q in slices(r.start, r.stop, rows.held):
+        for q, after in (x for x in pairs if r.start <= x[0].start < r.stop):
             i = q if index is None else index[q]
-            h, ids = hidden[i].to(rows.operand), completion_ids[i]
+            h, ids = rows.states(hidden, index, q), completion_ids[i]
             if capturing(h):  # rows without effect are still there, and may hold anything
                 h = torch.where(live[q].unsqueeze(-1), h, 0)
             some = tokens.take(q)
@@ -348,7 +354,10 @@ def linear_rlsd_loss(
                 rows.scorer = None  # its chunk of logits, before the gradients take their memory
             group.append(scored)
             if any(need):
-                grads.add(i, h, *rows.logit_gradient(ids, scored, Upstream(g, take(g_entropy, q))))
+                grads.add(
+                    i, h, *rows.logit_gradient(ids, scored, Upstream(g, take(g_entropy, q))),
+                    meanwhile=functools.partial(rows.begin, hidden, index, after),
+                )
         scored = concatenate(group, completion_ids, dtype)
         if len(group) > 1:  # summed as if the rows had been held together, to the bit
             token, _, token_sums = of_tokens(scored, tokens.take(r))

@@ -215,12 +215,38 @@ class Rows:
             in_place = self.operand == self.dtype
             self.z = self.e if in_place else weight.new_empty(size, dtype=self.dtype)[:, :vocab]
         self.scorer = kernels.Scorer(*head, self.chunk, shard.sum, shard.max)
+        self.begun = None  # (start of a slice, its states)
 
     def slices(self, n):
         """Of n rows: those held at once. No group is cut elsewhere than into its chunks."""
         return [
             q for r in slices(0, n, self.group) for q in slices(r.start, r.stop, self.held)
         ]
+
+    def pairs(self, n):
+        """Each of these slices with the one that follows it, None after the last."""
+        found = self.slices(n)
+        return list(zip(found, [*found[1:], None], strict=False))
+
+    def states(
+        self,
+        hidden,  # (N, H)
+        index,  # of the rows that count, or None for all
+        q,  # a slice of those
+    ):
+        """(M, H) of a slice, in the GEMMs' dtype."""
+        if self.begun is not None and self.begun[0] == q.start:
+            h, self.begun = self.begun[1], None
+            return h
+        return hidden[q if index is None else index[q]].to(self.operand)
+
+    def begin(self, hidden, index, q):
+        """Starts the GEMM of the slice whose states `score` gets next, if there is one and it
+        overwrites nothing: the device has work while the host waits for what was asked before."""
+        if q is not None and self.keep == "exp" and self.operand != self.dtype:
+            h = self.states(hidden, index, q)
+            self.begun = q.start, h
+            self.scorer.begin(h)
 
     def targets(
         self,
@@ -252,26 +278,8 @@ class Rows:
 
         want_logits: the mean of a row's logits and the largest too.
         """
+        h, local, several = h.to(self.operand), ids - self.shard.offset, ids.dim() == 2
         stored = {None: None, "exp": self.e, "logits": self.z}[self.keep]
-        return concatenate(
-            [
-                self._score(
-                    h[r].to(self.operand), ids[r], take(old_log_probs, r),
-                    None if stored is None else stored[r], want_entropy, want_logits,
-                )
-                for r in slices(0, len(h), self.chunk)
-            ], ids, self.dtype,
-        )
-
-    def score_all(self, h, ids, old_log_probs):
-        """Scored of any number of rows, in the same groups and chunks as a gradient would take."""
-        return concatenate(
-            [self.score(h[r], ids[r], take(old_log_probs, r)) for r in self.slices(len(h))],
-            ids, self.dtype,
-        )
-
-    def _score(self, h, ids, old_log_probs, out, want_entropy, want_logits):
-        local, several = ids - self.shard.offset, ids.dim() == 2
         z_y = self.targets(h, local[:, 0] if several else local)
         if old_log_probs is None:
             c = z_y + NO_GUESS
@@ -283,9 +291,17 @@ class Rows:
         z_y = z_y.new_empty(ids.shape) if several else z_y
         mean, top, top_ids = (z_y.new_empty(len(h) * want_logits) for _ in range(3))
         top_ids = top_ids.long()
-        c, s, t = self.scorer.score(
-            h, c, out=out, keep=self.keep, want_entropy=want_entropy, ids=local, z_y=z_y,
-            logits=(mean, top, top_ids) if want_logits else None,
+        parts = [
+            self.scorer.score(
+                h[r], c[r], out=None if stored is None else stored[r], keep=self.keep,
+                want_entropy=want_entropy, ids=local[r], z_y=z_y[r],
+                logits=(mean[r], top[r], top_ids[r]) if want_logits else None,
+            )
+            for r in slices(0, len(h), self.chunk)
+        ] or [(c, c, c)]
+        c, s, t = (
+            x[0] if len(x) == 1 or x[0] is None else torch.cat(x)
+            for x in zip(*parts, strict=True)
         )
         log_s = s.log()
         log_probs = ((z_y - per_id(c, ids)) - per_id(log_s, ids)).clamp_(max=0)
@@ -297,6 +313,13 @@ class Rows:
             top = ((top - c) - log_s).clamp_(max=0)
         return Scored(
             log_probs, c + log_s, s, self.head.cap_slope(z_y), entropy, mean, top_ids, top
+        )
+
+    def score_all(self, h, ids, old_log_probs):
+        """Scored of any number of rows, in the same groups and chunks as a gradient would take."""
+        return concatenate(
+            [self.score(h[r], ids[r], take(old_log_probs, r)) for r in self.slices(len(h))],
+            ids, self.dtype,
         )
 
     def _largest(

@@ -55,7 +55,19 @@ class StreamingScorer(abc.ABC):
         self.sharded = reduce_sum is not None
         self.reduce_sum = reduce_sum or (lambda x: x)
         self.reduce_max = reduce_max or (lambda x: x)
-        self._scratch = None
+        self._scratch = self._begun = None
+
+    def begin(self, h):
+        """Queues the logits GEMM of rows h (M, H), which the next `score` is to find done; not for
+        an fp32 `out`, which holds them itself."""
+        self._begun = h, gemm.logits(h, self.weight, self._chunk(len(h)))
+
+    def _logits(self, h, x):
+        """x = h W^T, (M, V) in fp32, unless it was begun."""
+        begun, self._begun = self._begun, None
+        if begun is not None and begun[0].data_ptr() == h.data_ptr() and len(begun[0]) == len(h):
+            return begun[1]
+        return gemm.logits(h, self.weight, self._chunk(len(h)) if x is None else x)
 
     def score(
         self,
@@ -82,7 +94,7 @@ class StreamingScorer(abc.ABC):
         # An fp32 `out` holds the logits itself; its exp waits until every c is settled.
         in_place = keep is not None and out.dtype == torch.float32
         deferred = in_place and store == STORE_EXP
-        x = gemm.logits(h, self.weight, out if in_place else self._chunk(len(h)))
+        x = self._logits(h, out if in_place else None)
         if ids is not None:
             self.reduce_sum(z_y.copy_(self._at(x, ids)))
         row = (self.bias, self.pre, self.post, self.capped)

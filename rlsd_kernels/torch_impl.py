@@ -127,6 +127,9 @@ class Scorer:
                 self.reduce_sum(t)
         return s, t
 
+    def begin(self, h):
+        """Nothing: the logits of all columns are never there at once."""
+
     def _row_max(self, h):
         m = h.new_full((len(h),), -math.inf, dtype=self.dtype)
         for _, z, *_ in self._tiles(h):

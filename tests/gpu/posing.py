@@ -98,7 +98,7 @@ def move(x, device):
 
 def factory(real):
     @functools.wraps(real)
-    def made(*args, device=None, **kwargs):
+    def made(*args, device=None, pin_memory=False, **kwargs):
         if device is None or is_gpu(device) is None:
             return real(*args, device=device, **kwargs)
         return pose(real(*args, device="cpu", **kwargs), is_gpu(device))

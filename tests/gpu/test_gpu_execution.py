@@ -10,6 +10,7 @@ from on_gpu import (
     KERNELS,
     OPTIONS,
     SMALL,
+    big,
     compiled_variants,
     problem,
     relative,
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("production")
 BF16 = torch.bfloat16
 
 
+@big
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_bitwise_equal_from_run_to_run(options, impl):
@@ -150,6 +152,7 @@ def test_a_captured_graph_sees_new_inputs(options, all_live, impl):
             assert error <= 2e-5, f"{name}: {sentence}"
         for name in ("d_hidden", "d_weight"):
             assert relative(captured[name], eager[name]) <= 6e-3, name
+        eager.pop("tokens/differentiated")  # dropped rows are not
         for name, x in eager.items():
             if "/" in name or name == "loss":
                 torch.testing.assert_close(

@@ -400,9 +400,9 @@ def test_the_bound_of_log_probs_holds_for_any_upstream_gradient(upstream, room, 
         gradients.Gradients.add_columns, rows.Rows.score,
     )
 
-    def dense(grads, index, h, *args):
+    def dense(grads, index, h, *args, **named):
         work = grads.work
-        add(grads, index, h, *args)
+        add(grads, index, h, *args, **named)
         if grads.work - work == len(h):
             kept[index] = True
 
