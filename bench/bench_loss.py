@@ -71,6 +71,11 @@ GPU_BLOCKS = (
     ("Qwen3-8B", 8192, "trained", False, 0.5), ("Qwen3-4B", 8192, "trained", False, 1.0),
     ("Qwen3-8B", 32768, "trained", False, 1.0),
 )
+NEAR = (
+    EAGER, COMPILED, "TRL", "Liger CuTe", "cut-cross-entropy, gradient filter",
+    *(f"{OURS}, {impl}{tolerance}" for impl in ("triton", "cuda")
+      for tolerance in ("", f"{TOLERANT}1e-3")),
+)
 GPU_MODELS = ("Qwen3-8B", "Qwen3-1.7B", "Qwen3-4B", "Llama-3-8B", "Gemma-3-4B")
 GPU_ROWS, LIVE, HEADS = (8192, 2048, 32768), (1.0, 0.5, 0.3), (False, True)
 GPU_PROFILES = ("trained",)
@@ -103,13 +108,18 @@ def test_step(benchmark, provider, head):
 
 
 def gpu_plan(full):
-    """Blocks in the order in which a budget is spent on them; full: every combination."""
+    """Blocks in the order in which a budget is spent on them; full: every combination. All peers
+    are in the first, those that come near its fastest in the others."""
     rest = itertools.product(GPU_MODELS, GPU_ROWS, GPU_PROFILES, HEADS, LIVE) if full else ()
     plan = [
         Block(common.model_case(model, rows), *what)
         for model, rows, *what in dict.fromkeys([*GPU_BLOCKS, *rest])
     ]
-    return [block._replace(tolerances=TOLERANCES) for block in plan[:2]] + plan[2:]
+    main, uniform, *others = [block._replace(only=NEAR) for block in plan]
+    return [
+        main._replace(only=(), tolerances=TOLERANCES), uniform._replace(tolerances=TOLERANCES),
+        *others,
+    ]
 
 
 def cpu_plan(case, bf16_case):
