@@ -339,7 +339,7 @@ class Gradients:
             return dw
         touched = dw.new_zeros(len(dw), dtype=torch.int64)
         for j, _ in self.parts:
-            touched[j] = 1
+            touched.index_fill_(0, j, 1)  # touched[j] = 1 would copy the 1, and wait
         place = touched.cumsum(0) - 1
         rows = sum(len(j) for j, _ in self.parts)
         total = dw.new_zeros(rows, dw.shape[1], dtype=self.sums)

@@ -237,7 +237,7 @@ def _add_columns(grads, hidden, g, slope, left):
     energy = (g / torch.where(largest > 0, largest, 1)).square() * left.energy
     index, v = carrying(energy, grads.tolerance), -g / left.s * slope
     sizes, gone = left.sizes.tolist(), torch.ones_like(g, dtype=torch.bool)
-    gone[index] = False
+    gone.index_fill_(0, index, False)
     without = torch.repeat_interleave(*left.sizes.T.flip(0)).to(g.device) < 0
     # Dropped rows leave nothing out by their columns, rows without columns all of what they may.
     share = left.share.masked_fill(gone, 0).masked_fill(without, grads.tolerance**2 / 2)

@@ -15,11 +15,11 @@ MAX_CHUNK = {"cpu": 512, "cuda": 8192}
 WORKSPACE_BYTES = {"cpu": 256 * 1024**2, "cuda": 3584 * 1024**2}
 # Triton: "A" is cuBLAS into an fp32 chunk and a streaming exp; "B" one GEMM with the exp inside.
 SCORE_TIER = "A"
-# Energies of E: 512 columns are 1 KB of a bf16 row, 8 rows at a time 32 values per thread. On an
-# H100 0.53 ms for 2048 rows of V = 151936 where 32 x 128 took 0.84 (bench/results/nvidia_h100).
-ENERGY_TILES = {"BLOCK_M": 8, "BLOCK_V": 512, "num_warps": 4}
+# Energies of E: 1024 columns are 2 KB of a bf16 row. On an H100 0.26 ms for 2048 x 151936 of them;
+# 512 columns take 0.50, 128 columns and 32 rows 0.83 (bench/results/nvidia_h100_80gb_hbm3).
+ENERGY_TILES = {"BLOCK_M": 8, "BLOCK_V": 1024, "num_warps": 4}
 # Rows that one program adds up: with all 2048 there are little more programs than an H100 runs at
-# once, and the last few have it to themselves (0.77 ms).
+# once, and the last few have it to themselves.
 ENERGY_ROWS = 256
 # One token per thread and step, 18 fp64 accumulators in registers, 16 steps for 8192 tokens.
 TOKEN_TILES = {"BLOCK_M": 512, "num_warps": 16}
