@@ -23,7 +23,7 @@ struct ExpParams {
   const float* x;      // (M, V) raw logits; `out` may be the same memory
   const float* c;      // (M,)
   const float* total;  // (M,) or null: rows whose sum here is trusted are left alone
-  float* s;            // (M,) sum_j e_j, e = exp(z - c)
+  float* s;            // (M,) sum_j e_j, e = exp(z - c); may be `total`
   float* t;            // (M,) sum_j e_j (z_j - c), or null
   void* out;           // (M, V): e times the softcap's slope, or z
   int64_t rows, stride_x, stride_out;

@@ -43,7 +43,7 @@ def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy, wo
     counts = {
         "tokens/reweighted": reweighted, "tokens/reweighted_pos": of["reweighted_pos"],
         "tokens/reweighted_neg": of["reweighted_neg"], "tokens/active_pos": of["active_pos"],
-        "tokens/active_neg": of["active_neg"], "tokens/unmasked": unmasked.double(),
+        "tokens/active_neg": of["active_neg"], "tokens/unmasked": unmasked.to(sums.dtype),
         "tokens/active": active,
     }
     totals = {
@@ -63,13 +63,16 @@ def token_stats(sums, unmasked, rlsd_lambda, dtype, *, with_kl, with_entropy, wo
     }
     totals |= {"kl": of["kl"]} if with_kl else {}
     totals |= {"entropy": of["entropy"]} if with_entropy else {}
-    stats = {name: total / counts[_MEAN_OVER[name]] for name, total in totals.items()}
+    # All at once: a kernel for each would take longer to launch than to run.
+    means = torch.stack([*totals.values()]) / torch.stack([counts[_MEAN_OVER[x]] for x in totals])
+    stats = dict(zip(totals, means.unbind(), strict=True))
     variance = of["delta_squared"] / reweighted - stats["rlsd/delta_mean"] ** 2
     stats["rlsd/delta_std"] = variance.clamp(min=0).sqrt()
     if work is not None:
         stats[WORK], counts[WORK_COUNT] = work[0] / work[1], work[1]
-    stats = {name: value.to(dtype) for name, value in stats.items()}
-    return {name: count.long() for name, count in counts.items()} | stats
+    whole = torch.stack([*counts.values()]).long().unbind()
+    values = torch.stack([*stats.values()]).to(dtype).unbind()
+    return dict(zip(counts, whole, strict=True)) | dict(zip(stats, values, strict=True))
 
 
 def merge_stats(many):

@@ -109,22 +109,27 @@ class StreamingScorer(abc.ABC):
         s = self.reduce_sum(s)
         self._row_max(x, again, c, s)
         c = self.reduce_max(c)
-        exact = torch.zeros_like(s)
         second = STORE_EXP if first == STORE_EXP else STORE_NONE
+        # Where a row is one kernel's alone, its sum takes the place of the one that flagged it.
+        exact = torch.zeros_like(s) if self.sharded else s
         self._exp(x, again, c, exact, t, out, second, total=s)
-        s = torch.where(trusted_rows(s), s, self.reduce_sum(exact))
+        if self.sharded:
+            s = torch.where(trusted_rows(s), s, self.reduce_sum(exact))
         if deferred:
             self._exp(x, row, c, torch.empty_like(s), None, out, STORE_EXP)
         return c, s, self.reduce_sum(t) if want_entropy else None
 
     def _at(self, x, ids):
         """z at the ids, of their shape, from raw logits x (M, V); 0 for those of other shards."""
-        held, safe = (ids >= 0) & (ids < self.vocab), ids.clamp(0, self.vocab - 1)
+        safe = ids.clamp(0, self.vocab - 1)
         z = x.gather(1, safe.view(len(x), -1)).view_as(safe)
         if self.bias is not None:
             z = z + self.bias[safe]
-        z = torch.tanh(z * self.pre) * self.post if self.capped else z * self.pre
-        return torch.where(held, z, 0)
+        if self.capped:
+            z = torch.tanh(z * self.pre) * self.post
+        elif self.pre != 1.0:
+            z = z * self.pre
+        return torch.where((ids >= 0) & (ids < self.vocab), z, 0) if self.sharded else z
 
     def _chunk(self, rows):
         if rows > self.chunk_rows:
