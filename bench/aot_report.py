@@ -100,7 +100,8 @@ def builds(arch):
                 flags, False)
 
     def energies(dtype):
-        return triton_impl._energies_kernel, {"e": dtype}, dict(tuning.ENERGY_TILES), False
+        tiles = tuning.ENERGY_TILES | {"STRIP": tuning.ENERGY_ROWS}
+        return triton_impl._energies_kernel, {"e": dtype}, tiles, False
 
     def scale(dtype):
         return triton_impl._scale_kernel, {"x": dtype}, {"BLOCK": 4096, "num_warps": 8}, False

@@ -2,7 +2,7 @@
 README's rows.
 
     python -m bench.plot bench/results/cpu              # table and plots
-    python -m bench.plot bench/results/cpu --readme     # and the block between README's markers
+    python -m bench.plot bench/results/cpu --readme     # and the block of that folder in README
 
 Speed is work per time: "% of bare GEMMs" is the time of the matrix products alone, measured in the
 same loop, divided by the provider's; TFLOP/s counts the 8 NHV of a full step (6 with a frozen head)
@@ -22,7 +22,7 @@ COLUMNS = (
     "peak extra, MiB", "% of eager's",
 )
 ACCURACY = ("NHV", "max log-prob error", "ratios off > 1 %", "dH error", "dW error")
-MARKERS = ("<!-- bench/results/cpu -->", "<!-- end of bench/results/cpu -->")
+MARKERS = ("<!-- bench/results/{} -->", "<!-- end of bench/results/{} -->")
 # Lines of a plot, ours first.
 COLORS = ("tab:blue", "tab:cyan", "tab:purple", "tab:green", "tab:olive", "tab:orange", "tab:red",
           "tab:brown", "tab:pink", "0.4", "0.6", "0.8")
@@ -230,9 +230,16 @@ def readme_rows(results):
     )
 
 
-def quoted_in(readme):
-    """The text between the README's markers."""
-    return readme.split(MARKERS[0])[1].split(MARKERS[1])[0].strip()
+def _around(readme, name):
+    """The README up to the end of a folder's first marker, what is quoted, and the rest."""
+    first, last = (marker.format(name) for marker in MARKERS)
+    before, rest = readme.split(first)
+    return before + first, rest.split(last)[0], last + rest.split(last)[1]
+
+
+def quoted_in(readme, name):
+    """The text between the README's markers of a folder of results."""
+    return _around(readme, name)[1].strip()
 
 
 def _pyplot():
@@ -415,10 +422,8 @@ def draw(folder, readme=False):
     plot_tolerance(results, folder / "tolerance.png")
     if readme:
         path = ROOT / "README.md"
-        before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
-        _, after = rest.split(MARKERS[1])
-        text = f"{before}{MARKERS[0]}\n{readme_rows(results)}{MARKERS[1]}{after}"
-        path.write_text(text, encoding="utf-8")
+        before, _, after = _around(path.read_text(encoding="utf-8"), folder.name)
+        path.write_text(f"{before}\n{readme_rows(results)}{after}", encoding="utf-8")
 
 
 def main():

@@ -321,17 +321,18 @@ def target_logits(h, weight, ids):
     return out
 
 
-@triton.jit(do_not_specialize=["M", "S"])
+@triton.jit(do_not_specialize=["M"])
 def _energies_kernel(
-    e, v, columns, rows, M, S, V, stride_e, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    e, v, columns, rows, M, V, stride_e, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    """Squares of v e: over S rows for each of BLOCK_V columns, and over them for each row."""
+    """Squares of v e: over STRIP rows for each of BLOCK_V columns, and over them for each row."""
     j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = j < V
     total = tl.zeros((BLOCK_V,), tl.float32)
     rows += tl.program_id(0).to(tl.int64) * M
-    begin = tl.program_id(1) * S
-    end = tl.minimum(begin + S, M)
+    begin = tl.program_id(1) * STRIP
+    end = tl.minimum(begin + STRIP, M)
     for first in range(begin, end, BLOCK_M):
         i = first + tl.arange(0, BLOCK_M)
         here = (i < end)[:, None] & inside[None, :]
@@ -353,7 +354,7 @@ def energies(e, v):
     if m:
         with torch.cuda.device_of(e):
             _energies_kernel[strips](
-                e, v.contiguous(), columns, parts, m, strip, vocab, e.stride(0), **tiles
+                e, v.contiguous(), columns, parts, m, vocab, e.stride(0), STRIP=strip, **tiles
             )
     return columns.sum(0), parts.sum(0)
 

@@ -448,13 +448,14 @@ def test_a_copy_without_git_is_told_its_commit(given, commit, dirty, monkeypatch
     assert (found["git"], found["dirty"]) == (commit, dirty) and "gpu" not in found
 
 
-def test_committed_table_and_readme_are_generated():
-    quoted = plot.quoted_in(README)
-    if not RESULTS.exists():
+@pytest.mark.parametrize("name", ["cpu", "nvidia_h100_80gb_hbm3"])
+def test_committed_table_and_readme_are_generated(name):
+    quoted, path = plot.quoted_in(README, name), RESULTS.parents[1] / name / "results.json"
+    if not path.exists():
         assert quoted == ""
-        pytest.skip("bench/results/cpu is not committed; `make bench-cpu` makes it")
-    data = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert (RESULTS.parent / "table.md").read_text(encoding="utf-8") == plot.table(data)
+        pytest.skip(f"bench/results/{name} is not committed")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert (path.parent / "table.md").read_text(encoding="utf-8") == plot.table(data)
     assert quoted == plot.readme_rows(data).strip()
 
 
