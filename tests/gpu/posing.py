@@ -40,6 +40,8 @@ FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye
              "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like")
 METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 WIDE = {torch.bfloat16, torch.float16}
+FROM_HOST = {"as_tensor", "new_tensor", "tensor"}
+TO_HOST = {"aten::_local_scalar_dense", "aten::nonzero"}
 _posed = {}  # address of a storage -> weak reference, which keeps the address from another's use
 
 
@@ -66,8 +68,26 @@ def is_gpu(device):
     return {"cuda": True, "cpu": False}.get(kind)
 
 
+@contextlib.contextmanager
+def capture():
+    """As if a CUDA graph were captured, where nothing may come from the host or go there."""
+    real, Posing.capturing = torch.cuda.is_current_stream_capturing, True
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing, Posing.capturing = real, False
+
+
+def refuse(what):
+    if Posing.capturing:
+        raise RuntimeError(f"{what} between host and device while a CUDA graph is captured")
+
+
 class Posing(TorchDispatchMode):
     """Results of posed tensors are posed; the bodies of custom ops run under the mode as well."""
+
+    capturing = False
 
     def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func._schema.name
@@ -84,6 +104,8 @@ class Posing(TorchDispatchMode):
                         f"Expected all tensors to be on the same device, but {name} has "
                         f"{tuple(x.shape)} on the CPU beside cuda:0."
                     )
+        if any(here) and (name in TO_HOST or (name in COPIES and not all(here))):
+            refuse(name)
         result = func(*args, **kwargs)
         if any(here):
             for x in tree_leaves(result):
@@ -99,6 +121,9 @@ def move(x, device):
 def factory(real):
     @functools.wraps(real)
     def made(*args, device=None, pin_memory=False, **kwargs):
+        there = device is None and isinstance(args[0], torch.Tensor) and posed(args[0])
+        if real.__name__ in FROM_HOST and (there or (device is not None and is_gpu(device))):
+            refuse(real.__name__)
         if device is None or is_gpu(device) is None:
             return real(*args, device=device, **kwargs)
         return pose(real(*args, device="cpu", **kwargs), is_gpu(device))
@@ -211,6 +236,7 @@ def install():
 
 
 def main():
+    sys.modules["posing"] = sys.modules[__name__]  # for what is run in the place of __main__
     install()
     if sys.argv[1:2] == ["-m"]:
         sys.argv = sys.argv[2:]

@@ -1,6 +1,8 @@
 """How it runs: repeatable bits, no recompilation, graphs, streams, devices, no host waits."""
 
 import contextlib
+import os
+import sys
 
 import pytest
 import torch
@@ -109,6 +111,25 @@ def static_step(p, impl, config, lam):
     grads = torch.autograd.grad(out.loss, (hidden, weight))
     return {"loss": out.loss, "log_probs": out.log_probs, "teacher": out.teacher_log_probs,
             "d_hidden": grads[0], "d_weight": grads[1], **out.stats}
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("options", ["off-policy", "all"])
+def test_nothing_passes_between_host_and_device_in_a_graph(options, impl):
+    """What a capture refuses, seen without a GPU too."""
+    require(impl, BF16)
+    if os.environ.get("RLSD_TEST_DEVICE") != "posing":
+        pytest.skip("posing.py watches it; on a GPU the next test captures")
+    p, call = problem(options, 21, 303, 16, BF16)
+    lam = torch.full((), 0.5, device=DEVICE)
+    posing = sys.modules["posing"]
+    with posing.capture():
+        captured = static_step(p, impl, call["config"], lam)
+        with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+            captured["loss"].item()
+        with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+            captured["loss"].new_tensor([1.0])
+    assert captured["d_hidden"].any()
 
 
 @pytest.mark.cuda_only

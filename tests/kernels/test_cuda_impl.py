@@ -142,6 +142,18 @@ class Properties:
         monkeypatch.setattr(extension, "driver_version", lambda: driver)
 
 
+def test_the_driver_itself_says_its_version(monkeypatch):
+    class Library:
+        def __init__(self, name):
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, out):  # noqa: N802
+            out._obj.value = 13010
+
+    monkeypatch.setattr(extension.ctypes, "CDLL", Library)
+    assert extension.driver_version() == 13010
+
+
 def test_devices(monkeypatch):
     Properties(monkeypatch, (9, 0), (8, 0), (9, 0), driver=12080)
     assert extension._check_device() == ([(8, 0), (9, 0)], 12)
