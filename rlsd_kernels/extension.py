@@ -222,7 +222,14 @@ def _cache_folder():
 def driver_version():
     """Newest CUDA that the driver runs, 1000 * major + 10 * minor. PyTorch gives none."""
     version = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError as error:
+        raise Unavailable(
+            f"the CUDA implementation needs NVIDIA's driver for Linux ({error}); use impl='torch'."
+        ) from None
+    if failed:
+        raise Unavailable(f"NVIDIA's driver does not say its version: error {failed}.")
     return version.value
 
 

@@ -278,7 +278,7 @@ class Rows:
 
         want_logits: the mean of a row's logits and the largest too.
         """
-        h, local, several = h.to(self.operand), ids - self.shard.offset, ids.dim() == 2
+        local, several = ids - self.shard.offset, ids.dim() == 2
         stored = {None: None, "exp": self.e, "logits": self.z}[self.keep]
         z_y = self.targets(h, local[:, 0] if several else local)
         if old_log_probs is None:
@@ -293,8 +293,8 @@ class Rows:
         top_ids = top_ids.long()
         parts = [
             self.scorer.score(
-                h[r], c[r], out=None if stored is None else stored[r], keep=self.keep,
-                want_entropy=want_entropy, ids=local[r], z_y=z_y[r],
+                h[r].to(self.operand), c[r], out=None if stored is None else stored[r],
+                keep=self.keep, want_entropy=want_entropy, ids=local[r], z_y=z_y[r],
                 logits=(mean[r], top[r], top_ids[r]) if want_logits else None,
             )
             for r in slices(0, len(h), self.chunk)

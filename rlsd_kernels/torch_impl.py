@@ -14,7 +14,7 @@ import torch
 
 from . import gemm
 from .config import LOG_FLOOR, MAX_LOG_RATIO, capturing, compute_dtype, trusted_rows
-from .tuning import SCORE_TILE
+from .tuning import SCORE_TILE, TARGET_ENTRIES
 
 
 def padded(vocab):
@@ -36,7 +36,11 @@ def target_logits(h, weight, ids):
     """h_i . W[ids_i] in compute dtype, (M,); 0 where the id is outside [0, V)."""
     hit, safe = _in_shard(ids, len(weight))
     dtype = compute_dtype(weight.dtype)
-    return torch.where(hit, torch.linalg.vecdot(h.to(dtype), weight[safe].to(dtype)), 0)
+    z = h.new_zeros(len(h), dtype=dtype)
+    step = max(1, TARGET_ENTRIES // max(1, h.shape[1]))
+    for r in (slice(i, i + step) for i in range(0, len(h), step)):
+        z[r] = torch.linalg.vecdot(h[r].to(dtype), weight[safe[r]].to(dtype))
+    return torch.where(hit, z, 0)
 
 
 class Scorer:

@@ -2,6 +2,8 @@
 
 # Columns of the head that the PyTorch implementation takes at a time.
 SCORE_TILE = 2048
+# Entries of h and of gathered rows of the head that it holds for the targets' logits: 16 MiB each.
+TARGET_ENTRIES = 2**22
 # Fewest rows worth a logits GEMM of their own beside E for all rows: at 2048 rows of V = 151936 the
 # fp32 chunk is 1.2 GB and the GEMM still fills the device.
 MIN_CHUNK = 2048

@@ -41,7 +41,7 @@ FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye
 METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 WIDE = {torch.bfloat16, torch.float16}
 FROM_HOST = {"as_tensor", "new_tensor", "tensor"}
-TO_HOST = {"aten::_local_scalar_dense", "aten::nonzero"}
+TO_HOST = {"aten::_local_scalar_dense", "aten::masked_select", "aten::nonzero"}
 _posed = {}  # address of a storage -> weak reference, which keeps the address from another's use
 
 
@@ -104,7 +104,8 @@ class Posing(TorchDispatchMode):
                         f"Expected all tensors to be on the same device, but {name} has "
                         f"{tuple(x.shape)} on the CPU beside cuda:0."
                     )
-        if any(here) and (name in TO_HOST or (name in COPIES and not all(here))):
+        masked = name.startswith("aten::index") and any(x.dtype == torch.bool for x in given[1:])
+        if any(here) and (name in TO_HOST or masked or (name in COPIES and not all(here))):
             refuse(name)
         result = func(*args, **kwargs)
         if any(here):
@@ -115,6 +116,8 @@ class Posing(TorchDispatchMode):
 
 
 def move(x, device):
+    if is_gpu(device) != posed(x):
+        refuse("a move")
     return x if is_gpu(device) == posed(x) else pose(x.clone(), is_gpu(device))
 
 
@@ -192,6 +195,14 @@ def install():
     for name in METHODS:
         setattr(torch.Tensor, name, factory(getattr(torch.Tensor, name)))
     torch.Tensor.to = to(torch.Tensor.to)
+    tolist = torch.Tensor.tolist
+
+    def listed(x):
+        if posed(x):
+            refuse("tolist")
+        return tolist(x)
+
+    torch.Tensor.tolist = listed
     torch.Tensor.cuda = lambda x, *_, **__: move(x, "cuda")
     torch.Tensor.cpu = lambda x, *_, **__: move(x, cpu)
     for name in ("mm", "addmm", "bmm"):

@@ -144,14 +144,42 @@ class Properties:
 
 def test_the_driver_itself_says_its_version(monkeypatch):
     class Library:
+        result = 0
+
         def __init__(self, name):
             assert name == "libcuda.so.1"
 
         def cuDriverGetVersion(self, out):  # noqa: N802
             out._obj.value = 13010
+            return self.result
+
+    def absent(name):
+        raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(extension.ctypes, "CDLL", Library)
     assert extension.driver_version() == 13010
+    Library.result = 3
+    with pytest.raises(extension.Unavailable, match="does not say its version: error 3"):
+        extension.driver_version()
+    monkeypatch.setattr(extension.ctypes, "CDLL", absent)
+    with pytest.raises(extension.Unavailable, match=r"libcuda.so.1: cannot open .*impl='torch'"):
+        extension.driver_version()
+
+
+def test_an_fp64_bias_gets_its_gradient_scaled(monkeypatch):
+    emulation.stand_in(monkeypatch)
+    h, w = torch.randn(4, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        bias = torch.zeros(50, dtype=dtype, requires_grad=True)
+        out = fused_linear_rlsd_loss(
+            h, w, torch.zeros(4, dtype=torch.long), torch.ones(4), rlsd_lambda=0.0, bias=bias,
+            impl="cuda",
+        )
+        (2 * out.loss).backward()
+        grads.append(bias.grad)
+    assert grads[1].dtype == torch.float64
+    torch.testing.assert_close(grads[1].float(), grads[0])
 
 
 def test_devices(monkeypatch):
