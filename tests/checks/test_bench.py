@@ -219,7 +219,8 @@ def test_profiles_come_first_and_alone_with_what_depends_on_them():
     assert plan[3].case.rows == 4 * plan[0].case.rows
     assert len({b.label() for b in plan}) == len(plan)  # by which a resumed run knows them
     gpu = bench_loss.gpu_plan(False)
-    assert [b.profile for b in gpu[:2]] == ["trained", "uniform"] and not any(b.only for b in gpu)
+    assert [b.profile for b in gpu[:2]] == ["trained", "uniform"] and not gpu[0].only
+    assert {OURS + ", cuda", EAGER} < set(gpu[1].only) <= {p.name for p in GPU_PROVIDERS}
 
 
 @pytest.fixture
