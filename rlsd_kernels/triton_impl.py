@@ -404,6 +404,10 @@ class Scorer(StreamingScorer):
             h, c, out=out, keep=keep, want_entropy=want_entropy, ids=ids, z_y=z_y, logits=logits
         )
 
+    def begin(self, h):
+        if self.tier != "B":  # which has its own GEMM
+            super().begin(h)
+
     def _gemm_tiles(self, h, out):
         """Tiles of the tier B kernel; None for what only tier A takes: fp32 weights, and sizes at
         which its loads would need masks and its stores would be scalar (the registers spill)."""
