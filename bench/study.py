@@ -208,7 +208,11 @@ def smollm2_folder(work):
 def smollm2_plan(work):
     """A pretrained model: the objectives, each with the hint as a solved turn."""
     return {
-        "seeds": [0, 1], "goals": [0.8], "base": smollm2_base(work), "baseline": "GRPO",
+        "seeds": [0, 1], "goals": [0.8], "baseline": "GRPO",
+        "base": smollm2_base(work) | {
+            "generation_batch_size": 64, "max_steps": 40, "eval_steps": 8, "logging_steps": 8,
+            "save_steps": 8,
+        },
         "arms": {
             "GRPO": {"objective": "grpo"}, "RLSD, paper": PAPER,
             "RLSD, strong": {**STRONG, "rlsd_lambda_decay_steps": 0},
