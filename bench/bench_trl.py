@@ -4,8 +4,9 @@
 
 GRPOTrainer and RLSDTrainer get the same rollout (prompts, completions, advantages), for generation
 and rewards are the same code; `live` is the share of sequences with A != 0. Then both with the
-options whose loss is TRL's own formula, and SFTTrainer with either head. On a CPU TRL's head also
-scores the prompt's positions, which it leaves out on a GPU.
+options whose loss is TRL's own formula; with one long prompt for all rows, computed for each or
+once; and SFTTrainer with either head. On a CPU TRL's head also scores the prompt's positions, which
+it leaves out on a GPU.
 """
 
 import argparse
@@ -25,14 +26,21 @@ from rlsd.integrations.trl import RLSDConfig, RLSDTrainer
 from rlsd.integrations.trl_sft import use_fused_head
 
 VOCAB, HIDDEN, LAYERS, BATCH, PROMPT, HINT, LENGTH = 16384, 256, 2, 8, 32, 32, 96
+LONG = 512  # the prompt of a group
 ARMS = {
     "GRPOTrainer": (GRPOTrainer, 0.0),
     "RLSDTrainer, lambda 0": (RLSDTrainer, 0.0),
     "RLSDTrainer, hook A": (RLSDTrainer, 0.5),
     "RLSDTrainer": (RLSDTrainer, 0.5),
 }
-
-
+# Of one prompt for all rows.
+SHARING = {
+    "GRPOTrainer": (GRPOTrainer, 0.0, {}),
+    "RLSDTrainer, lambda 0, for each": (RLSDTrainer, 0.0, {"share_prompts": "false"}),
+    "RLSDTrainer, lambda 0, once": (RLSDTrainer, 0.0, {"share_prompts": "true"}),
+    "RLSDTrainer, for each": (RLSDTrainer, 0.5, {"share_prompts": "false"}),
+    "RLSDTrainer, once": (RLSDTrainer, 0.5, {"share_prompts": "true"}),
+}
 OPTIONS = {
     "sapo": {"loss_type": "sapo"},
     "vespo": {"loss_type": "vespo"},
@@ -99,10 +107,15 @@ def sft_steps(folder):
     return steps
 
 
-def rollout(live):
-    """The tensors of one micro-batch, `live` of whose sequences have A != 0."""
+def rollout(live, prompt=PROMPT, same=False):
+    """The tensors of one micro-batch, `live` of whose sequences have A != 0.
+
+    same: all rows have one prompt, and so one hint.
+    """
     rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, VOCAB, (BATCH, HINT + PROMPT + LENGTH), generator=rng)
+    ids = torch.randint(2, VOCAB, (BATCH, HINT + prompt + LENGTH), generator=rng)
+    if same:
+        ids[:, :-LENGTH] = ids[0, :-LENGTH]
     advantages = torch.tensor([1.0, -1.0] * (BATCH // 2))
     advantages[round(live * BATCH):] = 0
     mask = torch.ones_like(ids)
@@ -116,8 +129,8 @@ def rollout(live):
     }
 
 
-def step_of(trainer, live):
-    inputs = rollout(live) | {"rlsd_lambda": torch.tensor(trainer.args.rlsd_lambda)}
+def step_of(trainer, *of_rollout):
+    inputs = rollout(*of_rollout) | {"rlsd_lambda": torch.tensor(trainer.args.rlsd_lambda)}
 
     def step():
         trainer._compute_loss(trainer.model, dict(inputs)).backward()
@@ -160,6 +173,12 @@ def main():
             arms = {name: make_trainer(cls, 0.0, folder, **changed) for name, cls in arms.items()}
             steps = {name: (step_of(x, 1.0), x.model) for name, x in arms.items()}
             rows += measure(case, steps, options.rounds)
+        arms = {
+            name: make_trainer(cls, lam, folder, **changed)
+            for name, (cls, lam, changed) in SHARING.items()
+        }
+        steps = {name: (step_of(x, 1.0, LONG, True), x.model) for name, x in arms.items()}
+        rows += measure(f"one prompt of {LONG}", steps, options.rounds)
         rows += measure("SFT", sft_steps(folder), options.rounds)
     lines = [
         f"Qwen3 architecture, {LAYERS} layers, H={HIDDEN}, V={VOCAB}, fp32; {BATCH} sequences of "

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from bench import free_length
 from bench.common import ROOT, environment
 from rlsd.compare import Plan, compare
 from rlsd.config import make_config
@@ -183,6 +184,31 @@ def gym_plan(work, task):
     }
 
 
+def free_length_folder(work, seed):
+    """Data and warm start of that task, made once."""
+    folder = work / f"free-length-start-{seed}"
+    if not (folder / "warm_start").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        free_length.start(folder, seed)
+    return folder
+
+
+def free_length_plan(work, seed):
+    """Answers whose length is free: what becomes of it, and what that costs."""
+    return {
+        "seeds": CHAIN_SEEDS, "goals": [], "base": free_length.options(
+            free_length_folder(work, seed)
+        ),
+        "baseline": "GRPO", "arms": {
+            "GRPO": {"objective": "grpo"}, "RLSD, paper": PAPER, "RLSD, strong": STRONG,
+            "RLSD, own hints": {**STRONG, "hint_source": "rollout"},
+            "RLSD, contrast, data's hints": CONTRAST,
+            "RLSD, contrast, own hints": {**CONTRAST, "hint_source": "rollout"},
+            "RLCSD": RLCSD,
+        },
+    }
+
+
 def smollm2_base(work):
     """SmolLM2-135M-Instruct by LoRA on three-digit sums, as examples/smollm2_add3.yaml has it."""
     return {
@@ -291,6 +317,8 @@ PARTS = {
     "chain1": lambda work: chain_plan(work, 1),
     "contrast0": lambda work: contrast_plan(work, 0),
     "contrast1": lambda work: contrast_plan(work, 1),
+    "free_length0": lambda work: free_length_plan(work, 0),
+    "free_length1": lambda work: free_length_plan(work, 1),
     "sensitivity": sensitivity_plan,
     "tolerance": tolerance_plan,
     "number_sequence": lambda work: gym_plan(work, "number_sequence"),
@@ -299,6 +327,12 @@ PARTS = {
     "agent": agent_plan,
     "smollm2": smollm2_plan,
     "smollm2_tolerance": smollm2_tolerance_plan,
+}
+# What else is measured of a part, beside its runs.
+MEASURES = {
+    f"free_length{seed}": lambda work, seed=seed: {
+        "style_gap": free_length.style_gap(free_length_folder(work, seed))
+    } for seed in (0, 1)
 }
 
 
@@ -316,6 +350,7 @@ def run(parts, work, processes):
         found = compare(plan)
         crashed += len(found["crashed"])
         about |= {"processes": processes, "seconds_of_this_call": round(time.monotonic() - began)}
+        about |= MEASURES[name](work) if name in MEASURES else {}
         write_data(name, plan, found, about, work)
     return 1 if crashed else 0
 

@@ -17,6 +17,7 @@ from rlsd.reports.tables import (
     ACCURACY,
     ENTROPY,
     LEAK,
+    LENGTH,
     Column,
     arm_statistics,
     columns_of,
@@ -35,7 +36,8 @@ from rlsd.reports.tables import (
 RESULTS, DOCUMENT = ROOT / "bench" / "results" / "study", ROOT / "docs" / "results.md"
 CHAINS, GYM = ("chain0", "chain1"), ("number_sequence", "spell_backward")
 CONTRASTS = ("contrast0", "contrast1")  # the same task and seeds
-SHOWN = (*CHAINS, *CONTRASTS, "tolerance", *GYM, "agent", "smollm2", "smollm2_tolerance")
+FREE = ("free_length0", "free_length1")
+SHOWN = (*CHAINS, *CONTRASTS, *FREE, "tolerance", *GYM, "agent", "smollm2", "smollm2_tolerance")
 PARTS = (*SHOWN, "sensitivity", "cost")
 PAPER, STRONG = "RLSD, paper", "RLSD, strong"
 
@@ -325,9 +327,49 @@ def contrast_claims(parts):
         "RLCSD ends above GRPO", f"{shown_gain(gain)} ({gain['n']} pairs)", verdict(clear(gain)),
         "after the last step; its authors' scalars",
     ))
-    fixed = "every right answer of these tasks has one form and one length"
-    return [*rows, ("the gap sits on tokens of style", "-", "not testable here", fixed),
-            ("responses shrink", "-", "not testable here", fixed)]
+    return [*rows, *style_claims([parts[name] for name in FREE if name in parts])]
+
+
+def style_claims(free):
+    """The same group's diagnosis, on the task whose answers have a free length."""
+    if not free:
+        fixed = "every right answer of these tasks has one form and one length"
+        return [(claim, "-", "not testable here", fixed)
+                for claim in ("the gap sits on tokens of style", "responses shrink")]
+
+    def length(summary):
+        return final(summary, LENGTH)
+
+    gaps = [data["about"]["style_gap"]["style"] for data in free]
+    rows = [(
+        "the gap sits on tokens of style",
+        "; ".join(f"{g['share_of_gap']:.0%} of it on {g['share']:.0%} of the tokens, delta there "
+                  f"{g['mean_delta']:+.2f}" for g in gaps),
+        verdict(all(g["share_of_gap"] > 0.5 for g in gaps)),
+        "free length, before training: most of the sum of |delta|; such a style was planted",
+    )]
+    shrunk = {arm: pooled(free, arm, "GRPO", length) for arm in (PAPER, STRONG, "RLSD, own hints")}
+    rows.append((
+        "responses shrink", "; ".join(
+            f"{arm}: {shown_gain(g)} tokens beside GRPO's" for arm, g in shrunk.items()
+        ), verdicts({arm: clear(g, -1) for arm, g in shrunk.items()}),
+        "free length, after the last step",
+    ))
+    for arm, alone in (("RLSD, contrast, data's hints", STRONG),
+                       ("RLSD, contrast, own hints", "RLSD, own hints")):
+        longer, better = (pooled(free, arm, alone, v) for v in (length, final))
+        rows.append((
+            f"a contrast keeps them long; {arm}",
+            f"minus {alone}: {shown_gain(longer)} tokens, accuracy {shown_gain(better)}",
+            verdict(clear(longer)), "free length, after the last step",
+        ))
+    ends = {arm: pooled(free, arm, "GRPO", final) for arm in (*shrunk, "RLCSD")}
+    rows.append((
+        "RLSD ends below GRPO, where answers have a free length",
+        "; ".join(f"{arm}: {shown_gain(g)}" for arm, g in ends.items()),
+        verdicts({arm: clear(g, -1) for arm, g in ends.items()}), "after the last step",
+    ))
+    return rows
 
 
 def claims_table(parts):
@@ -377,7 +419,7 @@ def fill(text, made):
 def main():
     parts = load_all()
     for name, data in parts.items():
-        if name in (*CHAINS, *GYM, "agent", "smollm2"):
+        if name in (*CHAINS, *FREE, *GYM, "agent", "smollm2"):
             plot(name, data)
         (RESULTS / f"{name}.csv").write_text(csv_table(rows_of(data)), encoding="utf-8")
     made = blocks(parts)

@@ -1,11 +1,13 @@
 """The study's report: every verdict follows its rule, and the committed document its data."""
 
 import json
+import random
 import re
 
 import pytest
 
 import bench.study_report as report
+from bench import free_length
 from bench.study import PARTS
 from rlsd.reports.tables import ACCURACY, ENTROPY, LEAK
 
@@ -130,3 +132,14 @@ def test_numbers_in_the_prose_are_in_the_tables():
     quoted = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", prose))
     known = set(re.findall(r"\d+\.\d+", blocks))
     assert quoted - known <= options, sorted(quoted - known - options)
+
+
+def test_terse_answers_keep_the_results_alone():
+    rng = random.Random(0)
+    for _ in range(20):
+        _, x, steps = free_length.make_problem(rng)
+        free, terse = free_length.answer(x, steps, rng=rng), free_length.answer(x, steps)
+        assert free_length.terse(free) == terse == free_length.terse(terse)
+        assert len(free.split()) + 1 <= free_length.LONGEST
+        worked = free.split().count(free_length.BETWEEN)
+        assert len(free.split()) == len(terse.split()) + 2 * worked
