@@ -346,7 +346,7 @@ def style_claims(free):
         "; ".join(f"{g['share_of_gap']:.0%} of it on {g['share']:.0%} of the tokens, delta there "
                   f"{g['mean_delta']:+.2f}" for g in gaps),
         verdict(all(g["share_of_gap"] > 0.5 for g in gaps)),
-        "free length, before training: most of the sum of |delta|; such a style was planted",
+        "free length, before training: most of the sum of absolute deltas; such a style was planted",
     )]
     shrunk = {arm: pooled(free, arm, "GRPO", length) for arm in (PAPER, STRONG, "RLSD, own hints")}
     rows.append((
