@@ -12,7 +12,14 @@ from rlsd.policy.checkpoint import load_model, load_tokenizer
 from rlsd.policy.distributed import Processes
 from rlsd.policy.models import open_policy
 from rlsd.sampling import hint_check
-from rlsd.sampling.hint_check import auc, check_hints, first_leaving, gap_metrics, gaps
+from rlsd.sampling.hint_check import (
+    auc,
+    check_hints,
+    first_leaving,
+    gap_metrics,
+    gaps,
+    hint_table,
+)
 from rlsd.sampling.rollout import Rollout, roll_out
 from rlsd.tasks.data import load_data
 
@@ -97,6 +104,15 @@ def test_check_hints_counts_what_was_sampled(parts):
     assert m["student_pass@1"] == pytest.approx(m["right_samples"] / 16)
     assert m["teacher_prompt_mean"] > m["student_prompt_mean"]
     assert m["student_pass@1_low"] <= m["student_pass@1"] <= m["student_pass@1_high"]
+
+
+def test_shorter_answers_after_the_hint_are_said(parts):
+    config, tokenizer, _, policy, rows = parts
+    m = check_hints(policy, tokenizer, rows, config, [constant], Processes(config))
+    for share, said in ((0.7, "30% shorter"), (0.9, None), (1.2, None)):
+        m["teacher_completion_mean"] = share * m["student_completion_mean"]
+        text = "\n".join(hint_table(m))
+        assert ("shorter" in text) == bool(said) and (said or "") in text
 
 
 def test_the_command(tmp_path, capsys):
