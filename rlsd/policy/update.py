@@ -290,7 +290,7 @@ def reweighted(batch, live, mask, score, rlsd_lambda, config):
     metrics = {"rlsd/contrast_missing_frac": _mean((~given).double(), wanted)}
     if batch.hints is None:
         return batch, metrics
-    evidence = _evidence(batch, score, config.rlsd_contrast_hints)
+    evidence = evidence_of(batch, score, config.rlsd_contrast_hints)
     alive = batch.mask & (a != 0)
     chosen = alive & (wanted & given)[:, None]
     common = {
@@ -327,8 +327,9 @@ def reweighted(batch, live, mask, score, rlsd_lambda, config):
     return batch._replace(a_hat=a_hat), metrics | {"rlsd/effective_lambda": rlsd_lambda}
 
 
-def _evidence(batch, score, count):
-    """(B, T) e_t of a Batch with 1 + at most `count` hints each; 0 without."""
+def evidence_of(batch, score, count):
+    """(B, T) e_t of a Batch with 1 + at most `count` hints each; 0 without. score: of reweighted.
+    """
     log_probs = batch.loss_weights.new_zeros((1 + count, *batch.mask.shape))
     present = torch.zeros_like(log_probs[:, :, :1], dtype=torch.bool)
     if any(batch.hints):

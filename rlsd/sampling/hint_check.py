@@ -13,10 +13,12 @@ import importlib.metadata
 import torch
 
 from ..config import UserError
+from ..policy.advantages import group_advantages
 from ..policy.checkpoint import load_model, load_processor, load_tokenizer
 from ..policy.distributed import Processes
+from ..policy.hints import contrast_hints, teacher_prompts
 from ..policy.models import open_policy
-from ..policy.update import Batch, log_probs_under
+from ..policy.update import Batch, evidence_of, log_probs_under
 from ..tasks.data import load_data, rows_of_step
 from ..tasks.rewards import load_reward_funcs, require_scorable
 from ..tasks.tools import load_tools
@@ -44,16 +46,24 @@ def first_leaving(ids, reference):
     return None
 
 
-def gaps(policy, rollout, config):
-    """(B, T) log P_T - log P_S of every sampled token, the same weights in both contexts."""
+def batch_of(rollout, privileged, hints=None):
+    """A Batch of all of a rollout, for passes without a loss."""
     zeros = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
-    batch = Batch(
-        prompts=[row["prompt_ids"] for row in rollout.rows],
-        teacher_prompts=[row["teacher_prompt_ids"] for row in rollout.rows],
+    return Batch(
+        prompts=[row["prompt_ids"] for row in rollout.rows], teacher_prompts=privileged,
         images=[row.get("_images") for row in rollout.rows],
         completion_ids=rollout.completion_ids, mask=written(rollout),
-        completion_mask=rollout.mask, advantages=zeros[:, 0], loss_weights=zeros,
+        completion_mask=rollout.mask, advantages=zeros[:, 0], loss_weights=zeros, hints=hints,
     )
+
+
+def gaps(policy, rollout, config, privileged=None):
+    """(B, T) log P_T - log P_S of every sampled token, the same weights in both contexts.
+
+    privileged: what the teacher reads before each, token ids; default: the rows' hints.
+    """
+    privileged = privileged or [row["teacher_prompt_ids"] for row in rollout.rows]
+    batch = batch_of(rollout, privileged)
     parts = batch.micro_batches(config, policy.layout)
     student = log_probs_under(policy, batch, parts, config.temperature, config.impl)
     hinted = batch._replace(prompts=batch.teacher_prompts)
@@ -61,10 +71,32 @@ def gaps(policy, rollout, config):
     return torch.where(written(rollout), teacher - student, 0.0).double()
 
 
-def gap_metrics(gap, rollout, references, size):
+def sibling_gaps(policy, tokenizer, rollout, config):
+    """((B, T) what a run that reads siblings weighs tokens by, (B,) bool which answers have it).
+
+    That is e_t of a contrast, or the gap with a right sibling as the hint.
+    """
+    advantages = group_advantages(rollout.rewards, config.num_generations, config.scale_rewards)
+    read = rollout, advantages, config.rlsd_lambda, 1, tokenizer, config
+    hints, own = contrast_hints(*read), [row["prompt_ids"] for row in rollout.rows]
+    if hints is None:
+        privileged = teacher_prompts(*read)
+        gap = gaps(policy, rollout, config, [p or q for p, q in zip(privileged, own, strict=True)])
+        return gap, [p is not None for p in privileged]
+
+    def score(batch):
+        parts = batch.micro_batches(config, policy.layout)
+        return log_probs_under(policy, batch, parts, config.temperature, config.impl)
+
+    evidence = evidence_of(batch_of(rollout, own, hints), score, config.rlsd_contrast_hints)
+    return torch.where(written(rollout), evidence, 0.0).double(), [bool(ids) for ids in hints]
+
+
+def gap_metrics(gap, rollout, references, size, given=None):
     """How the gap lies on right and wrong answers, `size` to a question.
 
-    references: per row the token ids of the hint as an answer, EOS included.
+    references: per row the token ids of the hint as an answer, EOS included. given: which answers
+    have a gap; default: all.
     """
     right, own = (rollout.rewards_per_func[:, 0] >= 1).tolist(), written(rollout)
     found = {True: [], False: []}  # mean gap of every answer
@@ -75,7 +107,7 @@ def gap_metrics(gap, rollout, references, size):
         values, ids = gap[i][keep].tolist(), rollout.completion_ids[i][keep].tolist()
         if i % size == 0:
             by_question.append({True: [], False: []})
-        if not values:
+        if not values or given is not None and not given[i]:
             continue
         mean = sum(values) / len(values)
         found[kind].append(mean)
@@ -147,14 +179,16 @@ def check_hints(
          tokenizer.eos_token_id]
         for row in out.rows
     ]
-    return metrics | gap_metrics(gaps(policy, out, config), out, references, size)
+    metrics |= gap_metrics(gaps(policy, out, config), out, references, size)
+    if config.reads_siblings():
+        gap, given = sibling_gaps(policy, tokenizer, out, config)
+        of_siblings = gap_metrics(gap, out, references, size, given)
+        metrics |= {f"sibling_{name}": value for name, value in of_siblings.items()}
+    return metrics
 
 
 def hint_table(m):
     """The lines that a user reads."""
-    def number(name, form="{:+.3f}"):
-        return "-" if m[name] is None else form.format(m[name])
-
     lines = [f"{m['questions']} questions, {m['samples_each']} answers to each, the same weights "
              "in both contexts"]
     lines += ["", f"{'':<9}{'pass@1':>8}  {'95 % interval':<17}{'prompt':>8}{'longest':>9}"
@@ -166,30 +200,42 @@ def hint_table(m):
             f"{m[f'{name}_prompt_mean']:>8.1f}{m[f'{name}_prompt_max']:>9}"
             f"{m[f'{name}_completion_mean']:>8.1f}{m[f'{name}_truncated']:>9.1%}"
         )
-    lines += ["", f"{'answers':<9}{'count':>8}{'gap/token':>11}{'leave hint':>12}{'before':>9}"
-              f"{'there':>9}{'negative':>10}{'after':>9}"]
-    for name in ("right", "wrong"):
-        lines.append(
-            f"{name:<9}{m[f'{name}_samples']:>8}{number(f'{name}_gap'):>11}"
-            f"{m[f'{name}_leaving']:>12}{number(f'{name}_gap_before_leaving'):>9}"
-            f"{number(f'{name}_gap_first_leaving'):>9}"
-            f"{number(f'{name}_first_leaving_negative', '{:.0%}'):>10}"
-            f"{number(f'{name}_gap_after_leaving'):>9}"
-        )
     shorter = 1 - m["teacher_completion_mean"] / max(m["student_completion_mean"], 1e-9)
     if shorter > SHORTER:
         lines += [
             "", f"The teacher's answers are {shorter:.0%} shorter: a style that RLSD carries over.",
             "Where long answers are the better ones, set rlsd_contrast_hints.",
         ]
-    lines += [
-        "", f"AUC of the gap, right against wrong: {number('auc', '{:.3f}')} over all answers, "
-        f"{number('auc_within_question', '{:.3f}')} within a question "
-        f"({m['questions_with_both']} have both)",
+    lines += gap_lines(m, "") + [
         "gap: log P(token | question, hint) - log P(token | question). At an AUC of .5 it does not",
         "tell right answers from wrong ones. leave hint: the first token that is not the hint's.",
     ]
+    if "sibling_auc" in m:
+        lines += ["", "By siblings, as the options say, of the answers that have them:"]
+        lines += gap_lines(m, "sibling_")
     return lines
+
+
+def gap_lines(m, of):
+    """The table of gap_metrics, whose names begin with `of`."""
+    def number(name, form="{:+.3f}"):
+        return "-" if m[of + name] is None else form.format(m[of + name])
+
+    lines = ["", f"{'answers':<9}{'count':>8}{'gap/token':>11}{'leave hint':>12}{'before':>9}"
+             f"{'there':>9}{'negative':>10}{'after':>9}"]
+    for name in ("right", "wrong"):
+        lines.append(
+            f"{name:<9}{m[f'{of}{name}_samples']:>8}{number(f'{name}_gap'):>11}"
+            f"{m[f'{of}{name}_leaving']:>12}{number(f'{name}_gap_before_leaving'):>9}"
+            f"{number(f'{name}_gap_first_leaving'):>9}"
+            f"{number(f'{name}_first_leaving_negative', '{:.0%}'):>10}"
+            f"{number(f'{name}_gap_after_leaving'):>9}"
+        )
+    return [
+        *lines, "", f"AUC of the gap, right against wrong: {number('auc', '{:.3f}')} over all "
+        f"answers, {number('auc_within_question', '{:.3f}')} within a question "
+        f"({m[f'{of}questions_with_both']} have both)",
+    ]
 
 
 def measure_hints(config):

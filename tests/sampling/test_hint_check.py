@@ -1,5 +1,6 @@
 """`rlsd hints`: gaps against a naive loop, 0 for an empty hint, and what it says of them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,8 +9,10 @@ from runs import naive_log_probs, options, problems, quick, write_rows  # noqa: 
 
 from rlsd.cli import main
 from rlsd.config import make_config
+from rlsd.policy.advantages import group_advantages
 from rlsd.policy.checkpoint import load_model, load_tokenizer
 from rlsd.policy.distributed import Processes
+from rlsd.policy.hints import contrast_hints, teacher_prompts
 from rlsd.policy.models import open_policy
 from rlsd.sampling import hint_check
 from rlsd.sampling.hint_check import (
@@ -19,6 +22,7 @@ from rlsd.sampling.hint_check import (
     gap_metrics,
     gaps,
     hint_table,
+    sibling_gaps,
 )
 from rlsd.sampling.rollout import Rollout, roll_out
 from rlsd.tasks.data import load_data
@@ -62,6 +66,34 @@ def test_gaps_equal_a_naive_loop_over_the_same_ids(parts):
         assert (got[i][~out.mask[i]] == 0).all()
         largest = max(largest, want.abs().max().item())
     assert largest > 0.1  # the hint matters to this model
+
+
+@pytest.mark.parametrize("source, count", [("data", 2), ("rollout", 2), ("rollout", 0)])
+def test_by_siblings_as_the_options_say(source, count, parts):
+    """Against naive passes after the hints that a training step would take."""
+    config, tokenizer, model, policy, rows = parts
+    config = dataclasses.replace(config, hint_source=source, rlsd_contrast_hints=count)
+    out = rolled(parts, [row for row in rows[:2] for _ in range(config.num_generations)])
+    assert 0 < sum(out.rewards.tolist()) < len(out.rows)
+    gap, given = sibling_gaps(policy, tokenizer, out, config)
+    advantages = group_advantages(out.rewards, config.num_generations, config.scale_rewards)
+    read = out, advantages, config.rlsd_lambda, 1, tokenizer, config
+    hints = contrast_hints(*read) or [p and [p] for p in teacher_prompts(*read)]
+    assert given == [bool(h) for h in hints] and any(given)
+    for i, (prompts, row) in enumerate(zip(hints, out.rows, strict=True)):
+        ids = out.completion_ids[i][out.mask[i]].tolist()
+        if not prompts:
+            continue
+        with torch.no_grad():
+            right, *wrong = (naive_log_probs(model, p, ids, config) for p in prompts)
+            against = naive_log_probs(model, row["prompt_ids"], ids, config)
+        if wrong:
+            against = torch.stack(wrong).exp().mean(0).log()
+        want = (right - against).double()
+        torch.testing.assert_close(gap[i][out.mask[i]], want, rtol=1e-4, atol=1e-4)
+    m = check_hints(policy, tokenizer, rows, config, [constant], Processes(config))
+    assert m["sibling_right_samples"] + m["sibling_wrong_samples"] <= 16
+    assert "By siblings" in "\n".join(hint_table(m))
 
 
 def test_an_empty_hint_leaves_no_gap(parts):
