@@ -463,15 +463,15 @@ def test_a_row_without_a_teacher_prompt_is_refused(extra, complaint):
     tokenizer = word_tokenizer(WORDS)
     tokenizer.chat_template = CHAT
     with pytest.raises(UserError, match=complaint) as error:
-        hook.teacher_batch(batch, tokenizer, {})
+        verl_teacher.teacher_batch(batch, tokenizer, {})
     one_sentence(error)
     del batch.non_tensor_batch["extra_info"]
     with pytest.raises(UserError, match="row 0 must be a chat"):
-        hook.teacher_batch(batch, tokenizer, {})
+        verl_teacher.teacher_batch(batch, tokenizer, {})
     batch = rollout()
     batch.non_tensor_batch["multi_modal_inputs"] = np.array([{"pixels": 1}] * B, dtype=object)
     with pytest.raises(UserError, match="takes no images") as error:
-        hook.teacher_batch(batch, tokenizer, {})
+        verl_teacher.teacher_batch(batch, tokenizer, {})
     one_sentence(error)
 
 
