@@ -1,6 +1,7 @@
 """The study behind docs/results.md: every objective under one harness, on tasks made here.
 
     python -m bench.study run [PART ...] [--work runs/study] [--processes N]   # hours on two cores
+    python -m bench.study run smollm2 --arm RLCSD --seed 0                     # one run of a part
     python -m bench.study_report       # tables, plots and docs/results.md from the committed data
 
 A part is one `rlsd compare`. Its data, bench/results/study/<part>.json, holds the options of every
@@ -231,19 +232,29 @@ def smollm2_folder(work):
     return folder
 
 
+SMOLLM2_ARMS = {
+    "GRPO": {"objective": "grpo"}, "RLSD, paper": PAPER,
+    "RLSD, strong": {**STRONG, "rlsd_lambda_decay_steps": 0},
+    "RLSD, contrast": {**CONTRAST, "rlsd_lambda_decay_steps": 0}, "RLCSD": RLCSD,
+}
+
+
 def smollm2_plan(work):
     """A pretrained model: the objectives, each with the hint as a solved turn."""
     return {
-        "seeds": [0, 1], "goals": [0.8], "baseline": "GRPO",
+        "seeds": [0, 1], "goals": [0.8], "baseline": "GRPO", "arms": SMOLLM2_ARMS,
         "base": smollm2_base(work) | {
             "generation_batch_size": 64, "max_steps": 40, "eval_steps": 8, "logging_steps": 8,
             "save_steps": 8,
         },
-        "arms": {
-            "GRPO": {"objective": "grpo"}, "RLSD, paper": PAPER,
-            "RLSD, strong": {**STRONG, "rlsd_lambda_decay_steps": 0},
-            "RLSD, contrast": {**CONTRAST, "rlsd_lambda_decay_steps": 0}, "RLCSD": RLCSD,
-        },
+    }
+
+
+def smollm2_short_plan(work):
+    """The same in steps of half the questions, 30 of them."""
+    return {
+        "seeds": [0], "goals": [0.8], "baseline": "GRPO", "base": smollm2_base(work),
+        "arms": {name: arm for name, arm in SMOLLM2_ARMS.items() if name != "RLCSD"},
     }
 
 
@@ -326,6 +337,7 @@ PARTS = {
     "cost": cost_plan,
     "agent": agent_plan,
     "smollm2": smollm2_plan,
+    "smollm2_short": smollm2_short_plan,
     "smollm2_tolerance": smollm2_tolerance_plan,
 }
 # What else is measured of a part, beside its runs.
@@ -336,8 +348,11 @@ MEASURES = {
 }
 
 
-def run(parts, work, processes):
-    """Run parts one after the other, resumable, and write the data of each."""
+def run(parts, work, processes, arm=None, seed=None):
+    """Run parts one after the other, resumable, and write the data of each: all that is finished.
+
+    arm, seed: run only these.
+    """
     torch.set_num_threads(1)  # an RL step of these models gains nothing from two
     RESULTS.mkdir(parents=True, exist_ok=True)
     work, crashed = Path(work), 0
@@ -347,7 +362,7 @@ def run(parts, work, processes):
             output_dir=str(work / name), processes=processes, **PARTS[name](work)
         )
         print(f"== {name}")
-        found = compare(plan)
+        found = compare(plan, arm=arm, seed=seed)
         crashed += len(found["crashed"])
         about |= {"processes": processes, "seconds_of_this_call": round(time.monotonic() - began)}
         about |= MEASURES[name](work) if name in MEASURES else {}
@@ -378,8 +393,10 @@ def main():
     runner.add_argument("parts", nargs="*", default=[], choices=[*PARTS, []])
     runner.add_argument("--work", default="runs/study")
     runner.add_argument("--processes", type=int, default=1)
+    runner.add_argument("--arm")
+    runner.add_argument("--seed", type=int)
     given = parser.parse_args()
-    return run(given.parts or list(PARTS), given.work, given.processes)
+    return run(given.parts or list(PARTS), given.work, given.processes, given.arm, given.seed)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ RESULTS, DOCUMENT = ROOT / "bench" / "results" / "study", ROOT / "docs" / "resul
 CHAINS, GYM = ("chain0", "chain1"), ("number_sequence", "spell_backward")
 CONTRASTS = ("contrast0", "contrast1")  # the same task and seeds
 FREE = ("free_length0", "free_length1")
-SHOWN = (*CHAINS, *CONTRASTS, *FREE, "tolerance", *GYM, "agent", "smollm2", "smollm2_tolerance")
+SHOWN = (*CHAINS, *CONTRASTS, *FREE, "tolerance", *GYM, "agent", "smollm2", "smollm2_short",
+         "smollm2_tolerance")
 PARTS = (*SHOWN, "sensitivity", "cost")
 PAPER, STRONG = "RLSD, paper", "RLSD, strong"
 
@@ -346,7 +347,7 @@ def style_claims(free):
         "; ".join(f"{g['share_of_gap']:.0%} of it on {g['share']:.0%} of the tokens, delta there "
                   f"{g['mean_delta']:+.2f}" for g in gaps),
         verdict(all(g["share_of_gap"] > 0.5 for g in gaps)),
-        "free length, before training: most of the sum of absolute deltas; such a style was planted",
+        "free length, before training: most of the sum of absolute deltas; a style was planted",
     )]
     shrunk = {arm: pooled(free, arm, "GRPO", length) for arm in (PAPER, STRONG, "RLSD, own hints")}
     rows.append((
