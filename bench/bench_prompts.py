@@ -232,7 +232,7 @@ def plot(results, path):
     import matplotlib.pyplot as plt
 
     grid = [row for row in results["rows"] if Cell(*row["cell"]) in GRID]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
     for axis, key, title in zip(axes, ("ms", "peak_mib"), ("time", "peak memory"), strict=True):
         for k, prompt in enumerate((64, 512, 2048, "image")):
             for completion, style in ((128, "-"), (512, "--")):
@@ -246,7 +246,8 @@ def plot(results, path):
         axis.set(title=f"{title} of an update", xlabel="completions per prompt",
                  xticks=[4, 8, 16])
     axes[0].set(ylabel="shared / padded", ylim=(0, None))
-    axes[1].legend(fontsize=7, ncols=2)
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", fontsize=7, ncols=4, handlelength=4)
     figure.savefig(path, dpi=150)
 
 
