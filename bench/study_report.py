@@ -383,7 +383,8 @@ def claims_table(parts):
 
 def plot(name, data):
     plot_runs(
-        {arm: [records_of(s) for s in seeds.values()] for arm, seeds in data["runs"].items()},
+        {arm: [records_of(s) for s in seeds.values()]
+         for arm, seeds in data["runs"].items() if seeds},
         RESULTS / f"{name}.png", panels=PANELS, bands=True,
     )
 
