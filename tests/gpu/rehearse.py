@@ -160,7 +160,7 @@ class Launches:
             for x in args:
                 assert not isinstance(x, torch.Tensor) or x.is_cuda, f"{kernel} on a CPU tensor"
             given = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
-            assert 0 < grid[0] < 2**31 and len(grid) == 1, grid
+            assert 0 < grid[0] < 2**31 and all(0 < n < 2**16 for n in grid[1:]), grid
             built = real(kernel, *given, grid=grid, warmup=True, **kwargs)
             self.count += 1
             self.compiled[self.arch, id(built)] = kernel.__name__, built
