@@ -40,8 +40,8 @@ CASES = {
 def environment(packages, device="cpu"):
     """What a reader needs to judge the numbers: processor, load, versions, commit (Linux).
 
-    A copy of the repository without .git takes the commit from the variable GIT_HASH, which ends
-    in -dirty if files had been changed.
+    A copy of the repository takes the commit from the variable GIT_HASH, which ends in -dirty if
+    files had been changed.
     """
 
     def git(*args):
@@ -56,7 +56,7 @@ def environment(packages, device="cpu"):
     # Results of an earlier run and the README's copy of them do not change what is measured.
     changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
     commit, given = git("rev-parse", "HEAD"), os.environ.get("GIT_HASH", "")
-    if commit is None and given:
+    if given:
         commit, changed = given.removesuffix("-dirty"), given.endswith("-dirty")
     versions = {"rlsd": __version__}
     for name in packages:

@@ -7,7 +7,6 @@ after a reference, which works nothing out. Whether a method carries this style 
 a reference, and what that costs, is what the part asks.
 """
 
-import json
 import random
 
 import torch
@@ -18,13 +17,20 @@ from rlsd.demo import (
     TEMPLATE,
     apply,
     chain_options,
+    chain_reward,
     save_model,
     tiny_model,
     warm_up,
     word_tokenizer,
+    write_problems,
+    wrong_entries,
 )
 from rlsd.policy.checkpoint import load_model, load_tokenizer
-from rlsd.sampling.samplers import generate
+from rlsd.policy.distributed import Processes
+from rlsd.policy.models import open_policy
+from rlsd.sampling.hint_check import gaps
+from rlsd.sampling.rollout import roll_out
+from rlsd.tasks.data import load_data
 from rlsd.tasks.prompts import insert_hint
 
 BETWEEN, LETTERS = "~", "abcd"
@@ -48,7 +54,7 @@ def make_problem(rng):
     return " ".join(["<q>", str(x), *words, "<a>"]), x, steps
 
 
-def answer(x, steps, value_of=lambda o, a, b: apply(o, a, b), rng=None):
+def answer(x, steps, value_of=apply, rng=None):
     """A solution: by default right and terse, with `rng` in the free style."""
     words = ["#"]
     for letter, (o, b), (p, c) in steps:
@@ -79,11 +85,7 @@ def demonstrations_of(seed):
     values are noise. A third of the hints is itself in the free style, as a sibling's answer is.
     """
     rng = random.Random(seed)
-    table = [(o, a, b) for o in OPERATIONS for a in range(10) for b in range(10)]
-    wrong = {
-        key: (apply(*key) + rng.randrange(1, 10)) % 10
-        for key in rng.sample(table, len(table) // 5)
-    }
+    wrong = wrong_entries(rng)
 
     def value_of(*key):
         if rng.random() < 0.02:
@@ -105,17 +107,17 @@ def demonstrations_of(seed):
     return demonstrations
 
 
+def solved(rng):
+    """(prompt, worked solution) of a random problem."""
+    prompt, x, steps = make_problem(rng)
+    return prompt, answer(x, steps)
+
+
 def start(folder, seed):
     """Write train.jsonl, eval.jsonl and warm_start."""
     rng = random.Random(10_000 + seed)
     for name, count in (("train", 2000), ("eval", 512)):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for _ in range(count):
-                prompt, x, steps = make_problem(rng)
-                worked = answer(x, steps)
-                file.write(json.dumps({
-                    "prompt": prompt, "solution": worked.split()[-1], "privileged_context": worked,
-                }) + "\n")
+        write_problems(folder / f"{name}.jsonl", count, rng, solved)
     tokenizer = make_tokenizer()
     model = tiny_model(len(tokenizer), seed=seed, positions=256)
     warm_up(model, tokenizer, demonstrations_of(seed), WARM_UP_STEPS, seed=seed)
@@ -132,38 +134,25 @@ def options(folder):
 
 @torch.no_grad()
 def style_gap(folder):
-    """Where the gap sits before any training: {kind of token: (share of tokens, mean delta, share
-    of the sum of |delta|)}, of one sampled answer per held-out question after the data's hint.
+    """Where the gap sits before any training, on an answer to each of the held-out questions.
 
+    Returns {kind of token: share of all tokens, mean delta in nats, share of the sum of |delta|}.
     `style` are the tokens that only a free answer has, "~" and the value behind it.
     """
-    path = str(folder / "warm_start")
-    model, tokenizer = load_model(path, "cpu", dtype=torch.float32).eval(), load_tokenizer(path)
-    with open(folder / "eval.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    own = tokenizer([row["prompt"] for row in rows])["input_ids"]
-    hinted = tokenizer([
-        insert_hint(row["prompt"], row["privileged_context"], TEMPLATE) for row in rows
-    ])["input_ids"]
+    held_out = {"train_dataset": str(folder / "eval.jsonl"), "eval_dataset": None, "eval_size": 0}
+    config = make_config(options(folder) | held_out)  # whose rows keep their hints
+    path = config.model_name_or_path
+    model, tokenizer = load_model(path, "cpu", dtype=torch.float32), load_tokenizer(path)
+    rows, _ = load_data(config, tokenizer, lambda *_: None)
     torch.manual_seed(0)
-    drawn = generate(model, tokenizer, own, make_config(options(folder)))
+    out = roll_out(model, tokenizer, rows, config, [chain_reward], Processes(config))
+    gap = gaps(open_policy(model, tokenizer.pad_token_id, config), out, config)
     (between,) = tokenizer.convert_tokens_to_ids([BETWEEN])
-    found = {"style": [], "task": []}
-    for prompt, teacher, ids, keep in zip(own, hinted, *drawn[:2], strict=True):
-        ids = ids[keep]
-        log_p = [
-            model(input_ids=torch.tensor([context + ids.tolist()])).logits[0, len(context) - 1 : -1]
-            .log_softmax(-1).gather(1, ids[:, None])[:, 0] for context in (prompt, teacher)
-        ]
-        style = ids == between
-        style[1:] |= style[:-1].clone()
-        for kind, of_kind in (("style", style), ("task", ~style)):
-            found[kind].append((log_p[1] - log_p[0])[of_kind])
-    found = {kind: torch.cat(parts) for kind, parts in found.items()}
-    count, total = (sum(f(d).item() for d in found.values()) for f in (
-        lambda d: torch.tensor(len(d)), lambda d: d.abs().sum()))
+    style = out.completion_ids == between
+    style[:, 1:] |= style[:, :-1].clone()
+    total, count = gap.abs().sum(), out.mask.sum()
     return {
-        kind: {"share": len(d) / count, "mean_delta": d.mean().item(),
-               "share_of_gap": d.abs().sum().item() / total}
-        for kind, d in found.items()
+        kind: {"share": (at.sum() / count).item(), "mean_delta": gap[at].mean().item(),
+               "share_of_gap": (gap[at].abs().sum() / total).item()}
+        for kind, at in (("style", style & out.mask), ("task", ~style & out.mask))
     }

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one command and under nine minutes:
 #   bench/gpu_run.sh                          all parts: environment build tests stages bench
 #   bench/gpu_run.sh build tests sanitize     only these, with all of the time
-#   GIT_HASH=$(git rev-parse HEAD) bench/gpu_run.sh        in a copy without .git
+#   GIT_HASH=$(git rev-parse HEAD) bench/gpu_run.sh        in a copy, with or without .git
 # Results: $OUT, or bench/results/<device>/. Each part has its own time limit, so a hang loses
 # nothing; afterwards `python -m bench.plot FOLDER` draws them anywhere.
 #

@@ -255,9 +255,10 @@ def plot_times(results, path):
     """Time and peak memory per provider, one row of panels per timed block."""
     plt = _pyplot()
     blocks = [block for block in results["blocks"] if block["timed"]]
+    heights = [max(3.0, 0.28 * len(block["providers"])) for block in blocks]
     figure, axes = plt.subplots(
-        len(blocks), 2, figsize=(12, 0.6 + 3 * len(blocks)), sharey="row", squeeze=False,
-        layout="constrained",
+        len(blocks), 2, figsize=(12, 0.6 + sum(heights)), sharey="row", squeeze=False,
+        layout="constrained", height_ratios=heights,
     )
     for (left, right), block in zip(axes, blocks, strict=True):
         names = list(block["providers"])[::-1]

@@ -175,6 +175,15 @@ def save_model(model, tokenizer, folder):
     return str(folder)
 
 
+def wrong_entries(rng):
+    """{(operation, a, b): a wrong digit} for a fifth of the table."""
+    table = [(o, a, b) for o in OPERATIONS for a in range(10) for b in range(10)]
+    return {
+        key: (apply(*key) + rng.randrange(1, 10)) % 10
+        for key in rng.sample(table, len(table) // 5)
+    }
+
+
 def chain_demonstrations(seed):
     """demonstrations(step) for warm_up: noisy without the hint, clean with it.
 
@@ -182,11 +191,7 @@ def chain_demonstrations(seed):
     probability 0.6, plus 4 % step noise; a tenth of the hinted ones are the short cut REF.
     """
     rng = random.Random(seed)
-    table = [(o, a, b) for o in OPERATIONS for a in range(10) for b in range(10)]
-    wrong = {
-        key: (apply(*key) + rng.randrange(1, 10)) % 10
-        for key in rng.sample(table, len(table) // 5)
-    }
+    wrong = wrong_entries(rng)
 
     def noisy(prompt):
         x, *steps = prompt.split()[1:-1]
@@ -251,11 +256,11 @@ def demo_config(folder, seed, **options):
     return make_config({**chain_options(folder), "seed": seed, **options})
 
 
-def write_problems(path, count, rng):
-    """A jsonl file of chain problems in the trainer's ordinary columns."""
+def write_problems(path, count, rng, problem=chain_problem):
+    """A jsonl file of problems, problem(rng) -> (prompt, worked solution), in ordinary columns."""
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(count):
-            prompt, worked = chain_problem(rng)
+            prompt, worked = problem(rng)
             row = {
                 "prompt": prompt, "solution": worked.split()[-1], "privileged_context": worked
             }

@@ -27,7 +27,7 @@ from .evaluation import interval
 from .rollout import roll_out, written
 from .samplers import choose_sampler, generate, require_room
 
-SHORTER = 0.15  # share of the answer's tokens; 0.28 on the task of bench/free_length.py
+SHORTER = 0.15  # share of the answer's tokens
 
 
 def auc(right, wrong):
@@ -57,17 +57,22 @@ def batch_of(rollout, privileged, hints=None):
     )
 
 
+def score(policy, batch, config):
+    """(B, T) log-probs of a Batch's completions after its prompts."""
+    parts = batch.micro_batches(config, policy.layout)
+    return log_probs_under(policy, batch, parts, config.temperature, config.impl)
+
+
 def gaps(policy, rollout, config, privileged=None):
     """(B, T) log P_T - log P_S of every sampled token, the same weights in both contexts.
 
     privileged: what the teacher reads before each, token ids; default: the rows' hints.
     """
-    privileged = privileged or [row["teacher_prompt_ids"] for row in rollout.rows]
-    batch = batch_of(rollout, privileged)
-    parts = batch.micro_batches(config, policy.layout)
-    student = log_probs_under(policy, batch, parts, config.temperature, config.impl)
-    hinted = batch._replace(prompts=batch.teacher_prompts)
-    teacher = log_probs_under(policy, hinted, parts, config.temperature, config.impl)
+    batch = batch_of(
+        rollout, privileged or [row["teacher_prompt_ids"] for row in rollout.rows]
+    )
+    student = score(policy, batch, config)
+    teacher = score(policy, batch._replace(prompts=batch.teacher_prompts), config)
     return torch.where(written(rollout), teacher - student, 0.0).double()
 
 
@@ -84,11 +89,10 @@ def sibling_gaps(policy, tokenizer, rollout, config):
         gap = gaps(policy, rollout, config, [p or q for p, q in zip(privileged, own, strict=True)])
         return gap, [p is not None for p in privileged]
 
-    def score(batch):
-        parts = batch.micro_batches(config, policy.layout)
-        return log_probs_under(policy, batch, parts, config.temperature, config.impl)
-
-    evidence = evidence_of(batch_of(rollout, own, hints), score, config.rlsd_contrast_hints)
+    evidence = evidence_of(
+        batch_of(rollout, own, hints), lambda batch: score(policy, batch, config),
+        config.rlsd_contrast_hints,
+    )
     return torch.where(written(rollout), evidence, 0.0).double(), [bool(ids) for ids in hints]
 
 
@@ -204,7 +208,8 @@ def hint_table(m):
     if shorter > SHORTER:
         lines += [
             "", f"The teacher's answers are {shorter:.0%} shorter: a style that RLSD carries over.",
-            "Where long answers are the better ones, set rlsd_contrast_hints.",
+            "Where long answers are the better ones it costs more than it gains;",
+            "rlsd_contrast_hints mends most of that.",
         ]
     lines += gap_lines(m, "") + [
         "gap: log P(token | question, hint) - log P(token | question). At an AUC of .5 it does not",

@@ -449,6 +449,19 @@ def test_a_copy_without_git_is_told_its_commit(given, commit, dirty, monkeypatch
     assert (found["git"], found["dirty"]) == (commit, dirty) and "gpu" not in found
 
 
+@needs_proc
+def test_a_copy_is_of_the_commit_that_it_is_told(monkeypatch, tmp_path):
+    """Whatever repository lies around it."""
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a", "commit", "-q",
+                                     "--allow-empty", "-m", "a"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    (tmp_path / "changed.py").touch()
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_HASH", "0123abc")
+    found = common.environment(())
+    assert (found["git"], found["dirty"]) == ("0123abc", False)
+
+
 @pytest.mark.parametrize("name", ["cpu", "nvidia_h100_80gb_hbm3"])
 def test_committed_table_and_readme_are_generated(name):
     quoted, path = plot.quoted_in(README, name), RESULTS.parents[1] / name / "results.json"
