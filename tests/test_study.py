@@ -9,7 +9,7 @@ import pytest
 import bench.study_report as report
 from bench import free_length
 from bench.study import PARTS
-from rlsd.reports.tables import ACCURACY, ENTROPY, LEAK
+from rlsd.reports.tables import ACCURACY, ENTROPY, LEAK, LENGTH
 
 ARMS = ("GRPO", "RLSD, paper", "RLSD, strong", "OPSD", "GRPO+OPSD", "SDPO",
         "RLSD, shuffled hints", "RLSD, answer-only hints")
@@ -132,6 +132,41 @@ def test_numbers_in_the_prose_are_in_the_tables():
     quoted = set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", prose))
     known = set(re.findall(r"\d+\.\d+", blocks))
     assert quoted - known <= options, sorted(quoted - known - options)
+
+
+def style_verdicts(share=0.4, length=None, **accuracy):
+    """Of two parts whose arms are alike but for what is given; length: arm -> tokens at the end."""
+    arms = ("GRPO", "RLSD, paper", "RLSD, strong", "RLSD, own hints", "RLCSD",
+            "RLSD, contrast, data's hints", "RLSD, contrast, own hints")
+    parts = []
+    for _ in range(2):
+        runs = {}
+        for k, arm in enumerate(arms):
+            runs[arm] = {}
+            for s in range(5):
+                noise = 0.002 * ((s * (1 + k % 4) + k) % 5 - 2)
+                one = run([0.3, 0.5, 0.6, accuracy.get(arm, 0.8) + noise])
+                one["curves"][LENGTH] = [14, 14, 14, (length or {}).get(arm, 14) + noise]
+                runs[arm][s] = one
+        gap = {"share": 0.3, "share_of_gap": share, "mean_delta": -1.0}
+        parts.append({"runs": runs, "about": {"style_gap": {"style": gap}}})
+    return {claim: verdict for claim, _, verdict, _ in report.style_claims(parts)}
+
+
+def test_claims_of_style_follow_the_task_of_free_length():
+    assert set(style_verdicts().values()) == {"not confirmed"}
+    assert style_verdicts(share=0.6)["the gap sits on tokens of style"] == "confirmed"
+    short = {"RLSD, strong": 10, "RLSD, own hints": 10}
+    found = style_verdicts(length=short, **{"RLSD, strong": 0.4})
+    assert found["responses shrink"] == (
+        "confirmed: RLSD, strong, RLSD, own hints; not confirmed: RLSD, paper"
+    )
+    for arm in ("data's hints", "own hints"):
+        assert found[f"a contrast keeps them long; RLSD, contrast, {arm}"] == "confirmed"
+    below = found["RLSD ends below GRPO, where answers have a free length"]
+    assert below.startswith("confirmed: RLSD, strong; not confirmed: ")
+    untested = {verdict for _, _, verdict, _ in report.style_claims([])}
+    assert untested == {"not testable here"}
 
 
 def test_terse_answers_keep_the_results_alone():
