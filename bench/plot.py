@@ -368,20 +368,23 @@ def plot_scaling(results, path):
     names = {n for _, _, lines in panels.values() for n in lines}
     order = [p["name"] for p in results["providers"] if p["name"] in names]
     order.sort(key=lambda name: not name.startswith("RLSD"))
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(order)}
+    style = {
+        name: {"color": COLORS[i % len(COLORS)], "marker": "o", "label": name}
+        | ({"linewidth": 2} if name.startswith("RLSD") else {"linewidth": 1, "linestyle": "--"})
+        for i, name in enumerate(order)
+    }
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     for axis, (title, (xlabel, ylabel, lines)) in zip(axes.flat, panels.items(), strict=False):
         for name in order:
             if name in lines:
                 x, y = zip(*lines[name], strict=True)
-                axis.plot(x, y, marker="o", color=colors[name], label=name,
-                          linewidth=2 if name.startswith("RLSD") else 1)
+                axis.plot(x, y, **style[name])
         axis.set_title(title, loc="left", fontsize=10)
         axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.9")
-    handles = [plt.Line2D([], [], color=colors[n], marker="o", label=n) for n in order]
+    handles = [plt.Line2D([], [], **style[n]) for n in order]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(order)), fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)

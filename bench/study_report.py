@@ -293,7 +293,7 @@ def claims(parts):
             "copy of the weights, a live one is not",
         ))
     rows += contrast_claims(parts)
-    untestable = "no weights of that size and no GPU here"
+    untestable = "no weights of that size, and no GPU for a run of that length"
     rows += [
         ("56.18 against 53.86 (GRPO) on five benchmarks, Qwen3-VL-8B", "-", "not testable here",
          untestable),

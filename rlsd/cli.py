@@ -10,6 +10,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -49,6 +50,23 @@ USAGE = """rlsd {version}: self-distilled RL with verifiable rewards
   rlsd bench [--profile NAME] [--rows N]         time, memory and error of a step on this machine
   rlsd doctor                                    what is installed and which code will run
 """
+# What a command's own --help adds to its lines above.
+DETAILS = {
+    "eval": "Any option of `rlsd train --help` overrides what the run was started with.",
+    "hints": "Takes the options of `rlsd train --help`, or --config with them; nothing is trained.",
+    "compare": "x.yaml: output_dir, base, arms, seeds, goals; docs/training.md has one. Also "
+               "--output_dir DIR.",
+    "plot": "Without --output: curves.png in the first folder.",
+    "validate": "Takes no options. Exit status 1 if an implementation is outside its limits.",
+    "bench": """Options, and their values here in brackets:
+  --device auto      [auto | cpu | cuda]
+  --profile trained  [trained | uniform | smollm2], how peaked the softmax is
+  --dtype NAME       [fp32 | bf16 | fp16]
+  --rows N, --hidden_size N, --vocab_size N
+  --live 1.0         share of the rows whose advantage is not 0
+  --rounds N         of which medians are shown""",
+    "doctor": "Takes no options.",
+}
 
 HINTS = typing.get_type_hints(TrainConfig)
 TEXTS = {"config", "resume_from_checkpoint", "output", "device", "dtype", "arm"} | {
@@ -406,7 +424,7 @@ def doctor(arguments):
     for name, use in (
         ("torch", "everything"), ("numpy", "everything"),
         *((name, use) for name, _, use in OPTIONAL.values()),
-        ("flash-attn", "padding_free on a GPU"), ("triton", "impl triton, on a GPU"),
+        ("flash-attn", "attention in bf16 on a GPU"), ("triton", "impl triton, on a GPU"),
     ):
         print(f"  {name:<16}{installed_version(name) or 'missing':<16}{use}")
     print(f"  {'LoRA':<16}{lora_state()}")
@@ -422,7 +440,7 @@ def doctor(arguments):
         print(f"  {name:<8}{state}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     auto = choose_impl("auto", torch.empty(0, device=device))
-    print(f"  impl='auto' runs {auto!r} on {device}, the fastest that is available there")
+    print(f"  impl='auto' runs {auto!r} on {device}")
     print("\nHosts")
     for name in RELEASES:
         version, state = installed_version(name), "tested"
@@ -517,8 +535,9 @@ def main(arguments=None):
         print(__version__)
         return 0
     command, *rest = arguments
-    if command in COMMANDS and command != "train" and {"-h", "--help"} & set(rest):
-        print(USAGE.format(version=__version__))
+    if command in DETAILS and {"-h", "--help"} & set(rest):
+        entry = rf"^  rlsd {command} .*(?:\n {{9,}}.*)*"
+        print("\n".join(re.findall(entry, USAGE, re.M)), DETAILS[command], sep="\n\n")
         return 0
     try:
         if command not in COMMANDS:

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +31,7 @@ import rlsd.demo
 import rlsd.reports.report
 import rlsd.trainer
 from rlsd import __version__
+from rlsd.checks import bench
 from rlsd.checks.validate import FEATURES
 from rlsd.cli import COMMANDS, main, parse_options
 from rlsd.config import TrainConfig
@@ -278,6 +281,22 @@ def test_help_of_every_command(command, capsys):
     assert main([command, "--help"]) == 0
     out, err = capsys.readouterr()
     assert f"rlsd {command}" in out and not err
+    others = [c for c in COMMANDS if c != command and re.search(rf"^  rlsd {c} ", out, re.M)]
+    assert command == "train" or not others
+
+
+def test_help_of_bench_names_what_it_takes(capsys):
+    assert main(["bench", "--help"]) == 0
+    out = capsys.readouterr().out
+    for word in (*(f"--{name} " for name in bench.OPTIONS), *bench.PROFILES, *bench.DTYPES):
+        assert word in out, word
+
+
+def test_runs_as_a_module():
+    run = subprocess.run(
+        [sys.executable, "-m", "rlsd", "--version"], stdout=subprocess.PIPE, text=True, check=True,
+    )
+    assert run.stdout == f"{__version__}\n"
 
 
 @pytest.mark.parametrize("given, want", [

@@ -21,7 +21,7 @@ KERNEL_ORDER = [
 # Folders, and files beside them, import only what stands in a later row; folders of one row know
 # nothing of each other. So do the files inside a folder.
 FLOORS = [
-    ["cli"], ["compare"], ["demo_agent"], ["demo"], ["trainer"], ["reports"],
+    ["__main__"], ["cli"], ["compare"], ["demo_agent"], ["demo"], ["trainer"], ["reports"],
     ["sampling", "checks", "integrations"], ["policy"], ["rewards"], ["tasks"], ["packages"],
     ["config"], ["objectives", "options"],
 ]

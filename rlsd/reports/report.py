@@ -33,7 +33,8 @@ PROGRESS = (
 PANELS = (
     ("held-out pass@1, sampled", "eval/pass@1_sampled"), ("training reward", "reward"),
     ("entropy (nats)", "entropy"), ("mean token weight, A > 0", "rlsd/weight_mean_pos"),
-    ("mean token weight, A < 0", "rlsd/weight_mean_neg"), ("leak rate", "leak_rate"),
+    ("mean token weight, A < 0", "rlsd/weight_mean_neg"),
+    ("leak rate, training samples", "leak_rate"),
 )
 
 

@@ -252,10 +252,10 @@ def test_auto_takes_the_first_that_runs_and_says_it_once(monkeypatch, caplog):
         assert logprob.choose_impl("auto", OnGPU) == "triton"
         assert [logprob.choose_impl("auto", CPU) for _ in range(2)] == ["torch"] * 2
     assert [r.message for r in caplog.records] == [
-        "impl='auto' runs 'torch', the fastest for torch.bfloat16 inputs on cuda. Passed over "
+        "impl='auto' runs 'torch' for torch.bfloat16 inputs on cuda. Passed over "
         "triton: Not installed. cuda: No nvcc.",
-        "impl='auto' runs 'triton', the fastest for torch.bfloat16 inputs on cuda.",
-        "impl='auto' runs 'torch', the fastest for torch.float32 inputs on cpu.",
+        "impl='auto' runs 'triton' for torch.bfloat16 inputs on cuda.",
+        "impl='auto' runs 'torch' for torch.float32 inputs on cpu.",
     ]
 
 
