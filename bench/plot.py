@@ -369,8 +369,10 @@ def plot_scaling(results, path):
     order = [p["name"] for p in results["providers"] if p["name"] in names]
     order.sort(key=lambda name: not name.startswith("RLSD"))
     style = {
-        name: {"color": COLORS[i % len(COLORS)], "marker": "o", "label": name}
-        | ({"linewidth": 2} if name.startswith("RLSD") else {"linewidth": 1, "linestyle": "--"})
+        name: {"color": COLORS[i % len(COLORS)], "label": name} | (
+            {"linewidth": 2, "marker": "o"} if name.startswith("RLSD")
+            else {"linewidth": 1, "linestyle": "--", "marker": "s"}
+        )
         for i, name in enumerate(order)
     }
     for axis in axes.flat[len(panels):]:
