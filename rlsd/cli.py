@@ -180,8 +180,43 @@ def find_checkpoint(path):
 
 
 def run_options(run_dir, options):
-    """The options that a run was started with, overridden."""
-    return {**load_yaml(Path(run_dir) / "config.yaml"), **options}
+    """The options that a run was started with, overridden; another seed draws no other data."""
+    was = load_yaml(Path(run_dir) / "config.yaml")
+    if options.get("seed", was.get("seed")) != was.get("seed") and was.get("dataset_seed") is None:
+        was["dataset_seed"] = was.get("seed")
+    return {**was, **options}
+
+
+def trained_on(run_dir, config):
+    """Questions that a run trained on and that config, unlike it, may hold out."""
+    from .tasks.data import question, split_data
+
+    was = make_config(load_yaml(Path(run_dir) / "config.yaml"))
+    names = "train_dataset", "eval_dataset", "dataset_size", "eval_size", "eval_split_size"
+    drawn = [[c.data_seed(), *(getattr(c, name) for name in names)] for c in (was, config)]
+    if drawn[0] == drawn[1]:
+        return set()
+    try:
+        rows, _ = split_data(was)
+    except UserError as error:
+        print(f"Held-out questions that {run_dir} trained on cannot be left out: {error}")
+        return set()
+    return {question(row, bool(config.environment_factory)) for row in rows}
+
+
+def require_held_out(run_dir, config):
+    """A resumed run must not evaluate on what it has trained on before."""
+    from .tasks.data import question, split_data
+
+    if not (trained := trained_on(run_dir, config)):
+        return
+    asked = [question(row, bool(config.environment_factory)) for row in split_data(config)[1]]
+    if known := sum(q in trained for q in asked):
+        raise UserError(
+            f"{known} of {len(asked)} questions that would be held out are among those that "
+            f"{run_dir} has trained on; resume it with its own eval_size, eval_split_size and "
+            "dataset_seed, or name an eval_dataset."
+        )
 
 
 def train(arguments):
@@ -218,8 +253,9 @@ def train(arguments):
         if options.get("model_name_or_path") == "scratch":
             del options["model_name_or_path"]
         was = run_options(run_dir, {})
-        options = {**was, **options, "output_dir": str(run_dir)}
+        options = {**run_options(run_dir, options), "output_dir": str(run_dir)}
         require_same_model(make_config(was), make_config(options))
+        require_held_out(run_dir, make_config(options))
     config = make_config(options)
     if config.model_name_or_path == "scratch" and resume is None:
         if several:
@@ -329,7 +365,11 @@ def evaluate(arguments):
     agent = agent_of(config, tokenizer, tools)
     functions += agent.reward_funcs if agent else []
     processor = load_processor(str(path))
-    _, held_out = load_data(config, tokenizer, processor=processor, toolbox=tools)
+    run_dir = Path(path).parent
+    trained = trained_on(run_dir, config) if (run_dir / "config.yaml").exists() else set()
+    _, held_out = load_data(
+        config, tokenizer, processor=processor, toolbox=tools, trained=trained
+    )
     if not held_out:
         raise UserError(
             "There is nothing to evaluate: eval_size is 0, and neither eval_dataset nor "

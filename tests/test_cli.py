@@ -34,8 +34,10 @@ from rlsd import __version__
 from rlsd.checks import bench
 from rlsd.checks.validate import FEATURES
 from rlsd.cli import COMMANDS, main, parse_options
-from rlsd.config import TrainConfig
+from rlsd.config import TrainConfig, make_config
+from rlsd.options import load_yaml
 from rlsd.policy import checkpoint
+from rlsd.tasks.data import question, split_data
 from rlsd_kernels import torch_impl
 
 
@@ -475,3 +477,32 @@ def test_a_second_scratch_run_cannot_use_the_first_s_warm_start(tmp_path, capsys
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2 and f"in use by process {os.getpid()}" in one_sentence(stderr)
     assert lock and not (tmp_path / "run").exists()
+
+
+def held_out_of(options):
+    rows, held_out = split_data(make_config(options))
+    return [{question(row) for row in part} for part in (rows, held_out)]
+
+
+@pytest.mark.parametrize("split, changed", [
+    ({"eval_size": 4}, {"eval_size": 8}), ({"eval_size": 4}, {"eval_split_size": 6}),
+    ({"eval_split_size": 4}, {"seed": 1, "dataset_seed": 1}), ({"eval_split_size": 4}, {"seed": 1}),
+])
+def test_no_question_that_a_run_trained_on_is_held_out_later(split, changed, tmp_path, capsys):
+    config = write_config(tmp_path, **split)
+    assert main(["train", "--config", config]) == 0
+    was = load_yaml(config)
+    trained, own = held_out_of(was)
+    given = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), *given]) == 0
+    asked = int(re.search(r"on (\d+) held-out", capsys.readouterr().out)[1])
+    pinned = {"dataset_seed": 0} if "dataset_seed" not in changed else {}
+    wanted = held_out_of({**was, **pinned, **changed})[1]
+    assert asked == len(wanted - trained)
+    again = ["train", "--resume_from_checkpoint", str(tmp_path / "run"), "--max_steps", "3", *given]
+    if wanted & trained:
+        assert "has trained on" in fails(capsys, *again)
+    else:
+        assert wanted == own and main(again) == 0
+        assert held_out_of(load_yaml(tmp_path / "run" / "config.yaml"))[1] == own

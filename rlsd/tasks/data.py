@@ -523,33 +523,40 @@ def split_rows(rows, config):
     return train, [rows[i] for i in sorted(chosen)]
 
 
-def load_data(config, tokenizer, log=print, processor=None, toolbox=None):
-    """(training rows, held-out rows), tokenised; no held-out question occurs in training.
-
-    An evaluation may name an eval_dataset alone; there are no training rows then. toolbox: of
-    tools.load_tools.
-    """
-    need_reference = config.method.supervised
-    if need_reference and tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer names no EOS token, so no reference solution can end.")
-    require_template_options(config.chat_template_kwargs, tokenizer, processor)
+def split_data(config):
+    """(training rows, held-out rows) as they were read; an evaluation may have no training rows."""
     rows = []
     if config.train_dataset:
         rows = load_rows(config.train_dataset, size=config.dataset_size, seed=config.data_seed())
-    hidden = bool(config.environment_factory)
-    repeated = len(rows) - len({question(row, hidden) for row in rows})
-    if config.eval_split_size is not None and repeated:
-        log(
-            f"{repeated} of {len(rows)} rows repeat another's question; repeats stay on one side "
-            "of the split."
-        )
     rows, held_out = split_rows(rows, config)
     if config.eval_dataset:
         # Entry i of a reasoning-gym dataset is seeded with seed + i: start past the training rows.
         seed = config.data_seed() + config.dataset_size
         held_out = load_rows(config.eval_dataset, size=config.eval_size, seed=seed)
         held_out = held_out[: config.eval_size]
+    return rows, held_out
+
+
+def load_data(config, tokenizer, log=print, processor=None, toolbox=None, trained=frozenset()):
+    """(training rows, held-out rows), tokenised; no held-out question occurs in training.
+
+    An evaluation may name an eval_dataset alone; there are no training rows then. toolbox: of
+    tools.load_tools. trained: more questions (see question) that were trained on.
+    """
+    need_reference = config.method.supervised
+    if need_reference and tokenizer.eos_token_id is None:
+        raise UserError("The tokenizer names no EOS token, so no reference solution can end.")
+    require_template_options(config.chat_template_kwargs, tokenizer, processor)
+    hidden = bool(config.environment_factory)
+    rows, held_out = split_data(config)
     seen = {question(row, hidden) for row in rows}
+    if config.eval_split_size is not None:
+        count = len(rows) + len(held_out)
+        repeated = count - len(seen | {question(row, hidden) for row in held_out})
+        if repeated:
+            log(f"{repeated} of {count} rows repeat another's question; repeats stay on one side "
+                "of the split.")
+    seen |= trained
     fresh = [row for row in held_out if question(row, hidden) not in seen]
     if len(fresh) < len(held_out):
         log(f"Left out {len(held_out) - len(fresh)} held-out questions that occur in training.")
