@@ -36,6 +36,7 @@ from . import gguf_file
 from .distributed import placed, whole, whole_weights
 
 PARTIAL = ".partial-"
+LEFT = "left-"  # before the name of a checkpoint that a run went back behind
 LOCK = ".lock"
 CHECKSUMS = "SHA256SUMS"
 STATE = ("step", "rng", "optimizer", "scheduler", "teacher", "reference", "teacher_model_kind")
@@ -273,9 +274,13 @@ def _write_whole(run_dir, step, write, limit):
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+    for left in checkpoints(run_dir):  # a run that went back left later ones, of other weights
+        if _step_of(left) > step:
+            aside = left.with_name(f"{LEFT}{left.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(left, aside)
     for old in checkpoints(run_dir)[: -limit if limit else 0]:
-        if old != final:  # a run that went back may have newer ones
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -291,7 +296,11 @@ def checkpoints(run_dir):
         p for p in Path(run_dir).glob("checkpoint-*")
         if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()
     ]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path):
+    return int(path.name.rpartition("-")[2])
 
 
 def latest(run_dir):

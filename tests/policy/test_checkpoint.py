@@ -291,6 +291,18 @@ def test_interrupt_while_saving_leaves_no_partial_folder(tmp_path, monkeypatch):
     assert names(tmp_path / "run") == []
 
 
+def test_after_going_back_the_newest_checkpoint_is_the_runs_own(tmp_path, capsys):
+    make_trainer(tmp_path, max_steps=4, save_steps=1).train()
+    run = tmp_path / "run"
+    want = digest(run / "checkpoint-4")
+    back = make_trainer(tmp_path, max_steps=2, resume_from=run / "checkpoint-1", learning_rate=0.1)
+    back.train()
+    assert [p.name for p in checkpoint.checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
+    loaded = checkpoint.load_model(str(checkpoint.latest(run)), "cpu")
+    assert_same(parameters(loaded), parameters(back.model))  # what eval, push and a resume take
+    assert digest(run / "left-checkpoint-4") == want
+
+
 # Loading
 
 
