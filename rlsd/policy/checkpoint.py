@@ -267,9 +267,11 @@ def _write_whole(run_dir, step, write, limit):
             os.rename(final, replaced)
         os.rename(partial, final)
         _flush(run_dir)
-    except Exception as error:
+    except BaseException as error:
         if replaced.exists() and not final.exists():
             os.rename(replaced, final)
+        if not isinstance(error, Exception):  # an interrupt
+            raise
         raise _unsaved(run_dir, step, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

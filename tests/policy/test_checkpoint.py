@@ -291,6 +291,22 @@ def test_interrupt_while_saving_leaves_no_partial_folder(tmp_path, monkeypatch):
     assert names(tmp_path / "run") == []
 
 
+def test_interrupt_between_the_renames_keeps_a_checkpoint(tmp_path, monkeypatch):
+    trainer, run, rename = make_trainer(tmp_path, max_steps=1), tmp_path / "run", os.rename
+    trainer.train()
+    before = digest(run / "checkpoint-1")
+
+    def interrupted(source, target):
+        rename(source, target)
+        if Path(target).name == ".partial-replaced-1":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save()
+    assert names(run) == ["checkpoint-1"] and digest(run / "checkpoint-1") == before
+
+
 def test_after_going_back_the_newest_checkpoint_is_the_runs_own(tmp_path, capsys):
     make_trainer(tmp_path, max_steps=4, save_steps=1).train()
     run = tmp_path / "run"
