@@ -4,6 +4,7 @@ Every reader goes over a text a fixed number of times, whatever it holds: a poli
 mark ten thousand times.
 """
 
+import math
 import re
 
 BOX = re.compile(
@@ -12,6 +13,16 @@ BOX = re.compile(
 )
 # What introduces an answer after ####, as a heading of its own or on the same line.
 LABEL = re.compile(r"\W{0,4}(?:the )?(?:final )?answer\b(?: is\b)?[\s:*]*", re.IGNORECASE)
+
+
+def as_text(value):
+    """A solution that is a number as its text: 42 for 42.0, as pandas writes whole numbers of a
+    column with gaps; None, no solution, for what is not finite, the gaps."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        value = int(value) if value.is_integer() and abs(value) < 2**53 else value
+    return None if value in (None, []) else str(value)
 
 
 def tagged(text):

@@ -15,8 +15,8 @@ import torch
 
 from ..config import UserError
 from ..packages import package
-from .answers import last_boxed
-from .images import PromptImages
+from .answers import as_text, last_boxed
+from .images import PromptImages, listed, picture_of
 from .prompts import (
     encode_pair,
     is_chat,
@@ -147,6 +147,8 @@ def _uniform(row, source):
         _rename_code(row)
         if row.get("tests") is not None:
             row["tests"] = read_tests(row["tests"])
+            if not row["tests"].get("asserts", "cases").strip():  # any program would pass
+                row["tests"] = None
     except UserError as error:
         raise UserError(f"Row {source} cannot be used: {error}.") from None
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
@@ -155,10 +157,12 @@ def _uniform(row, source):
             f"({type(error).__name__}: {error})."
         ) from None
     if "prompt" not in row and isinstance(row.get("question"), str) and "answer" in row:
-        answer = "" if row["answer"] is None else str(row["answer"])
+        answer, worked = as_text(row["answer"]) or "", row.get("solution")
         row["prompt"], row["_as_chat"] = row.pop("question"), True
         row["solution"] = answer.rpartition("####")[2].strip()
-        row.setdefault("privileged_context", answer)
+        if "####" in answer or not (isinstance(worked, str) and worked.strip()):
+            worked = answer
+        row.setdefault("privileged_context", worked)
     if "prompt" not in row and isinstance(row.get("problem"), str):
         row["prompt"], row["_as_chat"] = row.pop("problem"), True
         _rename_math(row)
@@ -168,8 +172,7 @@ def _uniform(row, source):
             row.setdefault("solution", _one_answer(reward_model["ground_truth"], source))
         if isinstance(extra, dict) and extra.get("answer"):
             row.setdefault("privileged_context", extra["answer"])
-    if row.get("tests") and row.get("solution") is None:
-        row["solution"] = ""
+    row["solution"] = as_text(row.get("solution")) or ""
     for column in ("prompt", "solution"):
         if row.get(column) in (None, "", []) and not (column == "solution" and row.get("tests")):
             raise UserError(f"Row {source} has no {column}.")
@@ -179,7 +182,6 @@ def _uniform(row, source):
             f"Row {source}: prompt must be a text or a list of messages with role and text "
             f"content, but is {prompt!r:.80}."
         )
-    row["solution"] = str(row["solution"])
     row.setdefault("privileged_context", row["solution"])
     if row["privileged_context"] is None:  # a column with a gap is not a missing column
         row["privileged_context"] = ""
@@ -224,6 +226,8 @@ def _rename_code(row):
                 raise UserError(f"its test_list must hold assertions, but holds {assertion!r:.80}")
         row["tests"] = "\n".join([setup, *row["test_list"]])
         task = row.pop("text", None) or row.get("prompt")
+        if not task:
+            raise UserError("it has a test_list, but no text or prompt that says the task")
         shown = "\n".join(row["test_list"])
         row["prompt"] = f"{task}\nYour code should pass these tests:\n{shown}"
         row["_as_chat"] = True
@@ -472,14 +476,15 @@ def _opening(prompt_ids, tokenizer):
 
 
 def question(row, hidden=False):
-    """What makes two rows the same question: the text of the prompt, or of its user turns.
+    """What makes two rows the same question: the text of the prompt, or of its user turns, and
+    the images.
 
     hidden: with all other columns, of which an environment may make another episode.
     """
     prompt = row["prompt"]
     if not isinstance(prompt, str):
         prompt = "\n".join(m["content"] for m in prompt if m["role"] == "user")
-    text = " ".join(prompt.split())
+    text = " ".join([*prompt.split(), *map(str, filter(None, map(picture_of, listed(row))))])
     if hidden:
         text += repr(sorted((k, v) for k, v in row.items() if k[:1] != "_"))
     return text

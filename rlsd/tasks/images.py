@@ -5,6 +5,7 @@ processor writes their placeholders into the prompt's tokens; pixels are made an
 needs them, because those of a whole data set would fill the memory.
 """
 
+import hashlib
 import io
 
 import torch
@@ -26,15 +27,28 @@ def apply_template(owner, messages, options=None, *, add_generation_prompt=True)
         raise UserError(f"its chat template fails with {type(error).__name__}: {reason}") from None
 
 
+def listed(row):
+    """The images of a row as its columns hold them."""
+    raw = row.get("images", row.get("image"))
+    return raw if isinstance(raw, list | tuple) else [raw]
+
+
+def picture_of(value):
+    """What tells an image of a row from another; None has no picture."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    data = value.tobytes() if hasattr(value, "tobytes") else value
+    return hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else data
+
+
 class PromptImages:
     """The images of one prompt, as the processor of its model sees them."""
 
     def __init__(self, row, processor):
         from PIL import Image
 
-        raw = row.get("images", row.get("image"))
         self.processor, self.images = processor, []
-        for value in raw if isinstance(raw, list | tuple) else [raw]:
+        for value in listed(row):
             try:
                 if isinstance(value, dict):
                     value = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
