@@ -8,6 +8,7 @@ from rlsd.demo import word_tokenizer
 from rlsd.policy.hints import contrast_hints, group_hints, teacher_prompts
 from rlsd.sampling.rollout import Rollout
 from rlsd.tasks.prompts import encode, insert_hint
+from rlsd.tasks.rewards import score
 
 TEMPLATE = "<h> {privileged_context} {prompt}"
 TOKENIZER = word_tokenizer(["#", "<q>", "<a>", "<h>", "d", *map(str, range(10))])
@@ -114,6 +115,24 @@ def test_only_sequences_that_are_weighed_read_anything():
     assert read(rollout_of([0.5, 0.2, 0.9, 0.1] * 2)) == [[]] * 8  # graded, none right
     found = read(rollout_of([0.5, 0.2, 0.9, 0.1] * 2), success_reward_threshold=0.5)
     assert found[0][0] == 2 and found[2][0] == 0 and set(found[1][1:]) == {3}
+
+
+def test_full_marks_that_a_sum_of_weights_rounds_down_are_right():
+    full = score(
+        [lambda completions, **columns: [1.0, 0.0] * 4] * 3, [0.7, 0.2, 0.1],
+        [{"prompt": "q", "_source": "x"}] * 8, ["a"] * 8, [[1]] * 8,
+    )[1].tolist()
+    assert full[0] < 1  # 0.7 + 0.2 + 0.1
+    found = read(rollout_of(full))
+    assert found[0][0] == 2 and sorted(found[0][1:]) == [1, 3] and found[1][0] in (0, 2)
+    rollout = rollout_of(full)
+    siblings = teacher_prompts(
+        rollout, advantages_of(rollout), 0.0, 1, TOKENIZER, TrainConfig(
+            objective="sdpo", num_generations=4, generation_batch_size=8,
+            privileged_template=TEMPLATE,
+        )
+    )
+    assert all(siblings)
 
 
 @pytest.mark.parametrize("bad", [" ", "# 1 <eos> # 7", "# 1 2 3 4 5"], ids=["blank", "control",
