@@ -155,15 +155,17 @@ class Reporter:
         if silent:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(
-            yaml.safe_dump(config_dict, sort_keys=False), encoding="utf-8"
-        )
+        self._replace("config.yaml", yaml.safe_dump(config_dict, sort_keys=False))
         kept = [r for r in read_metrics(run_dir) if r["step"] <= start_step] if start_step else []
-        partial = self.run_dir / f".partial-{METRICS}"
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(partial, self.run_dir / METRICS)
+        self._replace(METRICS, "".join(json.dumps(r) + "\n" for r in kept))
         self.file = open(self.run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         self.report_to, self.options, self.trackers = report_to, config_dict, {}
+
+    def _replace(self, name, text):
+        """Whole or as before: of a config that a full disk cut, a resume would take defaults."""
+        partial = self.run_dir / f".partial-{name}"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.run_dir / name)
 
     def start_trackers(self):
         """For the main process; apart from __init__, so that all hear where one cannot start."""

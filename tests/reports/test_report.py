@@ -192,6 +192,21 @@ def test_resume_truncates_what_came_after_the_checkpoint(tmp_path):
     assert [r["reward"] for r in records] == pytest.approx([0, 0.1, 0.2, 0.3, 1.4, 1.5, 1.6])
 
 
+def test_a_full_disk_at_a_resume_leaves_the_options_of_the_run(tmp_path, monkeypatch):
+    with Reporter(tmp_path, {"learning_rate": 3e-4, "weight_decay": 0.1}, [], 5) as report:
+        report.log(1, {"reward": 0.5})
+    before, write = (tmp_path / "config.yaml").read_text(), Path.write_text
+
+    def cut(path, text, **options):
+        write(path, text[:22], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="No space left"):
+        Reporter(tmp_path, {"learning_rate": 3e-4, "weight_decay": 0.2}, [], 5, start_step=1)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
 def test_a_new_run_does_not_inherit_old_records(tmp_path):
     log_steps(tmp_path, [1, 2])
     log_steps(tmp_path, [1])
