@@ -22,7 +22,7 @@ def option(default, text, *, choices=(), group=None):
 def coerce(name, value, hint, choices=()):
     """The value in the option's type, or UserError; a text may be a float (YAML reads 1e-6 so)."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None or isinstance(value, str) and value in ("none", "None"):  # YAML has null
             return None
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) is list:
@@ -65,9 +65,21 @@ def load_yaml(path):
     """The options in a YAML file, as a dict."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Of a key that stands twice, YAML would take the last without a word."""
+
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+            for i, name in enumerate(names):
+                if name in names[:i] and name != "<<":
+                    raise UserError(f"The config {path} gives {name} twice.")
+            return super().construct_mapping(node, deep)
+
     try:
         with open(path, encoding="utf-8") as file:
-            options = yaml.safe_load(file)
+            options = yaml.load(file, Loader)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"Cannot read the config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes, dates, nesting

@@ -138,6 +138,15 @@ def test_none_on_the_command_line(text, tmp_path):
     assert kept["save_total_limit"] is None and kept["delta"] is None
 
 
+def test_none_in_a_file_is_none_on_the_command_line(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("delta: none\nmax_steps: None\nnum_train_epochs: 1\neval_dataset: none\n"
+                    "report_to: none\n", encoding="utf-8")
+    got = make_config(load_yaml(path))
+    assert got.delta is None and got.max_steps is None and got.eval_dataset is None
+    assert got.report_to == []
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run of three steps with evaluations."""

@@ -27,8 +27,10 @@ def test_missing_config_file(capsys):
         ("seed: 1\n\tbeta: 2\n", "is not valid YAML at line 2"),
         ("just words\n", "must be a list of `option: value` lines"),
         ("- 1\n", "must be a list of `option: value` lines"),
+        ("learning_rate: 1.0e-5\nseed: 1\nlearning_rate: 2.0e-5\n", "gives learning_rate twice"),
+        ("chat_template_kwargs: {a: 1, b: 2, a: 3}\n", "gives a twice"),
     ],
-    ids=["open-bracket", "two-colons", "tab", "words", "list"],
+    ids=["open-bracket", "two-colons", "tab", "words", "list", "twice", "twice-inside"],
 )
 def test_malformed_config(text, words, tmp_path, capsys):
     path = tmp_path / "bad.yaml"
