@@ -187,38 +187,6 @@ def run_options(run_dir, options):
     return {**was, **options}
 
 
-def trained_on(run_dir, config):
-    """Questions that a run trained on and that config, unlike it, may hold out."""
-    from .tasks.data import question, split_data
-
-    was = make_config(load_yaml(Path(run_dir) / "config.yaml"))
-    names = "train_dataset", "eval_dataset", "dataset_size", "eval_size", "eval_split_size"
-    drawn = [[c.data_seed(), *(getattr(c, name) for name in names)] for c in (was, config)]
-    if drawn[0] == drawn[1]:
-        return set()
-    try:
-        rows, _ = split_data(was)
-    except UserError as error:
-        print(f"Held-out questions that {run_dir} trained on cannot be left out: {error}")
-        return set()
-    return {question(row, bool(config.environment_factory)) for row in rows}
-
-
-def require_held_out(run_dir, config):
-    """A resumed run must not evaluate on what it has trained on before."""
-    from .tasks.data import question, split_data
-
-    if not (trained := trained_on(run_dir, config)):
-        return
-    asked = [question(row, bool(config.environment_factory)) for row in split_data(config)[1]]
-    if known := sum(q in trained for q in asked):
-        raise UserError(
-            f"{known} of {len(asked)} questions that would be held out are among those that "
-            f"{run_dir} has trained on; resume it with its own eval_size, eval_split_size and "
-            "dataset_seed, or name an eval_dataset."
-        )
-
-
 def train(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(USAGE.format(version=__version__))
@@ -237,6 +205,7 @@ def train(arguments):
         run_demo(**options)
         return 0
     from .policy import checkpoint
+    from .sampling.evaluation import require_held_out
     from .trainer import Trainer
 
     resume, resume_from = options.pop("resume_from_checkpoint", None), None
@@ -354,7 +323,7 @@ def evaluate(arguments):
     from .policy.distributed import Processes
     from .sampling.agents import agent_of
     from .sampling.evaluation import evaluate as run
-    from .sampling.evaluation import summary
+    from .sampling.evaluation import summary, trained_on
     from .sampling.samplers import choose_sampler, require_room
     from .tasks.data import load_data
     from .tasks.rewards import load_reward_funcs, require_scorable

@@ -8,9 +8,13 @@ much (as for surveys, Franco et al. 2019). It stays inside [0, 1] and has a widt
 """
 
 import math
+from pathlib import Path
 
 import torch
 
+from ..config import UserError, make_config
+from ..options import load_yaml
+from ..tasks.data import question, split_data
 from .leak import leak_metrics
 from .rollout import roll_out, written
 from .samplers import generate
@@ -91,3 +95,31 @@ def summary(metrics):
         text = f"{value:.4f}" if low is None else f"{value:.4f}  [{low:.4f}, {high:.4f}]"
         lines.append((name.removeprefix("eval/"), text))
     return lines
+
+
+def trained_on(run_dir, config):
+    """Questions that a run trained on and that config, unlike it, may hold out."""
+    was = make_config(load_yaml(Path(run_dir) / "config.yaml"))
+    names = "train_dataset", "eval_dataset", "dataset_size", "eval_size", "eval_split_size"
+    drawn = [[c.data_seed(), *(getattr(c, name) for name in names)] for c in (was, config)]
+    if drawn[0] == drawn[1]:
+        return set()
+    try:
+        rows, _ = split_data(was)
+    except UserError as error:
+        print(f"Held-out questions that {run_dir} trained on cannot be left out: {error}")
+        return set()
+    return {question(row, bool(config.environment_factory)) for row in rows}
+
+
+def require_held_out(run_dir, config):
+    """A resumed run must not evaluate on what it has trained on before."""
+    if not (trained := trained_on(run_dir, config)):
+        return
+    asked = [question(row, bool(config.environment_factory)) for row in split_data(config)[1]]
+    if known := sum(q in trained for q in asked):
+        raise UserError(
+            f"{known} of {len(asked)} questions that would be held out are among those that "
+            f"{run_dir} has trained on; resume it with its own eval_size, eval_split_size and "
+            "dataset_seed, or name an eval_dataset."
+        )
