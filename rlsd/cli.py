@@ -288,14 +288,14 @@ def check_demo_options(options):
 
 
 def to_evaluate(name, options):
-    """(path of the weights, TrainConfig): a run's newest checkpoint with the run's options, or a
-    plain model, a folder or hub id, with the given ones."""
+    """(path of the weights, TrainConfig, run folder): a run's newest checkpoint with the run's
+    options, or a plain model, a folder or hub id, with the given ones and no run folder."""
     folder, given = Path(name), options.pop("config", None)
     options = {**(load_yaml(given) if given else {}), **options}
     is_checkpoint = folder.name.startswith("checkpoint-")
     if ((folder.parent if is_checkpoint else folder) / "config.yaml").exists():
         run_dir, path = find_checkpoint(name)
-        return path, make_config(run_options(run_dir, options))
+        return path, make_config(run_options(run_dir, options)), run_dir
     made_of = ("config.json", "adapter_config.json")
     is_file = folder.suffix == ".gguf" and folder.is_file()
     if folder.exists() and not is_file and not any((folder / file).exists() for file in made_of):
@@ -307,13 +307,13 @@ def to_evaluate(name, options):
         raise UserError(
             f"{is_model} eval needs --train_dataset, --eval_dataset or the --config of a run."
         )
-    return name, make_config({"objective": "grpo", **options, "model_name_or_path": name})
+    return name, make_config({"objective": "grpo", **options, "model_name_or_path": name}), None
 
 
 def evaluate(arguments):
     if not arguments or arguments[0].startswith("-"):
         raise UserError("rlsd eval needs a run folder, a checkpoint or a model: rlsd eval RUN.")
-    path, config = to_evaluate(arguments[0].rstrip("/"), parse_options(arguments[1:]))
+    path, config, run_dir = to_evaluate(arguments[0].rstrip("/"), parse_options(arguments[1:]))
     if config.rollout_func:
         raise UserError(
             "rlsd eval has no trainer to give rollout_func; set it to none to sample as usual."
@@ -334,8 +334,7 @@ def evaluate(arguments):
     agent = agent_of(config, tokenizer, tools)
     functions += agent.reward_funcs if agent else []
     processor = load_processor(str(path))
-    run_dir = Path(path).parent
-    trained = trained_on(run_dir, config) if (run_dir / "config.yaml").exists() else set()
+    trained = trained_on(run_dir, config) if run_dir else set()
     _, held_out = load_data(
         config, tokenizer, processor=processor, toolbox=tools, trained=trained
     )

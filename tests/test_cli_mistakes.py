@@ -4,7 +4,15 @@ import json
 import time
 
 import pytest
-from runs import clean_logging, fails, make_trainer, problems, quick, write_config  # noqa: F401
+from runs import (
+    clean_logging,  # noqa: F401
+    fails,
+    make_trainer,
+    problems,
+    quick,  # noqa: F401
+    write_config,
+    write_rows,
+)
 
 import rlsd.trainer
 from rlsd.cli import main
@@ -261,6 +269,18 @@ def test_folder_without_checkpoint(command, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     message = fails(capsys, *command, tmp_path / "run")
     assert message.startswith(f"rlsd: {tmp_path}/run holds no checkpoint")
+
+
+def test_a_model_beside_another_config_is_evaluated(tmp_path, capsys):
+    make_trainer(tmp_path, max_steps=1).train()
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (tmp_path / "run" / "checkpoint-1").rename(folder / "x")
+    (folder / "config.yaml").write_text("unlike: a run's\n", encoding="utf-8")
+    given = ["--train_dataset", write_rows(tmp_path / "x.jsonl", problems(8)), "--eval_size", "2",
+             "--max_completion_length", "8"]
+    assert main(["eval", str(folder / "x"), *given, "--device", "cpu"]) == 0
+    assert "on 2 held-out questions" in capsys.readouterr().out
 
 
 def test_nothing_to_evaluate(tmp_path, capsys):

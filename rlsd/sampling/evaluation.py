@@ -51,10 +51,21 @@ def ks_of(n):
     return sorted({*(2**i for i in range(n.bit_length()) if 2**i < n), n})
 
 
+def is_right(rewards_per_func, size):
+    """(B,) bool: full marks, 1, of the first function that scores a question's `size` completions.
+
+    rewards_per_func: (B, F), NaN where a function says None. A completion that this function does
+    not score beside others of its question is wrong.
+    """
+    by_question = rewards_per_func.view(-1, size, rewards_per_func.shape[1])
+    judge = (~by_question.isnan()).any(1).int().argmax(1)
+    return (by_question[torch.arange(len(judge)), :, judge] >= 1).flatten()
+
+
 def evaluate(
     model, tokenizer, rows, config, reward_funcs, seed, processes, sample=generate, agent=None
 ):
-    """Held-out metrics, greedy and sampled: the share of full marks, 1, of the first function.
+    """Held-out metrics, greedy and sampled: the share of right answers, see is_right.
 
     Samples num_generations_eval completions per question. Every eval/pass@* has its interval in
     eval/pass@*_low and eval/pass@*_high. sample: what choose_sampler returned. agent: of
@@ -73,7 +84,7 @@ def evaluate(
                 model, tokenizer, [row for row in rows for _ in range(n)], config, reward_funcs,
                 processes, greedy=greedy, sample=sample, agent=agent,
             )
-            right = (out.rewards_per_func[:, 0] >= 1).view(len(rows), n).sum(1).tolist()
+            right = is_right(out.rewards_per_func, n).view(len(rows), n).sum(1).tolist()
             for k in ks_of(n):
                 values = [pass_at_k(n, c, k) for c in right]
                 metric = f"eval/pass@{k}_{name}"

@@ -23,7 +23,7 @@ from ..tasks.data import load_data, rows_of_step
 from ..tasks.rewards import load_reward_funcs, require_scorable
 from ..tasks.tools import load_tools
 from .agents import agent_of
-from .evaluation import interval
+from .evaluation import interval, is_right
 from .rollout import roll_out, written
 from .samplers import choose_sampler, generate, require_room
 
@@ -102,7 +102,7 @@ def gap_metrics(gap, rollout, references, size, given=None):
     references: per row the token ids of the hint as an answer, EOS included. given: which answers
     have a gap; default: all.
     """
-    right, own = (rollout.rewards_per_func[:, 0] >= 1).tolist(), written(rollout)
+    right, own = is_right(rollout.rewards_per_func, size).tolist(), written(rollout)
     found = {True: [], False: []}  # mean gap of every answer
     at = {(kind, place): [] for kind in (True, False) for place in ("before", "first", "after")}
     by_question = []
@@ -166,7 +166,7 @@ def check_hints(
             policy.model, tokenizer, these, config, reward_funcs, processes, sample=sample,
             agent=agent,
         )
-        right = (out.rewards_per_func[:, 0] >= 1).double().view(-1, size).mean(1).tolist()
+        right = is_right(out.rewards_per_func, size).double().view(-1, size).mean(1).tolist()
         lengths = [len(row["prompt_ids"]) for row in these]
         low, high = interval(right, size)
         metrics |= {

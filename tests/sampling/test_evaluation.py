@@ -9,7 +9,7 @@ import torch
 from test_samplers import EOS, TOKENIZER, canned, config, rows, sequences
 
 from rlsd.policy.distributed import Processes
-from rlsd.sampling.evaluation import evaluate, interval, ks_of, pass_at_k, summary
+from rlsd.sampling.evaluation import evaluate, interval, is_right, ks_of, pass_at_k, summary
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -94,6 +94,17 @@ def test_evaluate_leaves_the_random_state_and_mode_unchanged(qwen):
     assert set(first) == {f"eval/{name}" for name in names}
 
 
+def test_right_is_full_marks_of_the_first_function_that_scores_a_question():
+    nan = math.nan
+    marks = torch.tensor([
+        [1.0, 0.0], [0.5, 1.0],  # the first scores both
+        [nan, 1.0], [nan, 0.0],  # code beside mathematics
+        [nan, 1.0], [1.0, nan],  # the first scores one: the other is wrong
+    ], dtype=torch.float64)
+    assert is_right(marks, 2).tolist() == [True, False, True, False, False, True]
+    assert is_right(marks, 1).tolist() == [True, False, True, False, True, True]
+
+
 def test_pass_at_1_counts_full_marks_of_the_first_function(monkeypatch, qwen):
     canned(monkeypatch, qwen, [[3, EOS]] * 8)
     marks = iter([[1.0, 0.5, 0.99, None], [0.0, 1.0, 2.0, 1.0]])
@@ -110,10 +121,10 @@ def test_pass_at_1_counts_full_marks_of_the_first_function(monkeypatch, qwen):
     )
     bare = {name: v for name, v in got.items() if not name.endswith(("_low", "_high"))}
     assert bare == {
-        "eval/pass@1_greedy": 0.25, "eval/pass@1_sampled": 0.75, "eval/completion_length": 2.0,
+        "eval/pass@1_greedy": 0.5, "eval/pass@1_sampled": 0.75, "eval/completion_length": 2.0,
         "eval/reward_greedy": (2.49 + 4) / 4, "eval/reward_sampled": 2.0,
     }
-    assert (got["eval/pass@1_greedy_low"], got["eval/pass@1_greedy_high"]) == interval([1, 0, 0, 0])
+    assert (got["eval/pass@1_greedy_low"], got["eval/pass@1_greedy_high"]) == interval([1, 0, 0, 1])
 
 
 def test_several_samples_give_pass_at_k(monkeypatch, qwen):
