@@ -51,12 +51,12 @@ def flatten(arguments):
 
 def unflatten(kind, flat):
     """The NamedTuple `kind` whose flattened fields these are; also of an op's input gradients."""
-    flat = iter(flat)
+    return _build(kind, iter(flat))
 
-    def build(kind):
-        return kind(*(next(flat) if x in _TYPES else build(x) for x in _fields(kind).values()))
 
-    return build(kind)
+def _build(kind, flat):
+    # No closure that calls itself: such a cycle would hold every tensor until Python collects it.
+    return kind(*(next(flat) if x in _TYPES else _build(x, flat) for x in _fields(kind).values()))
 
 
 def custom_op(name, kind, *, outputs, fake):

@@ -1,0 +1,40 @@
+"""ops: what an op is given is let go of when it returns."""
+
+import gc
+import weakref
+
+import pytest
+
+from rlsd_kernels import fused_linear_rlsd_loss, linear_distillation_loss, linear_log_probs
+from tests.problems import make_problem
+
+OPS = {
+    "loss": lambda p: fused_linear_rlsd_loss(**p, impl="torch").loss,
+    "log-probs": lambda p: linear_log_probs(
+        p["hidden"], p["weight"], p["completion_ids"], impl="torch"
+    ).sum(),
+    "distillation": lambda p: linear_distillation_loss(
+        p["hidden"], p["weight"], p["teacher_hidden"], impl="torch"
+    ),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_waits_for_the_garbage_collector(op):
+    p = make_problem(20, 51, 8)
+    p["weight"].requires_grad_()
+    OPS[op](p).backward()  # what is cached once
+    p["weight"].grad = None
+    gc.collect()
+    gc.disable()
+    try:
+        hidden = p["hidden"].clone().requires_grad_()
+        gone = weakref.ref(hidden)
+        OPS[op](p | {"hidden": hidden}).backward()
+        del hidden
+        p["weight"].grad = None
+        left = gc.collect()
+    finally:
+        gc.enable()
+    assert gone() is None
+    assert left == 0
