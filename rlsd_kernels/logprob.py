@@ -21,7 +21,14 @@ from torch import Tensor
 from . import extension, gemm, pipeline, ref, torch_impl
 from .config import check_flags, check_number, compute_dtype, constant_when_compiled
 from .gradients import Kept
-from .ops import Need, custom_op, empty_gradients, flatten, unflatten
+from .ops import (
+    Need,
+    custom_op,
+    differentiable_once,
+    empty_gradients,
+    flatten,
+    unflatten,
+)
 from .rows import Head, Upstream
 from .shards import Shard, shard_of
 from .tuning import default_workspace_bytes
@@ -316,6 +323,7 @@ def register_gradients(op, kind, gradients):
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
         ctx.set_materialize_grads(False)
 
+    @differentiable_once
     def backward(ctx, grad_loss, *unused):
         if grad_loss is None:
             return (None,) * ctx.num_inputs

@@ -38,7 +38,7 @@ from .logprob import (
     register_gradients,
 )
 from .metrics import token_stats
-from .ops import Need, custom_op, empty_gradients, flatten
+from .ops import Need, custom_op, differentiable_once, empty_gradients, flatten
 from .rows import Head
 from .shards import Shard, shard_of
 
@@ -149,6 +149,7 @@ def _loss_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+@differentiable_once
 def _loss_backward(ctx, grad_loss, *unused):
     if grad_loss is None:
         return (None,) * ctx.num_inputs

@@ -75,6 +75,22 @@ def custom_op(name, kind, *, outputs, fake):
     return decorate
 
 
+def differentiable_once(backward):
+    """Decorates an op's backward, whose gradients were formed in forward: PyTorch would take their
+    own derivatives for 0."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "This loss has no second differentiation, which create_graph=True prepares; leave "
+                "that out, or use impl='ref'."
+            )
+        return backward(ctx, *grads)
+
+    return checked
+
+
 def empty_gradients(hidden, head, need, *, stored=False):
     """Fake dh, dW, db: what the real ops return, an empty tensor for each that is not needed."""
     weight, bias = head.weight, head.bias

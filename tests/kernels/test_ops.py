@@ -1,11 +1,17 @@
-"""ops: what an op is given is let go of when it returns."""
+"""ops: what an op is given is let go of when it returns; no second derivative is silently 0."""
 
 import gc
 import weakref
 
 import pytest
+import torch
 
-from rlsd_kernels import fused_linear_rlsd_loss, linear_distillation_loss, linear_log_probs
+from rlsd_kernels import (
+    fused_linear_rlsd_loss,
+    linear_distillation_loss,
+    linear_log_probs,
+    rlsd_loss,
+)
 from tests.problems import make_problem
 
 OPS = {
@@ -38,3 +44,20 @@ def test_nothing_waits_for_the_garbage_collector(op):
         gc.enable()
     assert gone() is None
     assert left == 0
+
+
+@pytest.mark.parametrize("retain", [True, False])
+@pytest.mark.parametrize("op", ["loss", "distillation", "of-log-probs"])
+def test_second_derivatives_are_refused(op, retain):
+    p = make_problem(20, 51, 8)
+    x = p["hidden"].requires_grad_()
+    if op == "of-log-probs":
+        x = p["old_log_probs"].clone().requires_grad_()
+        loss = rlsd_loss(
+            x, p["advantages"], teacher_log_probs=p["old_log_probs"] - 0.1,
+            old_log_probs=p["old_log_probs"], impl="torch",
+        ).loss
+    else:
+        loss = OPS[op](p)
+    with pytest.raises(RuntimeError, match=r"second differentiation.*impl='ref'\.$"):
+        torch.autograd.grad(loss, x, retain_graph=retain, create_graph=True)
