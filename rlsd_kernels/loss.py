@@ -359,7 +359,9 @@ def fused_linear_rlsd_loss(
     if teacher_hidden is not None:
         t_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
     t_weight = None if teacher_weight is None else teacher_weight.detach()
-    impl = choose_impl(impl, hidden)
+    # fp64 of either model is beyond the GPU's kernels.
+    wide = t_weight is not None and t_weight.dtype == torch.float64
+    impl = choose_impl(impl, t_weight if wide else hidden)
     if impl == "ref":
         weight, bias = gather_head(weight, bias, tp_group)
         if t_weight is not None:
