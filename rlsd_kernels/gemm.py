@@ -8,6 +8,7 @@ CAST_BLOCK rows at a time and h, E, x come in compute dtype.
 """
 
 import contextlib
+import threading
 
 import torch
 
@@ -26,21 +27,29 @@ _EXACT = {
 }
 
 
+# The flags are the process's: the last thread to leave puts them back.
+_lock, _inside, _changed = threading.Lock(), [], {}
+
+
 @contextlib.contextmanager
 def full_precision(device):
     """GEMMs as this file promises them, whatever autocast and the process's flags say."""
-    changed = {}
-    for (backend, name), exact in _EXACT.items():
-        value = getattr(backend, name)
-        if value not in (exact, "none"):
-            changed[backend, name] = value
-            setattr(backend, name, exact)
+    with _lock:
+        _inside.append(device)
+        for (backend, name), exact in _EXACT.items():
+            value = getattr(backend, name)
+            if value not in (exact, "none"):
+                _changed.setdefault((backend, name), value)
+                setattr(backend, name, exact)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for (backend, name), value in changed.items():
-            setattr(backend, name, value)
+        with _lock:
+            _inside.pop()
+            while _changed and not _inside:
+                (backend, name), value = _changed.popitem()
+                setattr(backend, name, value)
 
 
 def operand_dtype(weight):

@@ -108,3 +108,16 @@ def test_the_ops_never_compute_in_tf32(fast_flags, monkeypatch):
                         "allow_fp16_reduced_precision_reduction": False,
                         "allow_fp16_accumulation": False} and cpu == "ieee"
     assert fast_flags() == before
+
+
+def test_a_thread_that_leaves_keeps_the_flags_of_one_inside(fast_flags):
+    """In place of two threads: two contexts, of which the first to open is the first to close."""
+    first, second = (gemm.full_precision(torch.device("cpu")) for _ in range(2))
+    before = fast_flags()
+    first.__enter__()
+    inside = fast_flags()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert fast_flags() == inside != before
+    second.__exit__(None, None, None)
+    assert fast_flags() == before
