@@ -287,7 +287,9 @@ def autocast_head(hidden, weight, *others):
     if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
         return hidden, weight, *others  # for the checks to refuse
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == weight.dtype:
+    if hidden.dtype == weight.dtype or not (
+        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    ):
         return hidden, weight, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if x is None else x.to(dtype) for x in (hidden, weight, *others))
@@ -339,7 +341,7 @@ def register_gradients(op, kind, gradients):
                 grads[i] = torch.mul(x, upstream, out=torch.empty_like(x, dtype=dtype))
                 continue
             grads[i] = x
-            if x.is_cuda or upstream.item() != 1:  # kernels find a 1 out for themselves
+            if not x.is_cpu or upstream.item() != 1:  # kernels find a 1 out for themselves
                 load_impl(ctx.impl).scale(x, upstream)
         return tuple(grads)
 

@@ -184,9 +184,9 @@ def _effective_lambda(rlsd_lambda, config, dtype, device, has_teacher):
             return value.detach().reshape(()).to(dtype), True
         value = value.item()
     if torch.compiler.is_compiling() and rlsd_lambda is not None and has_teacher:
-        return torch.ones((), dtype=dtype) * value, True
+        return torch.ones((), dtype=dtype, device="cpu") * value, True
     check_number("rlsd_lambda", value, 0, 1)
-    return torch.full((), value, dtype=dtype), value > 0
+    return torch.full((), value, dtype=dtype, device="cpu"), value > 0
 
 
 def _check_tokens(

@@ -1,10 +1,12 @@
-"""ops: what an op is given is let go of when it returns; no second derivative is silently 0."""
+"""ops: what an op is given is let go of when it returns; no second derivative is
+silently 0; meta tensors and default devices."""
 
 import gc
 import weakref
 
 import pytest
 import torch
+from problems import make_problem
 
 from rlsd_kernels import (
     fused_linear_rlsd_loss,
@@ -12,7 +14,6 @@ from rlsd_kernels import (
     linear_log_probs,
     rlsd_loss,
 )
-from tests.problems import make_problem
 
 OPS = {
     "loss": lambda p: fused_linear_rlsd_loss(**p, impl="torch").loss,
@@ -61,3 +62,21 @@ def test_second_derivatives_are_refused(op, retain):
         loss = OPS[op](p)
     with pytest.raises(RuntimeError, match=r"second differentiation.*impl='ref'\.$"):
         torch.autograd.grad(loss, x, retain_graph=retain, create_graph=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_meta_tensors(op):
+    """A dry run of a training step."""
+    p = {k: x.to("meta") for k, x in make_problem(20, 51, 8).items()}
+    leaves = {k: p[k].requires_grad_() for k in ("hidden", "weight")}
+    OPS[op](p).backward()
+    for x in leaves.values():
+        assert x.grad.is_meta and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("impl", ["torch", "ref"])
+def test_another_default_device(impl):
+    p = make_problem(20, 51, 8)
+    expected = fused_linear_rlsd_loss(**p, impl=impl).loss
+    with torch.device("meta"):
+        assert torch.equal(fused_linear_rlsd_loss(**p, impl=impl).loss, expected)
