@@ -79,16 +79,18 @@ def merge_stats(many):
     """Combine the stats dicts of micro-batches or ranks as if their tokens had been one batch.
 
     many: non-empty list of RLSDLossOutput.stats. Every mean is weighted by its own token count;
-    counts add up; a mean over no token is NaN. Returns a dict of 0-dim tensors.
+    counts add up; a mean over no token is NaN. What some of them do not have, such as `entropy`,
+    is left out. Returns a dict of 0-dim tensors.
     """
     if not isinstance(many, list | tuple) or not many or not all(
         isinstance(s, dict) and s.keys() >= set(_COUNTS) for s in many
     ):
         raise ValueError("many must be a list of RLSDLossOutput.stats, with at least one.")
-    of_heads = {WORK: WORK_COUNT} if WORK in many[0] else {}
+    known = set.intersection(*(set(s) for s in many))
+    of_heads = {WORK: WORK_COUNT} if WORK in known else {}
     merged = {name: sum(s[name] for s in many) for name in (*_COUNTS, *of_heads.values())}
     for name, count in (_MEAN_OVER | of_heads).items():
-        if name in many[0]:
+        if name in known:
             total = sum(torch.where(s[count] > 0, s[name] * s[count], 0) for s in many)
             merged[name] = total / merged[count]
     variance = sum(

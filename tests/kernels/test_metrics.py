@@ -231,3 +231,14 @@ def test_on_policy_metrics_are_neutral():
                  "rlsd/clip_low_frac", "rlsd/clip_high_frac"):
         assert stats[name] == 0, name
     assert stats["rlsd/weight_mean_pos"].item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_some_stats_lack_is_left_out(order):
+    p = make_problem(20, 51, 8)
+    with_entropy = fused_linear_rlsd_loss(**p, return_entropy=True).stats
+    plain = fused_linear_rlsd_loss(**p).stats
+    lp = p["old_log_probs"]
+    of_log_probs = rlsd_loss(lp, p["advantages"], teacher_log_probs=lp).stats
+    assert "entropy" not in merge_stats([with_entropy, plain][::order])
+    assert "head/gradient_work" not in merge_stats([plain, of_log_probs][::order])
