@@ -79,9 +79,13 @@ def exceeding(energy, share, tolerance):
     A row that goes takes its own tolerance^2 / 2 with it. None where the energy has a NaN.
     """
     allowed = tolerance * tolerance / 2 * (1 + ROUNDING)
-    parts, order = (energy.double() * (share.double() - allowed)).sort(descending=True)
-    before = parts.cumsum(0) - parts
-    return torch.zeros_like(energy, dtype=torch.bool).index_copy(0, order, parts.sum() > before)
+    parts = energy.double() * (share.double() - allowed)
+    total = parts.abs().sum()
+    parts, order = (parts * (UNIT / total)).sort(descending=True)
+    parts = parts.nan_to_num(0).ceil().long()
+    rest = parts.sum() - (parts.cumsum(0) - parts)  # of this row and those after it
+    more = (rest > 0) & total.isfinite()
+    return torch.zeros_like(more).index_copy(0, order, more)
 
 
 def selection(columns, rows, tolerance, multiple=1, meanwhile=nothing):

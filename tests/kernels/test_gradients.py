@@ -449,3 +449,15 @@ def test_rows_that_go_are_the_fewest():
     ):
         got = gradients.exceeding(torch.tensor(energy), share, 0.1)
         assert got.tolist() == want, energy
+
+
+def test_sums_that_select_are_of_integers(monkeypatch):
+    """On a GPU a cumsum of floats differs from run to run; deterministic mode refuses it."""
+    real, seen = torch.Tensor.cumsum, []
+    monkeypatch.setattr(
+        torch.Tensor, "cumsum", lambda x, *a, **k: seen.append(x.dtype) or real(x, *a, **k)
+    )
+    p = make_problem(20, 51, 8)
+    h, w = (p[k].requires_grad_() for k in ("hidden", "weight"))
+    linear_log_probs(h, w, p["completion_ids"], gradient_tolerance=0.1).sum().backward()
+    assert len(seen) >= 3 and set(seen) == {torch.int64}
