@@ -2,6 +2,7 @@
 
 import math
 import socket
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from problems import NAMES, assert_as_accurate, cast, make_problem
 
-from rlsd_kernels import gemm, linear_distillation_loss
+from rlsd_kernels import fused_linear_rlsd_loss, gemm, linear_distillation_loss
 
 pytest.importorskip("triton")
 # numpy, under the interpreter, warns of what forbidden tokens are there to provoke
@@ -141,6 +142,14 @@ def test_an_fp64_teacher_is_refused_in_a_sentence():
     )
     with pytest.raises(ValueError, match="computes in fp32, but the inputs are fp64"):
         run(p, "triton")
+    ids = torch.zeros(len(p["hidden"]), dtype=torch.int64, device=DEVICE)
+    p = {k: p[k] for k in ("hidden", "weight", "teacher_hidden", "teacher_weight")}
+    loss = partial(
+        fused_linear_rlsd_loss, **p, completion_ids=ids, advantages=torch.ones_like(ids).float()
+    )
+    with pytest.raises(ValueError, match="computes in fp32, but the inputs are fp64"):
+        loss(impl="triton")
+    assert loss(impl="torch").loss.isfinite()
 
 
 SHARDED = ("plain", "own-head")
