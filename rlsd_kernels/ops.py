@@ -9,6 +9,7 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .config import compute_dtype, stored_dtype
 
@@ -45,8 +46,18 @@ def flatten(arguments):
     """The list of what an op is called with."""
     flat = []
     for x in arguments:
-        flat += flatten(x) if isinstance(x, tuple) else [x]
+        flat += flatten(x) if isinstance(x, tuple) else [_without_tangent(x)]
     return flat
+
+
+def _without_tangent(x):
+    """x, which no op of PyTorch's library differentiates forwards: the tangent would be lost."""
+    if forward_ad._current_level >= 0 and isinstance(x, Tensor):
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                "The fused ops have no forward-mode derivative (torch.func.jvp); use impl='ref'."
+            )
+    return x
 
 
 def unflatten(kind, flat):

@@ -1,5 +1,5 @@
-"""ops: what an op is given is let go of when it returns; no second derivative is
-silently 0; meta tensors and default devices."""
+"""ops: what an op is given is let go of when it returns; no derivative is silently 0:
+neither the second nor one in forward mode; meta tensors and default devices."""
 
 import gc
 import weakref
@@ -80,3 +80,12 @@ def test_another_default_device(impl):
     expected = fused_linear_rlsd_loss(**p, impl=impl).loss
     with torch.device("meta"):
         assert torch.equal(fused_linear_rlsd_loss(**p, impl=impl).loss, expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_is_refused(op):
+    p = make_problem(20, 51, 8)
+    with pytest.raises(RuntimeError, match=r"forward-mode derivative .*impl='ref'\.$"):
+        torch.func.jvp(
+            lambda h: OPS[op](p | {"hidden": h}), (p["hidden"],), (torch.ones_like(p["hidden"]),)
+        )
