@@ -426,8 +426,8 @@ def _log_probs_backward_op(x):
 def _setup_context(ctx, inputs, output):
     x = unflatten(LogProbsInputs, inputs)
     log_probs, _, lse, _, _, _, *left = output
-    ctx.save_for_backward(
-        x.hidden, x.head.weight, x.head.bias, x.completion_ids, log_probs, lse, *left
+    ctx.save_for_backward(  # a clone: the caller may change the result in place
+        x.hidden, x.head.weight, x.head.bias, x.completion_ids, log_probs.clone(), lse, *left
     )
     ctx.inputs = x._replace(
         hidden=None, head=x.head._replace(weight=None, bias=None), completion_ids=None,

@@ -163,6 +163,20 @@ def test_old_log_probs_never_change_the_result(impl):
         torch.testing.assert_close(got, plain, atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize("workspace", [2**30, 1], ids=["kept", "anew"])
+def test_the_result_may_be_changed_in_place(workspace):
+    hidden, weight, ids = small()
+    got, want = [], []
+    for grads, edit in (
+        (got, lambda x: x.masked_fill_(ids > 2, 0.0).mul_(3.0)),
+        (want, lambda x: x.masked_fill(ids > 2, 0.0) * 3.0),
+    ):
+        log_probs = linear_log_probs(hidden, weight, ids, max_workspace_bytes=workspace)
+        grads += torch.autograd.grad(edit(log_probs).square().sum(), (hidden, weight))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_no_grad_builds_no_graph():
     p = make_problem(20, 51, 8)
     hidden = p["hidden"].clone().requires_grad_()
