@@ -371,6 +371,8 @@ def hints(arguments):
     for name in ("model_name_or_path", "train_dataset"):
         if not getattr(config, name):
             raise UserError(f"rlsd hints needs --{name}.")
+    if output and not Path(output).parent.is_dir():
+        raise UserError(f"--output {output} names a folder that does not exist.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("rlsd hints runs in one process.")
     _quiet()

@@ -390,6 +390,8 @@ class TrainConfig:
             if len(self.report_to) > 1:
                 raise UserError("report_to is none or names trackers, but not both.")
             self.report_to = []
+        if not all(marker.strip() for marker in self.leak_markers):
+            raise UserError("leak_markers must not hold an empty text, which every answer holds.")
         if not self.reward_funcs and not self.environment_factory:
             raise UserError("reward_funcs must name at least one reward function.")
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):

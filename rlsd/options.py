@@ -1,6 +1,7 @@
 """Options in general: how a field declares itself, its type is kept, a file of them is read."""
 
 import math
+import os
 import types
 import typing
 from dataclasses import field
@@ -40,6 +41,8 @@ def coerce(name, value, hint, choices=()):
         return str(value).lower()
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{name} must not contain a null byte, but got {shown(value)}.")
+    if hint is str and isinstance(value, str) and value.startswith("~/"):  # no shell expands a file
+        return os.path.expanduser(value)
     nan = isinstance(value, float) and math.isnan(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not nan:
         return value

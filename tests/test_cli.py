@@ -80,6 +80,7 @@ def test_real_sigint(tmp_path):
 def test_train_with_config_and_overrides(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rlsd.trainer, "plot_runs", rlsd.reports.report.plot_runs)
     config = write_config(tmp_path, eval_steps=1, save_steps=1)
+    capsys.readouterr()  # bars of a first model
     assert main(["train", "--config", config, "--max_steps", "3", "--learning-rate=1e-3",
                  "--beta", "0.5", "--reward_funcs", "[exact_match, runs.sum_reward]"]) == 0
     out, err = capsys.readouterr()

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import os
 
 import pytest
 
@@ -71,7 +72,7 @@ BAD = {
     "num_generations_eval": [0, 1.5],
     "eval_split_size": [0, -1, 1.5, math.nan],
     "reward_weights": [[1.0, 2.0], ["heavy"], [math.nan]],
-    "leak_markers": [[True]],
+    "leak_markers": [[True], ["REF", " "]],
     "output_dir": [None, True, ["runs"]],
     "allow_missing_privileged_context": ["yes", 1, None],
     "rlsd_negative_only": [0],
@@ -161,6 +162,7 @@ def test_mutable_defaults_are_not_shared():
     ({"reward_funcs": "math_verify"}, ["math_verify"]),
     ({"leak_markers": ("REF", 5)}, ["REF", "5"]),
     ({"output_dir": 5}, "5"),
+    ({"output_dir": "~/runs"}, os.path.expanduser("~/runs")),
     ({"seed": 3}, 3),
     ({"rlsd_lambda": 0}, 0.0),
 ], ids=str)

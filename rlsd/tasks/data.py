@@ -171,7 +171,7 @@ def _uniform(row, source):
         if not row.get("tests"):
             row.setdefault("solution", _one_answer(reward_model["ground_truth"], source))
         if isinstance(extra, dict) and extra.get("answer"):
-            row.setdefault("privileged_context", extra["answer"])
+            row.setdefault("privileged_context", as_text(extra["answer"]))
     row["solution"] = as_text(row.get("solution")) or ""
     for column in ("prompt", "solution"):
         if row.get(column) in (None, "", []) and not (column == "solution" and row.get("tests")):

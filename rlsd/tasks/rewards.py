@@ -413,6 +413,9 @@ def score(
     return values, torch.nansum(values * scale, dim=1)
 
 
+HINT_ARGUMENTS = ("prompt", "completion", "feedback")  # no column takes their place
+
+
 def hindsight(path, rows, completions, feedback, seconds=300.0):
     """What hint_func gives for each of B completions: a text, or None for no hint (a blank too)."""
     function = imported(path, "hint_func")
@@ -422,7 +425,7 @@ def hindsight(path, rows, completions, feedback, seconds=300.0):
     def ask():
         return [
             function(copy.deepcopy(row["prompt"]), copy.deepcopy(text), said,
-                     **{k: v for k, v in visible(row).items() if k != "prompt"})
+                     **{k: v for k, v in visible(row).items() if k not in HINT_ARGUMENTS})
             for row, text, said in zip(rows, shown, feedback, strict=True)
         ]
 

@@ -167,6 +167,7 @@ def test_the_command(tmp_path, capsys):
     ({"model_name_or_path": ""}, "rlsd hints needs --model_name_or_path"),
     ({"train_dataset": ""}, "rlsd hints needs --train_dataset"),
     ({"eval_size": "0"}, "eval_size is 0"),
+    ({"output": "missing/x.json"}, "--output missing/x.json names a folder that does not exist"),
 ])
 def test_mistakes_are_one_sentence(changed, sentence, tmp_path, capsys):
     given = {k: options(tmp_path)[k] for k in ("model_name_or_path", "train_dataset")} | changed

@@ -114,6 +114,8 @@ def test_verl_parquet(tmp_path):
     assert columns(rows, "prompt", "solution", "privileged_context") == [
         (CHAT, "4", "2+2=4 #### 4"), (CHAT, "4", "4"),
     ]
+    (number,) = load_rows(write(tmp_path / "x.jsonl", [row | {"extra_info": {"answer": 4.0}}]))
+    assert number["privileged_context"] == "4"
 
 
 @pytest.mark.parametrize("content, parts", [

@@ -319,6 +319,7 @@ async def hint_later(prompt, completion, feedback, **columns):
 
 def hinted(solutions, name="hint_of"):
     rows = [{"prompt": [{"role": "user", "content": "q"}], "solution": s, "extra": 1,
+             "completion": "a column", "feedback": "another",
              "_source": f"{i} of x"} for i, s in enumerate(solutions)]
     got = hindsight(f"{HERE}.{name}", rows, ["text"] * len(rows), ["said"] * len(rows), 10.0)
     assert all(len(row["prompt"]) == 1 for row in rows)
