@@ -341,7 +341,7 @@ def register_gradients(op, kind, gradients):
                 grads[i] = torch.mul(x, upstream, out=torch.empty_like(x, dtype=dtype))
                 continue
             grads[i] = x
-            if not x.is_cpu or upstream.item() != 1:  # kernels find a 1 out for themselves
+            if x.is_cuda or x.is_meta or upstream.item() != 1:  # kernels find a 1 themselves
                 load_impl(ctx.impl).scale(x, upstream)
         return tuple(grads)
 
