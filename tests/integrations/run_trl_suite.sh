@@ -21,6 +21,10 @@ if [ ! -e "$VENV/.ready" ]; then
     touch "$VENV/.ready"
 fi
 python=$(cd "$VENV/bin" && pwd)/python
+if "$python" -c 'import liger_kernel' 2> /dev/null; then
+    echo "$VENV has liger-kernel, whose patches of layers outlive their test; name another VENV."
+    exit 2
+fi
 git -C "$checkout" archive "${REVISION:-HEAD}" tests pyproject.toml | tar -x -C "$scratch"
 cd "$scratch"
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1
