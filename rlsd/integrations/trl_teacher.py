@@ -27,11 +27,11 @@ from ..policy.checkpoint import reason
 from ..policy.hints import can_hint, weighed
 from ..policy.packing import left_pad
 from ..policy.teacher import Teacher
-from ..tasks.prompts import require_same_start, teacher_prompt
+from ..tasks.prompts import HINT_ARGUMENTS, require_same_start, teacher_prompt
 from .trl_siblings import contrasted, require_siblings, sibling_contexts
 
 HINT_COLUMNS = ("teacher_prompt", "privileged_context", "solution")
-NOT_COLUMNS = ("prompt", "completion", "completion_ids", "feedback")
+NOT_COLUMNS = (*HINT_ARGUMENTS, "completion_ids")
 EMPTY_PROMPT = [{"role": "user", "content": ""}]  # TRL's, where the environment brings the prompt
 CONTEXT = ("teacher_prompt_ids", "teacher_prompt_mask", "completion_ids", "completion_mask")
 TEACHER_FILE = "rlsd_teacher.pt"

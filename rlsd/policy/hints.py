@@ -53,8 +53,8 @@ def weighed(advantages, config):
     return advantages < 0 if config.rlsd_negative_only else advantages != 0
 
 
-def is_right(rewards, config):
-    """(B,) bool; the full marks of weights .7, .2 and .1 are 0.9999999999999999."""
+def can_be_reference(rewards, config):
+    """(B,) bool: right enough to serve as one; weights .7, .2, .1 add up to 0.9999999999999999."""
     return rewards >= config.success_reward_threshold - 1e-6
 
 
@@ -66,7 +66,7 @@ def group_hints(rollout, advantages, step, tokenizer, config):
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     size, count, found = config.num_generations, config.rlsd_contrast_hints, []
-    good = is_right(rollout.rewards, config).tolist()
+    good = can_be_reference(rollout.rewards, config).tolist()
     weighs = weighed(advantages, config).tolist()
     for first in range(0, len(rollout.rows), size):
         order = (torch.randperm(size, generator=generator) + first).tolist()
@@ -125,7 +125,7 @@ def sibling_prompts(rollout, step, tokenizer, config):
     over-long.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    right = is_right(rollout.rewards, config).tolist()
+    right = can_be_reference(rollout.rewards, config).tolist()
     good = [
         marks and can_hint(text, tokenizer)
         for marks, text in zip(right, rollout.texts, strict=True)

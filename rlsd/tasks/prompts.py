@@ -13,6 +13,8 @@ import re
 from ..config import UserError
 from .images import apply_template
 
+HINT_ARGUMENTS = ("prompt", "completion", "feedback")  # of hint_func; no column takes their place
+
 
 @functools.lru_cache(maxsize=8)
 def _control_pattern(tokenizer):

@@ -27,6 +27,7 @@ from . import judges
 from .answers import is_wording, quantity, readings
 from .data import GENERATED, INTERNAL, SOURCE
 from .deadline import Late, Watched, limited
+from .prompts import HINT_ARGUMENTS
 from .scorers import (
     BOUNDED,
     BUILT_IN,
@@ -411,9 +412,6 @@ def score(
     weights = [*weights, *[1.0] * (len(functions) - len(weights))]
     scale = torch.tensor(weights, dtype=torch.float64)
     return values, torch.nansum(values * scale, dim=1)
-
-
-HINT_ARGUMENTS = ("prompt", "completion", "feedback")  # no column takes their place
 
 
 def hindsight(path, rows, completions, feedback, seconds=300.0):
